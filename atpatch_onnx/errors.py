@@ -1,0 +1,79 @@
+"""One exception family: every error says where, what was expected, what was found and what to do next."""
+
+
+class AtPatchError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        where: The file, value, site or option that the error is about.
+        expected: What should have been there.
+        found: What was there instead.
+        advice: What the user can do next.
+    """
+
+    def __init__(self, where: str, *, expected: str, found: str, advice: str) -> None:
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.advice = advice
+        super().__init__(f"{where}: expected {expected}; found {found}. {advice}")
+
+
+class ModelFileError(AtPatchError):
+    """A model file cannot be read or written, or its external data is not where it may be."""
+
+
+class NoSiteError(AtPatchError):
+    """No attention site was found, or a named one does not exist."""
+
+
+class PatchFileError(AtPatchError):
+    """A patch file is damaged, foreign, or of a schema this version does not read."""
+
+
+class PatchMismatchError(AtPatchError):
+    """A patch was fitted on another model than the one it is applied to."""
+
+
+class DebugSetError(AtPatchError):
+    """A debug set does not fit the model, or cannot support what is asked of it."""
+
+
+class FitError(AtPatchError):
+    """The fit cannot produce a patch."""
+
+
+class TargetMissedError(FitError):
+    """The fitted patch does not reach its target on the validation part."""
+
+
+class BakeError(AtPatchError):
+    """A patch cannot be baked into this model."""
+
+
+class StripError(AtPatchError):
+    """A patched model cannot be stripped back to its base."""
+
+
+class InvariantError(AtPatchError):
+    """A patched graph breaks a rule that every patched graph must obey."""
+
+
+class VerificationError(AtPatchError):
+    """A patched model differs from its base where it must not."""
+
+
+class RunError(AtPatchError):
+    """The runtime refused a model or an input."""
+
+
+class MissingExtraError(AtPatchError):
+    """An optional dependency is needed and not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            purpose,
+            expected=f"the package {package}",
+            found="it is not installed",
+            advice=f"Install it with: pip install 'atpatch-onnx[{extra}]'",
+        )

@@ -1,0 +1,355 @@
+"""Read and write models, fingerprint them, know their shapes.
+
+Weights in external data files are never read to do so: a model of tens of gigabytes is opened in the time its graph
+takes. A model file is untrusted input: external data must lie inside the model's folder, symlinks resolved.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from atpatch_onnx.errors import ModelFileError
+
+Model = ir.Model
+"""A model in memory, as onnx-ir holds it."""
+
+PREFIX = "atpatch/"
+"""Every node, value and initializer that this package adds is named under this prefix."""
+
+PROTOBUF_LIMIT = 2**31 - 2**20
+"""Bytes of in-memory weights above which they are written to an external data file (protobuf holds at most 2 GiB)."""
+
+FULL_FINGERPRINT_LIMIT = 2**30
+"""Bytes of weights up to which a fingerprint covers every byte."""
+
+_SAMPLE_BLOCKS = 16
+_SAMPLE_BYTES = 4096
+
+_SHAPE_BYTES = 1024
+"""Weights up to this size take part in shape inference: targets of Reshape, axes, starts and ends."""
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Read an `.onnx` file. Weights in external data stay on disk.
+
+    Raises:
+        ModelFileError: The file is missing, truncated or no ONNX model, or its external data is missing, shorter than
+            the model says, or outside the model's folder.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelFileError(
+            str(path),
+            expected="an ONNX file",
+            found="a folder" if path.is_dir() else "nothing there",
+            advice="Check the path.",
+        )
+    try:
+        proto = onnx.load(str(path), load_external_data=False, format="protobuf")
+    except Exception as error:  # protobuf's DecodeError has no public home across its backends
+        raise _not_onnx(path, f"bytes that do not parse ({type(error).__name__})") from error
+    if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
+        raise _not_onnx(path, "bytes without a graph, an IR version or an opset")
+    _check_external_data(proto, path)
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:
+        raise _not_onnx(path, f"a graph that is not well formed ({error})") from error
+    ir.external_data.set_base_dir(model.graph, path.parent.resolve())
+    return model
+
+
+def _not_onnx(path: Path, found: str) -> ModelFileError:
+    return ModelFileError(
+        str(path),
+        expected="a complete ONNX model",
+        found=found,
+        advice="Export the model again, or copy the file again if it was cut short.",
+    )
+
+
+def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
+    """External data must lie inside the model's folder (symlinks resolved) and be as long as the model says."""
+    folder = path.parent.resolve()
+    for tensor in _tensors(proto.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        where = f"{path}: external data of {tensor.name!r}"
+        target = (folder / location).resolve()
+        if not location or Path(location).is_absolute() or not target.is_relative_to(folder):
+            raise ModelFileError(
+                where,
+                expected=f"a file inside the model's folder {folder}",
+                found=f"{location!r}, which is {target}",
+                advice="Do not use this file unless you trust who made it; move the data beside the model otherwise.",
+            )
+        if not target.is_file():
+            raise ModelFileError(
+                where,
+                expected=f"the file {location!r} beside the model",
+                found="nothing there",
+                advice="Copy the external data file together with the model.",
+            )
+        try:
+            offset = int(entries.get("offset", "0"))
+            length = int(entries["length"]) if "length" in entries else _tensor_bytes(tensor)
+        except ValueError:
+            offset, length = -1, -1
+        if offset < 0 or length < 0 or offset + length > target.stat().st_size or length < _tensor_bytes(tensor):
+            raise ModelFileError(
+                where,
+                expected=f"{_tensor_bytes(tensor)} bytes at offset {offset} of {location!r}",
+                found=f"a file of {target.stat().st_size} bytes and a stated length of {length}",
+                advice="The data file was cut short or belongs to another model: copy it again.",
+            )
+
+
+def _tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes a tensor's elements take; 4-bit types are packed two to a byte."""
+    count = int(np.prod([max(int(size), 0) for size in tensor.dims], dtype=np.int64)) if tensor.dims else 1
+    return (count * ir.DataType(tensor.data_type).bitwidth + 7) // 8
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                yield from _tensors(attribute.g)
+            for subgraph in attribute.graphs:
+                yield from _tensors(subgraph)
+
+
+# Saving
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, external: Literal["copy", "link"] = "copy") -> None:
+    """Write a model; the file appears whole or not at all.
+
+    External data that already lies beside `path` is referenced. Data that lies elsewhere is copied there, or hard-linked
+    with `external="link"`. In-memory weights of more than 2 GiB go to `<name>.data`.
+
+    Raises:
+        ModelFileError: The target cannot be written, or another file is in the way of the external data.
+    """
+    path = Path(path)
+    try:
+        folder = path.parent.resolve(strict=True)
+        with tempfile.TemporaryDirectory(prefix=".atpatch-", dir=folder) as staging:
+            staged = Path(staging) / path.name
+            if _weight_bytes(model, external=False) > PROTOBUF_LIMIT:
+                ir.save(model, staged, external_data=f"{path.name}.data")
+            else:
+                _carry_external_data(model, folder, external)
+                staged.write_bytes(_serialized(model))
+            for file in sorted(Path(staging).iterdir(), reverse=True):  # the data before the model that names it
+                os.replace(file, folder / file.name)
+    except OSError as error:
+        raise ModelFileError(
+            str(path),
+            expected="a place that can be written to",
+            found=str(error),
+            advice="Choose another path, or make room.",
+        ) from error
+
+
+def _carry_external_data(model: ir.Model, folder: Path, external: str) -> None:
+    for source, location in sorted(_external_files(model)):
+        target = folder / location
+        if not target.resolve().is_relative_to(folder):
+            raise ModelFileError(
+                str(target),
+                expected=f"external data inside {folder}",
+                found=str(target.resolve()),
+                advice="Save to a folder without that symlink.",
+            )
+        if target.exists():
+            if target.samefile(source) or _same_content(target, source):
+                continue
+            raise ModelFileError(
+                str(target),
+                expected="no other file where the model's external data has to go",
+                found=f"a file of {target.stat().st_size} bytes",
+                advice="Save to an empty folder, or beside the base model.",
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if external == "link":
+            os.link(source, target)
+        else:
+            shutil.copyfile(source, target)
+
+
+def _same_content(first: Path, second: Path) -> bool:
+    if first.stat().st_size != second.stat().st_size:
+        return False
+    with first.open("rb") as one, second.open("rb") as other:
+        return hashlib.file_digest(one, "sha256").digest() == hashlib.file_digest(other, "sha256").digest()
+
+
+def _serialized(model: ir.Model) -> bytes:
+    return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """The model as the bytes of an `.onnx` file; external data stays referenced."""
+    return _serialized(model)
+
+
+def copy(model: ir.Model) -> ir.Model:
+    """An independent copy whose weights are shared, not copied."""
+    return model.clone()
+
+
+def external_folder(model: ir.Model) -> Path | None:
+    """The folder that the model's external data is relative to; None where it has none."""
+    for tensor in weights(model).values():
+        if isinstance(tensor, ir.ExternalTensor):
+            return Path(tensor.base_dir)
+    return None
+
+
+def _external_files(model: ir.Model) -> set[tuple[Path, str]]:
+    return {
+        (Path(tensor.path).resolve(), str(tensor.location))
+        for tensor in weights(model).values()
+        if isinstance(tensor, ir.ExternalTensor)
+    }
+
+
+def weights(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """The initializers of the main graph and its subgraphs by name."""
+    found: dict[str, ir.TensorProtocol] = {}
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                found[name] = value.const_value
+    return found
+
+
+def _weight_bytes(model: ir.Model, *, external: bool = True) -> int:
+    return sum(
+        tensor.nbytes for tensor in weights(model).values() if external or not isinstance(tensor, ir.ExternalTensor)
+    )
+
+
+# Fingerprints
+
+
+def fingerprint(model: ir.Model) -> str:
+    """A digest of the model's content: every node, attribute, value, weight and metadata entry, in order.
+
+    Two models have the same fingerprint exactly when they are equal node for node and weight for weight, wherever their
+    weights are stored. Up to 1 GiB of weights every byte counts (`sha256:...`). Above that only shape, type and 16
+    evenly spaced blocks of 4 KiB of each larger weight do, and the fingerprint says so (`sha256-sampled:...`).
+    """
+    sampled = _weight_bytes(model) > FULL_FINGERPRINT_LIMIT
+    digest = hashlib.sha256()
+
+    def add(*parts: str | bytes) -> None:
+        for part in parts:
+            data = part.encode() if isinstance(part, str) else part
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+
+    add(str(model.ir_version), repr(sorted(model.opset_imports.items())), repr(sorted(model.metadata_props.items())))
+    add(str(model.producer_name), str(model.producer_version), str(model.domain), str(model.model_version))
+    for identifier, function in sorted(model.functions.items()):
+        add(repr(identifier), ir.to_proto(function).SerializeToString(deterministic=True))
+    graph = model.graph
+    add(str(graph.name), repr(sorted(graph.metadata_props.items())))
+    for group in (graph.inputs, graph.outputs, graph.initializers.values()):
+        add("group")
+        for value in group:
+            add(_value_bytes(value))
+    for node in graph:
+        add(ir.to_proto(node).SerializeToString(deterministic=True))
+        for value in node.outputs:
+            add(_value_bytes(value))
+    for name, tensor in weights(model).items():
+        add(name, str(tensor.dtype), repr(tuple(tensor.shape)), _tensor_digest(tensor, sampled))
+    return f"sha256{'-sampled' if sampled else ''}:{digest.hexdigest()}"
+
+
+def _value_bytes(value: ir.Value) -> bytes:
+    return bytes(ir.serde.serialize_value(value).SerializeToString(deterministic=True))
+
+
+def _tensor_digest(tensor: ir.TensorProtocol, sampled: bool) -> bytes:
+    if isinstance(tensor, ir.ExternalTensor):
+        with Path(tensor.path).open("rb") as file:
+            start = tensor.offset or 0
+            if not sampled or tensor.nbytes <= _SAMPLE_BLOCKS * _SAMPLE_BYTES:
+                file.seek(start)
+                return hashlib.sha256(file.read(tensor.nbytes)).digest()
+            digest = hashlib.sha256()
+            for offset in np.linspace(0, tensor.nbytes - _SAMPLE_BYTES, _SAMPLE_BLOCKS).astype(np.int64):
+                file.seek(start + int(offset))
+                digest.update(file.read(_SAMPLE_BYTES))
+            return digest.digest()
+    data = tensor.tobytes()
+    if not sampled or len(data) <= _SAMPLE_BLOCKS * _SAMPLE_BYTES:
+        return hashlib.sha256(data).digest()
+    digest = hashlib.sha256()
+    for offset in np.linspace(0, len(data) - _SAMPLE_BYTES, _SAMPLE_BLOCKS).astype(np.int64):
+        digest.update(data[offset : offset + _SAMPLE_BYTES])
+    return digest.digest()
+
+
+# Shapes
+
+
+def opset_version(model: ir.Model) -> int:
+    """The version of the ONNX operators that the model imports."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def infer_shapes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
+    """Shapes of the main graph's values by name, from onnx's shape inference; the model is left as it is.
+
+    Weights of more than 1 KiB are left out of the inference, so that none is read; small ones are kept, since shapes
+    are computed from them.
+    """
+    skeleton = copy(model)
+    for name, value in list(skeleton.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > _SHAPE_BYTES:
+            skeleton.graph.initializers.pop(name)
+            if not value.is_graph_input():
+                value.shape, value.dtype = ir.Shape([int(size) for size in tensor.shape]), tensor.dtype
+                skeleton.graph.inputs.append(value)
+    proto = ir.to_proto(skeleton)
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    shapes: dict[str, tuple[int | str | None, ...]] = {
+        name: tuple(int(size) for size in tensor.shape) for name, tensor in weights(model).items()
+    }
+    for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
+        if info.type.tensor_type.HasField("shape"):
+            shapes[info.name] = tuple(
+                dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None)
+                for dim in info.type.tensor_type.shape.dim
+            )
+    return shapes
+
+
+def unique_name(model: ir.Model, wanted: str) -> str:
+    """`wanted`, or `wanted_2`, `wanted_3`, ... where a value or node of the main graph has that name already."""
+    taken = {value.name for node in model.graph for value in node.outputs} | set(model.graph.initializers)
+    taken |= {value.name for value in model.graph.inputs} | {node.name for node in model.graph}
+    name, count = wanted, 1
+    while name in taken:
+        count += 1
+        name = f"{wanted}_{count}"
+    return name
