@@ -316,22 +316,26 @@ def opset_version(model: ir.Model) -> int:
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
 
 
+def skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model's graph without its weights: those over 1 KiB become inputs of their shape and type."""
+    bare = copy(model)
+    for name, value in list(bare.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > _SHAPE_BYTES:
+            bare.graph.initializers.pop(name)
+            if not value.is_graph_input():
+                value.shape, value.dtype = ir.Shape([int(size) for size in tensor.shape]), tensor.dtype
+                bare.graph.inputs.append(value)
+    return ir.to_proto(bare)
+
+
 def infer_shapes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
     """Shapes of the main graph's values by name, from onnx's shape inference; the model is left as it is.
 
     Weights of more than 1 KiB are left out of the inference, so that none is read; small ones are kept, since shapes
     are computed from them.
     """
-    skeleton = copy(model)
-    for name, value in list(skeleton.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes > _SHAPE_BYTES:
-            skeleton.graph.initializers.pop(name)
-            if not value.is_graph_input():
-                value.shape, value.dtype = ir.Shape([int(size) for size in tensor.shape]), tensor.dtype
-                skeleton.graph.inputs.append(value)
-    proto = ir.to_proto(skeleton)
-    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
     shapes: dict[str, tuple[int | str | None, ...]] = {
         name: tuple(int(size) for size in tensor.shape) for name, tensor in weights(model).items()
     }

@@ -99,6 +99,9 @@ class NearMiss:
     nodes: tuple[str, ...]
     reason: str
 
+    attention: bool = False
+    """True: this is attention, in a form that is not supported; False: it is something else, e.g. class probabilities."""
+
     def to_json(self) -> dict[str, Any]:
         """The near miss as plain JSON types."""
         return asdict(self)

@@ -1,0 +1,85 @@
+"""Find the attention sites of a graph, and say of everything else that looked like one why it is none.
+
+One form of attention a file; `RULES` is the table of contents.
+"""
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from atpatch_onnx.matching import attention_op, fused, softmax
+from atpatch_onnx.matching.axes import token_axes
+from atpatch_onnx.matching.naming import site_names
+from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
+from atpatch_onnx.matching.view import View, view
+from atpatch_onnx.sites import AttentionSite, Matches, NearMiss
+
+__all__ = ["RULES", "explain", "find_sites"]
+
+RULES: tuple[Rule, ...] = (softmax.RULE, attention_op.RULE, fused.RULE)
+"""In order: the first rule that is anchored at a node's operator answers for it."""
+
+
+def find_sites(model: ir.Model) -> tuple[AttentionSite, ...]:
+    """The attention sites of a model in the graph's node order; `explain` also says what was refused and why."""
+    return explain(model).sites
+
+
+def explain(model: ir.Model) -> Matches:
+    """The attention sites of a model, and a near miss with its reason for everything that looked like one.
+
+    The model is left as it is.
+    """
+    seen = view(model)
+    answers = list(_answers(model, seen))
+    candidates = [answer for answer in answers if isinstance(answer, Candidate)]
+    names = site_names((candidate.anchor, *candidate.nodes) for candidate in candidates)
+    axes = token_axes(candidates, seen)
+    sites = tuple(
+        AttentionSite(
+            name=name,
+            index=index,
+            form=candidate.form,
+            layout=candidate.layout,
+            map=None if candidate.map is None else candidate.map.name,
+            value=str(candidate.value.name),
+            output=str(candidate.output.name),
+            heads=candidate.heads,
+            kv_heads=candidate.kv_heads,
+            queries=candidate.queries,
+            keys=candidate.keys,
+            depth=candidate.depth,
+            dtype=str((seen.dtype(candidate.output) or seen.dtype(candidate.query) or ir.DataType.UNDEFINED).name),
+            masked=candidate.masked,
+            self_attention=axis.self_attention,
+            token_axis=axis.name,
+            nodes=tuple(dict.fromkeys(label(node) for node in candidate.nodes)),
+        )
+        for index, (candidate, name, axis) in enumerate(zip(candidates, names, axes, strict=True))
+    )
+    return Matches(sites, tuple(answer for answer in answers if isinstance(answer, NearMiss)))
+
+
+def _answers(model: ir.Model, seen: View) -> Iterator[Candidate | NearMiss]:
+    for node in model.graph:
+        yield from _answer(node, seen)
+    nested = (node for subgraph in model.graph.subgraphs() for node in subgraph if subgraph is not model.graph)
+    within = (node for function in model.functions.values() for node in function.all_nodes())
+    for place, nodes in (("a branch or loop body", nested), ("a model-local function", within)):
+        for node in nodes:
+            for answer in _answer(node, seen):
+                yield _nested(answer, place)
+
+
+def _answer(node: ir.Node, seen: View) -> tuple[Candidate | NearMiss, ...]:
+    for rule in RULES:
+        if (node.domain, node.op_type) in rule.anchors:
+            return rule.answer(node, seen)
+    return ()
+
+
+def _nested(answer: Candidate | NearMiss, place: str) -> NearMiss:
+    if isinstance(answer, NearMiss) and not answer.attention:
+        return answer
+    nodes = answer.nodes if isinstance(answer, NearMiss) else tuple(label(node) for node in answer.nodes)
+    return NearMiss(nodes, f"attention, but inside {place}; only the main graph is patched", attention=True)

@@ -1,0 +1,174 @@
+"""Put a patch into a model's graph.
+
+The steps, each on a copy of the base, the base itself left alone:
+
+    refuse what cannot be baked  ->  detect and redistribute, site by site  ->  monitoring outputs  ->  what the file
+    says of itself  ->  functions, imported or inlined  ->  the invariants of every patched graph
+
+Flags are carried along a token axis: a site's flags are its own or those of the earlier patched sites of its axis.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.emission import Emission, Insertion, import_functions, inline_functions, require_opset
+from atpatch_onnx.errors import BakeError, PatchMismatchError
+from atpatch_onnx.invariants import require_invariants
+from atpatch_onnx.matching import find_sites
+from atpatch_onnx.metadata import describe, is_patched
+from atpatch_onnx.patch import Patch, SitePatch
+from atpatch_onnx.sites import AttentionSite
+from atpatch_onnx.weave import Controls, Woven, weave
+
+FLAGGED = f"{graphs.PREFIX}flagged"
+"""Monitoring output, bool `[batch, 1]`: whether any column of the sample was flagged."""
+
+SCORE = f"{graphs.PREFIX}score"
+"""Monitoring output, float `[batch, 1]`: the sample's largest margin over a threshold; flagged where positive."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a patch is written for one kind of runtime."""
+
+    emission: Emission
+    inline: bool
+    why: str
+
+
+TARGETS: Mapping[str, Target] = {
+    "cpu": Target(Emission.CONDITIONAL, False, "redistribution runs only when something is flagged"),
+    "cuda": Target(Emission.BRANCHLESS, False, "an If synchronises the device and forbids CUDA graphs"),
+    "tensorrt": Target(Emission.BRANCHLESS, True, "If is restricted and model-local functions are not expanded"),
+    "directml": Target(Emission.BRANCHLESS, True, "an If falls back to the CPU"),
+    "coreml": Target(Emission.BRANCHLESS, True, "If is refused"),
+    "web": Target(Emission.BRANCHLESS, True, "an If falls back to the CPU and splits the graph"),
+    "openvino": Target(Emission.BRANCHLESS, True, "model-local functions are refused"),
+    "portable": Target(Emission.BRANCHLESS, True, "no If and no model-local functions: what every runtime has"),
+}
+
+
+def bake(
+    model: ir.Model,
+    patch: Patch,
+    *,
+    target: str = "cpu",
+    emission: Emission | None = None,
+    inline: bool | None = None,
+    monitor: bool = True,
+    site_flags: bool = False,
+) -> ir.Model:
+    """A copy of `model` with `patch` in its graph. The weights are shared with `model`, not copied.
+
+    Args:
+        model: The base, the very model that the patch was fitted on.
+        patch: The fix.
+        target: Where it will run, a key of `TARGETS`.
+        emission: `conditional` or `branchless`, if not the target's own; their results are the same.
+        inline: Whether to leave no model-local functions, if not as the target needs.
+        monitor: Whether to add the outputs `atpatch/flagged` (bool `[batch, 1]`) and `atpatch/score` (float `[batch, 1]`).
+        site_flags: Whether to add an output `atpatch/<site>/flags` (bool `[batch, keys]`) for every patched site.
+
+    Raises:
+        BakeError: The target is unknown, the model is patched already, or its opset is too old.
+        PatchMismatchError: The patch was fitted on another model.
+    """
+    if target not in TARGETS:
+        raise BakeError(
+            "target", expected=f"one of {', '.join(TARGETS)}", found=repr(target), advice="Choose one of these."
+        )
+    emission = TARGETS[target].emission if emission is None else Emission(emission)
+    inline = TARGETS[target].inline if inline is None else inline
+    entries = _patched_sites(model, patch)
+    patched = graphs.copy(model)
+    woven = weave(patched, entries, emission, _constants)
+    monitors = _add_monitors(patched, woven) if monitor else []
+    if site_flags:
+        monitors += [_add_output(patched, step.flags, f"{step.site.name}/flags", [None, None]) for step in woven]
+    outputs = {site.name: site.output for site, entry in entries if entry.redistribution is not None}
+    patched.metadata_props.update(describe(patch, emission=emission.value, outputs=outputs, monitors=monitors))
+    import_functions(patched)
+    if inline or patched.ir_version < 8:  # model-local functions came with IR version 8
+        inline_functions(patched)
+    require_invariants(patched)
+    return patched
+
+
+def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, SitePatch]]:
+    """The patch's sites in the model, or the reason why they cannot be patched."""
+    if is_patched(model):
+        raise BakeError(
+            "the model",
+            expected="a base model",
+            found="one that is patched already",
+            advice="Strip it first.",
+        )
+    taken = [node.name for node in model.graph if (node.name or "").startswith(graphs.PREFIX)]
+    if taken:
+        raise BakeError(
+            "the model",
+            expected=f"no names under {graphs.PREFIX!r}",
+            found=f"the node {taken[0]!r}",
+            advice="Rename these nodes, or strip the model if it was patched.",
+        )
+    require_opset(model)
+    found = graphs.fingerprint(model)
+    if patch.base != found:
+        raise PatchMismatchError(
+            f"patch {patch.id}",
+            expected=f"the model it was fitted on, {patch.base}",
+            found=f"a model with the fingerprint {found}",
+            advice="Bake it into the model it was fitted on, or fit a patch for this one.",
+        )
+    by_name = {site.name: site for site in find_sites(model)}
+    missing = [entry.site for entry in patch.sites if entry.site not in by_name]
+    if missing:
+        raise PatchMismatchError(
+            f"patch {patch.id}",
+            expected=f"the attention site {missing[0]!r}",
+            found=f"the sites {', '.join(by_name) or 'none'}",
+            advice="Use the version of atpatch-onnx that fitted the patch, or fit it again.",
+        )
+    return sorted(((by_name[entry.site], entry) for entry in patch.sites), key=lambda pair: pair[0].index)
+
+
+def _constants(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls:
+    """Thresholds and benign attention as weights of the graph."""
+    threshold = beta = None
+    if entry.detector is not None:
+        threshold = at.constant("threshold", np.array([entry.detector.threshold], np.float32))
+    if entry.redistribution is not None:
+        beta = at.constant("beta", entry.redistribution.beta)
+    return Controls(threshold, beta)
+
+
+def _add_monitors(model: ir.Model, woven: Sequence[Woven]) -> list[str]:
+    """Outputs `atpatch/flagged` and `atpatch/score` over all sites."""
+    end = Insertion(model.graph, "monitor")
+    batch = next((value.shape[0] for value in model.graph.inputs if value.shape is not None and len(value.shape)), None)
+    flagged = score = None
+    last = {step.site.token_axis: step for step in woven}
+    for step in last.values():  # flags are carried: the last site of an axis has them all
+        flag = end.call("SampleFlag", step.flags, name=f"{step.site.name}/flagged")
+        flagged = flag if flagged is None else end.op("Or", flagged, flag, name=f"{step.site.name}/any_flagged")
+    for step in woven:
+        if step.margin is not None:
+            own = end.call("SampleScore", step.margin, name=f"{step.site.name}/score")
+            score = own if score is None else end.op("Max", score, own, name=f"{step.site.name}/any_score")
+    assert flagged is not None
+    assert score is not None, "a patch detects somewhere"
+    return [_add_output(model, flagged, "flagged", [batch, 1]), _add_output(model, score, "score", [batch, 1])]
+
+
+def _add_output(model: ir.Model, value: ir.Value, name: str, shape: Sequence[int | ir.SymbolicDim | str | None]) -> str:
+    """An output `atpatch/<name>`, behind all others."""
+    result = Insertion(model.graph, "monitor").op("Identity", value, name=name)
+    result.name = f"{graphs.PREFIX}{name}"
+    result.shape = ir.Shape(shape)
+    result.dtype = ir.DataType.FLOAT if name == "score" else ir.DataType.BOOL
+    model.graph.outputs.append(result)
+    return result.name

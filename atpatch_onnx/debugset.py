@@ -1,0 +1,390 @@
+"""`DebugSet`: pairs of a clean input and its counterfactual, and the token positions that make the difference.
+
+Everything that is fitted or verified is fitted or verified on such pairs: triggered inputs for a backdoor, inputs with
+the protected attribute changed for unfairness. Sets come from arrays, from a trigger function, from a table with a
+protected attribute, or from disk (`debugset_files` documents the format), and are divided into three parts that share
+no clean input.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from atpatch_onnx import debugset_builders, debugset_checks, debugset_files, debugset_split
+from atpatch_onnx.debugset_arrays import (
+    Array,
+    as_class,
+    as_inputs,
+    as_labels,
+    as_sensitive,
+    as_suspects,
+    check_finite,
+    matched,
+    read_only,
+)
+from atpatch_onnx.debugset_builders import Trigger
+from atpatch_onnx.debugset_checks import InputSpec
+from atpatch_onnx.errors import DebugSetError
+
+__all__ = ["DebugSet", "InputSpec", "Kind", "Split", "Trigger"]
+
+Kind = Literal["backdoor", "attribute"]
+"""Triggered inputs, or inputs with a protected attribute changed."""
+
+
+@dataclass(frozen=True, eq=False)
+class DebugSet:
+    """Pairs (clean, counterfactual); row i of every array belongs to pair i.
+
+    Make one with `from_pairs`, `from_trigger`, `from_attribute` or `load`, which check everything; the constructor
+    itself checks nothing. Arrays are read-only views of the ones given, so leave those unchanged.
+    """
+
+    clean: Mapping[str, Array]
+    """Arrays `[pairs, ...]` by the model's input names."""
+
+    counterfactual: Mapping[str, Array]
+    """The same names, shapes and dtypes."""
+
+    labels: NDArray[np.int64] | None
+    """True labels int64 `[pairs]`."""
+
+    suspects: NDArray[np.bool_] | None
+    """Bool `[pairs, tokens]`: positions on the token axis that make the difference; None until found."""
+
+    kind: Kind
+
+    target: int | None
+    """The backdoor's class; None where unknown (the fit infers it), and for an attribute."""
+
+    sensitive: Array | None
+    """The protected attribute's values on the clean side `[pairs]`."""
+
+    def __post_init__(self) -> None:
+        for side in ("clean", "counterfactual"):
+            views = {name: read_only(array.view()) for name, array in getattr(self, side).items()}
+            object.__setattr__(self, side, MappingProxyType(views))
+        for name in ("labels", "suspects", "sensitive"):
+            array = getattr(self, name)
+            if array is not None:
+                object.__setattr__(self, name, read_only(array.view()))
+
+    def __len__(self) -> int:
+        return len(next(iter(self.clean.values())))
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{name}: {array.dtype}{list(array.shape[1:])}" for name, array in self.clean.items())
+        has = [name for name in ("labels", "suspects", "sensitive") if getattr(self, name) is not None]
+        target = "" if self.target is None else f", target {self.target}"
+        return f"<DebugSet of {len(self)} pairs, {self.kind}{target}; {inputs}; {', '.join(has) or 'no labels'}>"
+
+    # From arrays
+
+    @classmethod
+    def from_pairs(
+        cls,
+        clean: Mapping[str, ArrayLike],
+        counterfactual: Mapping[str, ArrayLike],
+        labels: ArrayLike | None = None,
+        *,
+        suspects: ArrayLike | Literal["auto"] = "auto",
+        kind: Kind = "backdoor",
+        target: int | None = None,
+        sensitive: ArrayLike | None = None,
+    ) -> Self:
+        """Check and gather pairs.
+
+        Args:
+            clean: Arrays `[pairs, ...]` by the model's input names; no NaN, no infinity.
+            counterfactual: The same names, shapes and dtypes; row i is the counterfactual of row i of `clean`.
+            labels: True labels `[pairs]`, class indices from 0.
+            suspects: Bool `[pairs, tokens]`, the positions of the token axis that make the difference; "auto" leaves
+                them to be found from the difference of V at the first site of the token axis.
+            kind: "backdoor" (a trigger was added) or "attribute" (a protected attribute was changed).
+            target: The class that a backdoor sends triggered inputs to, where known.
+            sensitive: The protected attribute's values on the clean side `[pairs]`, for fairness metrics.
+
+        Raises:
+            DebugSetError: Names, shapes or dtypes differ between the sides, there are no pairs, numbers are not finite,
+                labels are not whole, suspects are not bool or mark nothing, or every pair is identical on both sides.
+        """
+        return cls._checked(clean, counterfactual, labels, suspects, kind, target, sensitive, "")
+
+    @classmethod
+    def _checked(
+        cls,
+        clean: Mapping[str, ArrayLike],
+        counterfactual: Mapping[str, ArrayLike],
+        labels: ArrayLike | None,
+        suspects: ArrayLike | Literal["auto"],
+        kind: str,
+        target: int | None,
+        sensitive: ArrayLike | None,
+        where: str,
+    ) -> Self:
+        before, after = matched(
+            as_inputs(clean, f"{where}clean"), as_inputs(counterfactual, f"{where}counterfactual"), where
+        )
+        for name in before:
+            check_finite(before[name], f"{where}clean[{name!r}]")
+            check_finite(after[name], f"{where}counterfactual[{name!r}]")
+        if kind not in ("backdoor", "attribute"):
+            raise DebugSetError(
+                f"{where}kind", expected="'backdoor' or 'attribute'", found=repr(kind), advice="Choose one of the two."
+            )
+        if target is not None and kind == "attribute":
+            raise DebugSetError(
+                f"{where}target",
+                expected="no target for a protected attribute",
+                found=repr(target),
+                advice="Leave the target out: only a backdoor sends inputs to one class.",
+            )
+        pairs = len(next(iter(before.values())))
+        found = isinstance(suspects, str) and suspects == "auto"
+        return cls(
+            clean=before,
+            counterfactual=after,
+            labels=None if labels is None else as_labels(labels, pairs, f"{where}labels"),
+            suspects=None if found else as_suspects(suspects, pairs, f"{where}suspects"),
+            kind=cast(Kind, kind),
+            target=None if target is None else as_class(target, f"{where}target"),
+            sensitive=None if sensitive is None else as_sensitive(sensitive, pairs, f"{where}sensitive"),
+        )
+
+    @classmethod
+    def from_trigger(
+        cls,
+        inputs: Mapping[str, ArrayLike],
+        trigger: Trigger,
+        labels: ArrayLike | None = None,
+        *,
+        target: int | None = None,
+        suspects: ArrayLike | Literal["auto"] = "auto",
+        drop_target: bool = True,
+    ) -> Self:
+        """Stamp a trigger on clean inputs.
+
+        Args:
+            inputs: Arrays `[inputs, ...]` by the model's input names.
+            trigger: Called once, with a dict of copies of all arrays; returns the triggered ones under the same names.
+            labels: True labels `[inputs]`.
+            target: The backdoor's class, where known.
+            suspects: As in `from_pairs`, one row for each input given.
+            drop_target: Leave out inputs whose label is the target: once triggered they prove nothing.
+
+        Raises:
+            DebugSetError: The trigger returns other names, no input is left, or what `from_pairs` refuses.
+        """
+        clean = as_inputs(inputs, "inputs")
+        pairs = len(next(iter(clean.values())))
+        found = isinstance(suspects, str) and suspects == "auto"
+        marks = None if found else as_suspects(suspects, pairs, "suspects")
+        if drop_target and labels is not None and target is not None:
+            labels = as_labels(labels, pairs, "labels")
+            rows = debugset_builders.rows_off_target(labels, as_class(target, "target"))
+            if len(rows) < pairs:
+                clean = {name: array[rows] for name, array in clean.items()}
+                labels, marks = labels[rows], None if marks is None else marks[rows]
+        triggered = debugset_builders.stamped(clean, trigger)
+        return cls.from_pairs(
+            clean, triggered, labels, suspects="auto" if marks is None else marks, kind="backdoor", target=target
+        )
+
+    @classmethod
+    def from_attribute(
+        cls,
+        inputs: Mapping[str, ArrayLike],
+        *,
+        name: str,
+        column: int | None = None,
+        values: Sequence[Any] | None = None,
+        change: Callable[[Array], ArrayLike] | None = None,
+        labels: ArrayLike | None = None,
+        suspects: ArrayLike | Literal["auto"] = "auto",
+    ) -> Self:
+        """Change the protected attribute of every row of a table, and nothing else.
+
+        An attribute that is spread over several columns, such as a one-hot one, is for `from_pairs(kind="attribute")`.
+
+        Args:
+            inputs: Arrays `[rows, ...]` by the model's input names.
+            name: The input that holds the attribute: `[rows, features]` with `column`, else `[rows]` or `[rows, 1]`.
+            column: Index of the attribute among the features.
+            values: The attribute's values as the model reads them; each row gets the one after its own and the last
+                one's rows get the first, so that two values swap. None: the values found, in ascending order.
+            change: From the attribute's values `[rows]` to the changed ones, instead of `values`.
+            labels: True labels `[rows]`.
+            suspects: As in `from_pairs`.
+
+        Raises:
+            DebugSetError: No such input or column, values that the data do not have, or what `from_pairs` refuses.
+        """
+        clean, counterfactual, sensitive = debugset_builders.attribute_changed(
+            inputs, name=name, column=column, values=values, change=change
+        )
+        return cls.from_pairs(clean, counterfactual, labels, suspects=suspects, kind="attribute", sensitive=sensitive)
+
+    # On disk
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a `.npz` file where `path` ends so, else to a folder of `.npy` files; an older set is replaced.
+
+        Raises:
+            DebugSetError: The place cannot be written to or holds something else, or the set would be refused by
+                `from_pairs`, as a part taken from a larger one may be.
+        """
+        checked = type(self).from_pairs(
+            self.clean,
+            self.counterfactual,
+            self.labels,
+            suspects="auto" if self.suspects is None else self.suspects,
+            kind=self.kind,
+            target=self.target,
+            sensitive=self.sensitive,
+        )
+        extras = {"labels": checked.labels, "suspects": checked.suspects, "sensitive": checked.sensitive}
+        debugset_files.write(
+            debugset_files.Stored(
+                clean=checked.clean,
+                counterfactual=checked.counterfactual,
+                extras={key: array for key, array in extras.items() if array is not None},
+                kind=checked.kind,
+                target=checked.target,
+            ),
+            path,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a `.npz` file, or a folder of `.npy` files, whose arrays stay on disk and are memory-mapped.
+
+        Raises:
+            DebugSetError: Nothing there, damaged or foreign files, or what `from_pairs` refuses.
+        """
+        stored = debugset_files.read(path)
+        return cls._checked(
+            stored.clean,
+            stored.counterfactual,
+            stored.extras.get("labels"),
+            stored.extras.get("suspects", "auto"),
+            stored.kind,
+            stored.target,
+            stored.extras.get("sensitive"),
+            f"{os.fspath(path)}: ",
+        )
+
+    # Other sets of the same pairs
+
+    def with_suspects(self, suspects: ArrayLike) -> Self:
+        """Return the same pairs with suspects bool `[pairs, tokens]`.
+
+        Raises:
+            DebugSetError: Another dtype or shape, or no position marked.
+        """
+        return replace(self, suspects=as_suspects(suspects, len(self), "suspects"))
+
+    def with_target(self, target: int) -> Self:
+        """Return the same pairs with the backdoor's class.
+
+        Raises:
+            DebugSetError: No class index, or the set is about a protected attribute.
+        """
+        if self.kind == "attribute":
+            raise DebugSetError(
+                "target",
+                expected="a debug set of kind 'backdoor'",
+                found="one of kind 'attribute'",
+                advice="Leave the target out: only a backdoor sends inputs to one class.",
+            )
+        return replace(self, target=as_class(target, "target"))
+
+    def take(self, indices: ArrayLike) -> Self:
+        """Return the pairs at `indices` `[n]`, integers or a bool mask `[pairs]`; arrays are copied into memory.
+
+        Raises:
+            DebugSetError: No indices, or indices that no pair has.
+        """
+        rows = np.asarray(indices)
+        if rows.dtype == np.bool_ and rows.shape == (len(self),):
+            rows = np.flatnonzero(rows)
+        whole = rows.ndim == 1 and rows.size > 0 and rows.dtype.kind in "iu"
+        if not whole or rows.min() < -len(self) or rows.max() >= len(self):
+            raise DebugSetError(
+                "indices",
+                expected=f"at least one index below {len(self)}, or a bool mask [{len(self)}] that is True somewhere",
+                found=f"{rows.dtype} {list(rows.shape)}" + (f" up to {rows.max()}" if whole else ""),
+                advice="Take pairs that the set holds.",
+            )
+        return replace(
+            self,
+            clean={name: array[rows] for name, array in self.clean.items()},
+            counterfactual={name: array[rows] for name, array in self.counterfactual.items()},
+            labels=None if self.labels is None else self.labels[rows],
+            suspects=None if self.suspects is None else self.suspects[rows],
+            sensitive=None if self.sensitive is None else self.sensitive[rows],
+        )
+
+    def split(self, *, fit: float = 0.5, calibration: float = 0.25, validation: float = 0.25, seed: int = 0) -> "Split":
+        """Divide into three parts with these shares of the pairs, balanced over labels; the same seed gives the same parts.
+
+        No clean input of one part is in another, on either side. The order of the rows does not matter.
+
+        Raises:
+            DebugSetError: Shares that do not add up to 1, or too few different pairs to fill each part.
+        """
+        rows = debugset_split.part_rows(
+            self.clean,
+            self.counterfactual,
+            self.labels,
+            shares={"fit": fit, "calibration": calibration, "validation": validation},
+            seed=seed,
+        )
+        return Split(**{part: self.take(indices) for part, indices in rows.items()})
+
+    # Checks
+
+    def check_inputs(self, inputs: Mapping[str, InputSpec]) -> None:
+        """Check the arrays against the inputs that a model declares, by name; the batch axis may have any size.
+
+        Raises:
+            DebugSetError: Missing or extra names, another dtype, another rank or static size.
+        """
+        debugset_checks.check_inputs(self.clean, inputs)
+
+    def check_effect(self, clean_predictions: ArrayLike, counterfactual_predictions: ArrayLike) -> None:
+        """Check that the pairs do something to a model; predicted classes of both sides are integers `[pairs]`.
+
+        Raises:
+            DebugSetError: No prediction changes, or predictions of another dtype, length or rank.
+        """
+        debugset_checks.check_effect(
+            clean_predictions, counterfactual_predictions, pairs=len(self), attribute=self.kind == "attribute"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The three parts of a debug set; no clean input is in two of them."""
+
+    fit: DebugSet
+    """What detectors are trained on."""
+
+    calibration: DebugSet
+    """What thresholds are calibrated on."""
+
+    validation: DebugSet
+    """What the fit is judged on."""
+
+    def check_size(self, clean_flag_rate: float) -> None:
+        """Check that the calibration part can resolve a clean flag rate: one flagged input must not exceed it.
+
+        Raises:
+            DebugSetError: A rate outside (0, 1], or fewer than 1 / rate pairs; says how many the whole set should hold.
+        """
+        calibration = len(self.calibration)
+        debugset_checks.check_size(calibration, calibration + len(self.fit) + len(self.validation), clean_flag_rate)

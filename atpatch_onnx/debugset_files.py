@@ -1,0 +1,276 @@
+"""A debug set on disk: arrays by key, in one `.npz` file or in a folder of `.npy` files.
+
+| key                      | holds                                                                                 |
+|--------------------------|---------------------------------------------------------------------------------------|
+| `clean/<input>`          | an input's clean array `[pairs, ...]`                                               |
+| `counterfactual/<input>` | the same input's counterfactual array, of the same shape and dtype                  |
+| `labels`                 | optional: whole numbers `[pairs]`                                                   |
+| `suspects`               | optional: bool `[pairs, tokens]`                                                    |
+| `sensitive`              | optional: the protected attribute's clean values `[pairs]`                          |
+| `debugset.json`          | `{"format": "atpatch-onnx debug set", "version": 1, "kind": "backdoor", "target": 3}` |
+
+In a `.npz` file a key is an entry, the json a text array without axes. In a folder a key is the file `<key>.npy`, the
+json a file of that name; the arrays are memory-mapped. `kind` is "backdoor" or "attribute", `target` a class or null.
+
+Where there is a json, `<input>` is the input's name with every character but letters, digits and `_.-~` written as `%`
+and two hex digits for each UTF-8 byte. Files written by hand may leave the json out and use plain names; they are taken
+as kind "backdoor" without a target. Nothing is pickled, and nothing pickled is read.
+
+Files are untrusted and written aside: a damaged or foreign one is refused, and a save that fails changes nothing.
+"""
+
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from atpatch_onnx.debugset_arrays import Array, one_line
+from atpatch_onnx.errors import DebugSetError
+
+HEADER = "debugset.json"
+FORMAT = "atpatch-onnx debug set"
+VERSION = 1
+SIDES = ("clean", "counterfactual")
+EXTRAS = ("labels", "suspects", "sensitive")
+
+_HEADER_LIMIT = 2**16
+
+_UNREADABLE = (
+    OSError,
+    ValueError,  # numpy's word for nearly everything, pickles included
+    SyntaxError,  # an array header that does not parse
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    MemoryError,  # an array header that claims more than there is
+    RuntimeError,  # encrypted or unknown compression; json nested too deep
+    UserWarning,  # numpy's about odd headers, where warnings are errors
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a debug set's files hold, not yet checked against each other."""
+
+    clean: Mapping[str, Array]
+    counterfactual: Mapping[str, Array]
+    extras: Mapping[str, Array]
+    """By the names in `EXTRAS`, those that there are."""
+
+    kind: str
+    target: int | None
+
+
+# Writing
+
+
+def write(stored: Stored, path: str | os.PathLike[str]) -> None:
+    """Write to a `.npz` file where `path` ends so, else to a folder.
+
+    Raises:
+        DebugSetError: The place cannot be written to, or is a folder that holds something else.
+    """
+    path = Path(path)
+    arrays = {
+        **{f"clean/{_encoded(name)}": array for name, array in stored.clean.items()},
+        **{f"counterfactual/{_encoded(name)}": array for name, array in stored.counterfactual.items()},
+        **stored.extras,
+    }
+    header = json.dumps({"format": FORMAT, "version": VERSION, "kind": stored.kind, "target": stored.target})
+    try:
+        path = path.resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".atpatch-", dir=path.parent) as staging:
+            staged = Path(staging) / "new"
+            if path.suffix == ".npz":
+                _write_npz(staged, {HEADER: np.array(header), **arrays})
+                os.replace(staged, path)
+            else:
+                _write_folder(staged, header, arrays)
+                _replace_folder(staged, path, Path(staging) / "old")
+    except (OSError, ValueError) as error:
+        raise DebugSetError(
+            str(path),
+            expected="a place that can be written to",
+            found=one_line(error),
+            advice="Choose another path, or make room.",
+        ) from error
+
+
+def _write_npz(file: Path, arrays: Mapping[str, Array]) -> None:
+    with zipfile.ZipFile(file, "x") as archive:
+        for key, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{key}.npy")  # without the time, so that equal sets give equal files
+            with archive.open(entry, "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, np.asarray(array), allow_pickle=False)
+
+
+def _write_folder(folder: Path, header: str, arrays: Mapping[str, Array]) -> None:
+    for side in SIDES:
+        (folder / side).mkdir(parents=True)
+    (folder / HEADER).write_text(header + "\n", encoding="utf-8")
+    for key, array in arrays.items():
+        with (folder / f"{key}.npy").open("xb") as file:  # x: two names may be one to a file system that ignores case
+            np.save(file, array, allow_pickle=False)
+
+
+def _replace_folder(staged: Path, path: Path, aside: Path) -> None:
+    """Put `staged` where an older debug set may be; refuse to touch any other folder that is not empty."""
+    if not path.is_dir():
+        os.replace(staged, path)
+        return
+    if any(path.iterdir()):
+        _check_ours(path)
+    os.replace(path, aside)
+    try:
+        os.replace(staged, path)
+    except OSError:
+        os.replace(aside, path)
+        raise
+
+
+def _check_ours(path: Path) -> None:
+    ours = {HEADER, *SIDES, *(f"{extra}.npy" for extra in EXTRAS)}
+    foreign = sorted(
+        [entry.name for entry in path.iterdir() if entry.name not in ours]
+        + [entry.name for side in SIDES for entry in (path / side).glob("*") if entry.suffix != ".npy"]
+    )
+    if foreign or not (path / HEADER).is_file():
+        raise DebugSetError(
+            str(path),
+            expected="a new or empty folder, or an older debug set to replace",
+            found=f"a folder with {foreign[0]!r} in it" if foreign else f"a folder without {HEADER}",
+            advice="Choose another path.",
+        )
+
+
+def _encoded(name: str) -> str:
+    return quote(name, safe="")
+
+
+# Reading
+
+
+def read(path: str | os.PathLike[str]) -> Stored:
+    """Read a `.npz` file or a folder of `.npy` files; a folder's arrays are memory-mapped.
+
+    Raises:
+        DebugSetError: Nothing there, no debug set, a damaged one, or one of a later version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        header, arrays = _read_folder(path)
+    elif path.is_file():
+        header, arrays = _read_npz(path)
+    else:
+        raise DebugSetError(
+            str(path),
+            expected="a .npz file or a folder of .npy files",
+            found="nothing there",
+            advice="Check the path.",
+        )
+    kind, target = ("backdoor", None) if header is None else _parsed(header, f"{path}: {HEADER}")
+    sides: dict[str, dict[str, Array]] = {side: {} for side in SIDES}
+    extras: dict[str, Array] = {}
+    for key, array in arrays.items():
+        side, slash, name = key.partition("/")
+        if slash and side in sides:
+            sides[side][name if header is None else unquote(name)] = array
+        elif key in EXTRAS:
+            extras[key] = array
+        else:
+            raise DebugSetError(
+                str(path),
+                expected=f"clean/<input>, counterfactual/<input>, {', '.join(EXTRAS)} and {HEADER} only",
+                found=repr(key),
+                advice="Rename that array, or take it out.",
+            )
+    if not sides["clean"] or not sides["counterfactual"]:
+        raise DebugSetError(
+            str(path),
+            expected="arrays clean/<input> and counterfactual/<input>",
+            found=", ".join(repr(key) for key in arrays) or "no arrays",
+            advice="Store both sides under the names of the model's inputs, such as clean/pixel_values.",
+        )
+    return Stored(sides["clean"], sides["counterfactual"], extras, kind, target)
+
+
+def _read_npz(path: Path) -> tuple[str | None, dict[str, Array]]:
+    arrays: dict[str, Array] = {}
+    with _refusing_damage(str(path)), zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            key = member.filename.removesuffix(".npy")
+            if key in arrays:
+                raise ValueError(f"{key!r} is there twice")
+            with _refusing_damage(f"{path}: {key}"), archive.open(member) as file:
+                arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
+                if file.read(1):
+                    raise ValueError("there is more after the array")
+    header = arrays.pop(HEADER, None)
+    if header is None:
+        return None, arrays
+    if header.dtype.kind != "U" or header.ndim or header.nbytes > 4 * _HEADER_LIMIT:
+        raise _not_a_set(f"{path}: {HEADER}", f"{header.dtype} {list(header.shape)}")
+    return str(header), arrays
+
+
+def _read_folder(path: Path) -> tuple[str | None, dict[str, Array]]:
+    arrays: dict[str, Array] = {}
+    with _refusing_damage(str(path)):
+        files = sorted(file for side in (".", *SIDES) for file in (path / side).glob("*.npy") if file.is_file())
+    for file in files:
+        key = file.relative_to(path).as_posix().removesuffix(".npy")
+        with _refusing_damage(str(file)):
+            arrays[key] = np.lib.format.open_memmap(file, mode="r")
+    if not (path / HEADER).is_file():
+        return None, arrays
+    with _refusing_damage(str(path / HEADER)), (path / HEADER).open("rb") as stream:
+        return stream.read(_HEADER_LIMIT).decode("utf-8"), arrays
+
+
+def _parsed(text: str, where: str) -> tuple[str, int | None]:
+    with _refusing_damage(where):
+        header: Any = json.loads(text)
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise _not_a_set(where, f"another header ({text[:60]!r})")
+    if header.get("version") != VERSION:
+        raise DebugSetError(
+            where,
+            expected=f"version {VERSION}",
+            found=f"version {header.get('version')!r}",
+            advice="Read it with the release of atpatch-onnx that wrote it, or a later one.",
+        )
+    kind, target = header.get("kind"), header.get("target")
+    if kind not in ("backdoor", "attribute") or not (target is None or type(target) is int):
+        raise _not_a_set(where, f"kind {kind!r} and target {target!r}")
+    return kind, target
+
+
+@contextmanager
+def _refusing_damage(where: str) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise _not_a_set(where, one_line(error)) from error
+
+
+def _not_a_set(where: str, found: str) -> DebugSetError:
+    return DebugSetError(
+        where,
+        expected="a complete debug set: a .npz file or a folder of .npy files, nothing pickled",
+        found=found,
+        advice="Save the debug set again, or copy it again if it was cut short.",
+    )

@@ -1,0 +1,256 @@
+"""The onnxscript functions that probe and patched graphs share: column features, detector, redistribution.
+
+What the detector is fitted on is what it sees when served, because both graphs call these functions. The arithmetic is
+that of design section 5; `atpatch_onnx.redistribution` is the numpy form of it. Shapes are in brackets: B batch,
+H heads, Hv heads of the values, Q queries, K keys, D depth, F features. All arithmetic is float32, whatever the model's
+precision. Every function runs from opset 15 on; `local_functions` makes them ready for a model's own opset.
+"""
+
+import onnx_ir as ir
+from onnxscript import opset18 as op
+from onnxscript import script
+from onnxscript.values import Opset
+
+DOMAIN = "atpatch"
+DOMAIN_VERSION = 1
+MIN_OPSET = 15
+"""CastLike and Shape with a start came with opset 15."""
+
+SUMMARIES = ("mean", "first query", "quarter 1", "quarter 2", "quarter 3", "quarter 4", "maximum", "own query")
+"""The per-head column features of `ColumnSummary`, in order."""
+
+_domain = Opset(DOMAIN, DOMAIN_VERSION)
+_TINY = 1e-30
+_UNSEEN = -8.0
+
+
+@script(_domain, default_opset=op)
+def WholeColumns(P):  # noqa: N802
+    """Column features of a fixed-length, unmasked map: the column itself. P [B,H,Q,K] -> [B,H*Q,K].
+
+    The factor K that makes weights relative to the uniform share is folded into the detector.
+    """
+    keys = op.Shape(P, start=3, end=4)
+    columns = op.Concat(op.Constant(value_ints=[0, -1]), keys, axis=0)
+    return op.Cast(op.Reshape(P, columns), to=1)
+
+
+@script(_domain, default_opset=op)
+def ValidQueries(P):  # noqa: N802
+    """Which queries of self-attention are tokens, not padding. P [B,H,Q,K] -> float [B,1,Q,1], 1 or 0.
+
+    A padded position's key is masked, for its own query too. In a row that is masked entirely some exporters write the
+    uniform row over all keys, masked ones included; such a row is no token's either.
+    """
+    weights = op.Cast(P, to=1)
+    queries = op.Shape(P, start=2, end=3)
+    keys = op.Shape(P, start=3, end=4)
+    zero = op.Constant(value_int=0)
+    one = op.Constant(value_int=1)
+    rows = op.Range(zero, op.Squeeze(queries), one)
+    columns = op.Range(zero, op.Squeeze(keys), one)
+    own_key = op.Unsqueeze(rows + (keys - queries), op.Constant(value_ints=[1]))
+    own = op.Cast(own_key == op.Unsqueeze(columns, op.Constant(value_ints=[0])), to=1)
+    own_weight = op.ReduceSum(weights * own, op.Constant(value_ints=[3]), keepdims=1)
+    sees_itself = op.ReduceMax(own_weight, op.Constant(value_ints=[1]), keepdims=1) > op.Constant(value_float=0.0)
+    uniform = op.Reciprocal(op.Cast(keys, to=1))
+    deviation = op.ReduceSum(op.Abs(weights - uniform), op.Constant(value_ints=[1, 3]), keepdims=1)
+    uneven = op.Or(deviation > op.Constant(value_float=1e-5), keys == one)
+    return op.Cast(op.And(sees_itself, uneven), to=1)
+
+
+@script(_domain, default_opset=op)
+def AllQueries(P):  # noqa: N802
+    """Every query counts: for maps whose queries are not the positions of their keys. [B,H,Q,K] -> [B,1,Q,1]."""
+    batch = op.Shape(P, start=0, end=1)
+    queries = op.Shape(P, start=2, end=3)
+    one = op.Constant(value_ints=[1])
+    return op.Expand(op.Constant(value_float=1.0), op.Concat(batch, one, queries, one, axis=0))
+
+
+@script(_domain, default_opset=op)
+def ColumnSummary(P, valid):  # noqa: N802
+    """Column features that do not change with padding: `SUMMARIES` per head. P [B,H,Q,K] -> [B,H*8,K].
+
+    Weights are relative to the row's uniform share, `P_ij * n_i`, and only valid queries `[B,1,Q,1]` count. The quarters
+    are means over the first, second, ... quarter of a sample's valid queries.
+    """
+    weights = op.Cast(P, to=1)
+    zero = op.Constant(value_float=0.0)
+    one = op.Constant(value_float=1.0)
+    query_axis = op.Constant(value_ints=[2])
+    visible = op.Cast(weights > zero, to=1)
+    share = weights * op.ReduceSum(visible, op.Constant(value_ints=[3]), keepdims=1) * valid
+
+    count = op.Max(op.ReduceSum(valid, query_axis, keepdims=1), one)
+    rank = op.CumSum(valid, op.Constant(value_int=2)) - valid
+    first = op.Cast(rank < op.Constant(value_float=0.5), to=1) * valid
+    quarter = op.Floor(rank * op.Constant(value_float=4.0) / count)
+    quarters = op.Cast(quarter == op.Constant(value_floats=[0.0, 1.0, 2.0, 3.0]), to=1) * valid
+    selection = op.Concat(valid, first, quarters, axis=3)
+    selection = selection / op.Max(op.ReduceSum(selection, query_axis, keepdims=1), one)
+    means = op.MatMul(op.Transpose(selection, perm=[0, 1, 3, 2]), share)
+
+    maximum = op.ReduceMax(share, query_axis, keepdims=1)
+    queries = op.Shape(P, start=2, end=3)
+    keys = op.Shape(P, start=3, end=4)
+    start = op.Constant(value_int=0)
+    step = op.Constant(value_int=1)
+    own_key = op.Unsqueeze(op.Range(start, op.Squeeze(queries), step) + (keys - queries), op.Constant(value_ints=[1]))
+    columns = op.Unsqueeze(op.Range(start, op.Squeeze(keys), step), op.Constant(value_ints=[0]))
+    own = op.ReduceSum(share * op.Cast(own_key == columns, to=1), query_axis, keepdims=1)
+
+    features = op.Concat(means, maximum, own, axis=2)
+    return op.Reshape(features, op.Concat(op.Constant(value_ints=[0, -1]), keys, axis=0))
+
+
+@script(_domain, default_opset=op)
+def DetectorMargin(X, weight_1, bias_1, weight_2, bias_2, direction, threshold):  # noqa: N802
+    """How far each column's score is above the threshold. X [B,F,K] -> [B,K].
+
+    The encoder is two layers to a unit-norm embedding; the score is the difference of its similarities to the anomalous
+    and the benign prototype, `direction = prototype_anomalous - prototype_benign` [1,E]. Columns that no query sees
+    (padding) are far below every threshold. weight_1 [hidden,F], bias_1 [hidden,1], weight_2 [E,hidden], bias_2 [E,1].
+    """
+    feature_axis = op.Constant(value_ints=[1])
+    hidden = op.Relu(op.MatMul(weight_1, X) + bias_1)
+    embedding = op.MatMul(weight_2, hidden) + bias_2
+    norm = op.Sqrt(op.ReduceSum(embedding * embedding, feature_axis, keepdims=1) + op.Constant(value_float=1e-12))
+    score = op.Squeeze(op.MatMul(direction, embedding) / norm, feature_axis)
+    seen = op.ReduceSum(X, feature_axis, keepdims=0) > op.Constant(value_float=0.0)
+    return op.Where(seen, score - threshold, op.Constant(value_float=_UNSEEN))
+
+
+@script(_domain, default_opset=op)
+def RedistributedMap(P, M, beta):  # noqa: N802
+    """P' of design section 5. P [B,H,Q,K], M bool [B,K], beta broadcasts to [B,H,Q,1] -> float [B,H,Q,K]."""
+    weights = op.Cast(P, to=1)
+    zero = op.Constant(value_float=0.0)
+    one = op.Constant(value_float=1.0)
+    key_axis = op.Constant(value_ints=[3])
+    m = op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 2])), to=1)
+    visible = op.Cast(weights > zero, to=1)
+    flagged_visible = visible * m
+    benign_visible = visible - flagged_visible
+    n = op.ReduceSum(visible, key_axis, keepdims=1)
+    n_benign = op.ReduceSum(benign_visible, key_axis, keepdims=1)
+
+    share = beta / op.Max(n, one)
+    left = one - share * (n - n_benign)
+    R = weights * (one - m)
+    r = op.ReduceSum(R, key_axis, keepdims=1)
+    some = r > op.Constant(value_float=_TINY)
+    scale = op.Where(some, left / op.Where(some, r, one), zero)
+    even = op.Where(some, zero, left / op.Max(n_benign, one))
+    redistributed = share * flagged_visible + R * scale + benign_visible * even
+    return op.Where(n_benign > zero, redistributed, weights)
+
+
+@script(_domain, default_opset=op)
+def NeutralValues(V, M, neutral):  # noqa: N802
+    """A flagged token hands over the neutral value. V [B,Hv,K,D], M bool [B,K], neutral [Hv,D] -> float [B,Hv,K,D]."""
+    flagged = op.Unsqueeze(M, op.Constant(value_ints=[1, 3]))
+    mean = op.Unsqueeze(neutral, op.Constant(value_ints=[0, 2]))
+    return op.Where(flagged, mean, op.Cast(V, to=1))
+
+
+@script(_domain, default_opset=op)
+def Attend(P, V):  # noqa: N802
+    """P V where H / Hv consecutive heads share one head of V. P [B,H,Q,K], V [B,Hv,K,D] -> float [B,H,Q,D]."""
+    values = op.Cast(V, to=1)
+    kv_heads = op.Shape(V, start=1, end=2)
+    keys = op.Shape(P, start=3, end=4)
+    grouped = op.Concat(op.Constant(value_ints=[0]), kv_heads, op.Constant(value_ints=[-1]), keys, axis=0)
+    output = op.MatMul(op.Reshape(op.Cast(P, to=1), grouped), values)
+    depth = op.Shape(V, start=3, end=4)
+    return op.Reshape(output, op.Concat(op.Shape(P, start=0, end=3), depth, axis=0))
+
+
+@script(_domain, default_opset=op)
+def UnpackHeads(V, heads):  # noqa: N802
+    """The packed layout to one axis a head. V [B,K,Hv*D], heads int64 [0, 0, Hv, -1] -> [B,Hv,K,D]."""
+    return op.Transpose(op.Reshape(V, heads), perm=[0, 2, 1, 3])
+
+
+@script(_domain, default_opset=op)
+def PackHeads(Y):  # noqa: N802
+    """One axis a head to the packed layout. Y [B,H,Q,D] -> [B,Q,H*D]."""
+    return op.Reshape(op.Transpose(Y, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
+
+
+@script(_domain, default_opset=op)
+def SelectFlagged(repaired, Y, M, per_sample):  # noqa: N802
+    """The repaired output where a sample has a flag, Y itself, bit for bit, where it has none.
+
+    M bool [B,K]; per_sample is the shape [-1, 1, ...] that lines a value per sample up with Y.
+    """
+    count = op.ReduceSum(op.Cast(M, to=1), op.Constant(value_ints=[1]), keepdims=0)
+    flagged = op.Reshape(count > op.Constant(value_float=0.0), per_sample)
+    return op.Where(flagged, op.CastLike(repaired, Y), Y)
+
+
+@script(_domain, default_opset=op)
+def AnyFlag(M):  # noqa: N802
+    """Whether any column of any sample is flagged. M bool [B,K] -> bool scalar."""
+    return op.ReduceSum(op.Cast(M, to=1), keepdims=0) > op.Constant(value_float=0.0)
+
+
+@script(_domain, default_opset=op)
+def SampleFlag(M):  # noqa: N802
+    """Whether any column of a sample is flagged. M bool [B,K] -> bool [B,1]."""
+    return op.ReduceSum(op.Cast(M, to=1), op.Constant(value_ints=[1]), keepdims=1) > op.Constant(value_float=0.0)
+
+
+@script(_domain, default_opset=op)
+def SampleScore(margin):  # noqa: N802
+    """A sample's largest margin. [B,K] -> [B,1]."""
+    return op.ReduceMax(margin, op.Constant(value_ints=[1]), keepdims=1)
+
+
+_ALL = (
+    WholeColumns,
+    ValidQueries,
+    AllQueries,
+    ColumnSummary,
+    DetectorMargin,
+    RedistributedMap,
+    NeutralValues,
+    Attend,
+    UnpackHeads,
+    PackHeads,
+    SelectFlagged,
+    AnyFlag,
+    SampleFlag,
+    SampleScore,
+)
+
+
+def local_functions(opset_version: int) -> dict[str, ir.Function]:
+    """The functions by name, as model-local functions of a model that imports this opset.
+
+    Args:
+        opset_version: The model's version of the ONNX operators, `MIN_OPSET` or later.
+    """
+    functions = {}
+    for definition in _ALL:
+        function = ir.from_proto(definition.to_function_proto())
+        assert isinstance(function, ir.Function)
+        function.opset_imports[""] = opset_version
+        if opset_version < 18:
+            _axes_as_attribute(function)
+        functions[function.name] = function
+    return functions
+
+
+def _axes_as_attribute(function: ir.Function) -> None:
+    """Before opset 18, ReduceMax took its axes as an attribute."""
+    for node in list(function):
+        if node.op_type != "ReduceMax":
+            continue
+        axes = node.inputs[1]
+        constant = axes.producer() if axes is not None else None
+        assert constant is not None, "our own functions give ReduceMax constant axes"
+        node.attributes.add(ir.AttrInt64s("axes", constant.attributes["value_ints"].as_ints()))
+        node.resize_inputs(1)
+        if not constant.outputs[0].uses():
+            function.remove(constant)

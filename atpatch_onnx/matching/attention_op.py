@@ -1,0 +1,98 @@
+"""The ONNX op `Attention` of opset 23 and later, 4-D `[batch, heads, positions, depth]` or 3-D with packed heads."""
+
+import onnx_ir as ir
+
+from atpatch_onnx.matching.rules import Candidate, Rule, batch_reason, miss, type_reason
+from atpatch_onnx.matching.view import View
+from atpatch_onnx.sites import Dim, Form, Layout, NearMiss
+
+_QUERY, _KEY, _VALUE, _MASK, _PAST_KEY, _PAST_VALUE, _PADDING = range(7)
+"""Positions of the inputs; `_PADDING` is `nonpad_kv_seqlen` (opset 24)."""
+
+
+def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
+    """A candidate, or why this use of the op is refused."""
+    found = _match(node, view)
+    if isinstance(found, str):
+        return (miss([node], f"attention, but {found}", attention=True),)
+    return (found,)
+
+
+def _match(node: ir.Node, view: View) -> Candidate | str:
+    windowed = [name for name in node.attributes if "window" in name and node.attributes[name].as_int() not in (0, -1)]
+    if windowed:
+        return f"it attends within a window ({', '.join(windowed)}), which no runtime supports yet"
+    query, key, value = (_input(node, index) for index in (_QUERY, _KEY, _VALUE))
+    if query is None or key is None or value is None:
+        return "Q, K or V is missing"
+    shapes = [view.shape(operand) for operand in (query, key, value)]
+    ranks = {len(shape) for shape in shapes if shape is not None}
+    if ranks not in ({4}, {3}):
+        return f"its inputs must all have 4 or all 3 axes, found {sorted(ranks) or 'unknown shapes'}"
+    packed = ranks == {3}
+    dims = _packed_dims(node, shapes) if packed else _dims(shapes)
+    batch, heads, kv_heads, queries, positions, depth = dims
+    past = _input(node, _PAST_VALUE)
+    reason = batch_reason(batch, view) or type_reason(view.dtype(node.outputs[0]) or view.dtype(query))
+    if reason is not None:
+        return reason
+    return Candidate(
+        anchor=node,
+        form=Form.ATTENTION,
+        layout=Layout.PACKED if packed else Layout.HEADS,
+        map=None,
+        query=query,
+        key=key,
+        value=value,
+        output=node.outputs[0],
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        queries=queries,
+        keys=positions if past is None else _keys_with_past(node, past, positions, view),
+        depth=depth,
+        masked=_masked(node),
+        nodes=(node,),
+    )
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _masked(node: ir.Node) -> bool:
+    causal = "is_causal" in node.attributes and node.attributes["is_causal"].as_int() != 0
+    return causal or any(_input(node, index) is not None for index in (_MASK, _PAST_KEY, _PAST_VALUE, _PADDING))
+
+
+def _dims(shapes: list[tuple[Dim, ...] | None]) -> tuple[Dim, ...]:
+    """(batch, heads, kv_heads, queries, positions of K and V, depth) of 4-D inputs."""
+    query, key, value = (shape or (None,) * 4 for shape in shapes)
+    kv_heads = key[1] if value[1] is None else value[1]
+    positions = key[2] if value[2] is None else value[2]
+    return query[0], query[1], kv_heads, query[2], positions, value[3]
+
+
+def _packed_dims(node: ir.Node, shapes: list[tuple[Dim, ...] | None]) -> tuple[Dim, ...]:
+    """The same of 3-D inputs, which need the attributes q_num_heads and kv_num_heads."""
+    query, key, value = (shape or (None,) * 3 for shape in shapes)
+    heads, kv_heads = (
+        node.attributes[name].as_int() if name in node.attributes else None for name in ("q_num_heads", "kv_num_heads")
+    )
+    width = value[2]
+    depth = width // kv_heads if isinstance(width, int) and kv_heads else None
+    return query[0], heads, kv_heads, query[1], key[1] if value[1] is None else value[1], depth
+
+
+def _keys_with_past(node: ir.Node, past: ir.Value, positions: Dim, view: View) -> Dim:
+    """Keys of the map: those of the cache and the new ones; output 2, `present_value`, has them all."""
+    present = view.shape(node.outputs[2]) if len(node.outputs) > 2 else None
+    if present and present[2] is not None:
+        return present[2]
+    cached = (view.shape(past) or (None,) * 4)[2]
+    if isinstance(cached, int) and isinstance(positions, int):
+        return cached + positions
+    return None if cached is None or positions is None else f"{cached} + {positions}"
+
+
+RULE = Rule(anchors=frozenset({("", "Attention")}), answer=answer)

@@ -1,0 +1,127 @@
+"""Token axes: which sites' keys are positions of one sequence, and which sites attend within one.
+
+An approximation by data flow. Every value has *origins*: the values where its sequence of positions began, such as an
+embedding or a convolution. Linear layers, norms, residual sums and moves hand origins on; whatever may choose, pool or
+mix positions begins a new sequence. A site's output stands at the positions of its queries. Then
+
+- queries and keys are positions of one sequence if they share an origin and nothing is known against it in their
+  lengths;
+- the keys of two sites are positions of one sequence if they share an origin and have the same known batch and length.
+
+So encoder and decoder stay apart even where their lengths agree, and the keys of cross-attention stand on the encoder's
+axis. Where the flow is not understood, a site gets an axis of its own: flags are then not carried, never carried wrong.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from atpatch_onnx.matching.rules import Candidate
+from atpatch_onnx.matching.view import View
+
+_POINTWISE = {
+    "Add", "Sub", "Mul", "Div", "Pow", "Where", "Min", "Max", "Sum", "Mean",
+    "Cast", "CastLike", "Identity", "Dropout", "Clip", "Neg", "Abs", "Sqrt", "Exp", "Log", "Reciprocal", "Erf", "Tanh",
+    "Sigmoid", "Relu", "Gelu", "LeakyRelu", "Elu", "Selu", "Celu", "HardSigmoid", "HardSwish", "Mish", "Swish", "PRelu",
+    "Softplus", "Sin", "Cos", "Not", "Concat",
+}  # fmt: skip
+"""Operators that leave positions where they are; all operands count, Concat's because lengths tell what it does."""
+
+_FIRST_OPERAND = {
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Flatten", "Gemm", "MatMul", "FusedMatMul",
+    "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization", "BatchNormalization", "LpNormalization", "RotaryEmbedding", "FastGelu",
+    "BiasGelu", "QuickGelu", "Softmax", "Einsum",
+}  # fmt: skip
+"""Operators whose first operand carries the positions. MatMul, Gemm and Einsum only with weights as the second."""
+
+_PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "Einsum"}
+_CUTS = {"Slice", "Split", "Gather", "GatherND"}
+
+_PARTS = (2, 3)
+"""An axis of this length that is taken apart holds Q, K and V of a fused projection, not positions."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What was found out about the positions of a site."""
+
+    name: str
+    """The same for sites whose keys are positions of one sequence."""
+
+    self_attention: bool
+
+
+def token_axes(candidates: Sequence[Candidate], view: View) -> list[Axis]:
+    """The axis of each candidate, in order."""
+    origins = _origins(candidates, view)
+    known: list[tuple[str, frozenset[str], tuple[object, object]]] = []
+    axes = []
+    for site in candidates:
+        queries, keys = (origins.get(str(value.name), frozenset()) for value in (site.query, site.key))
+        sizes = (site.batch, site.keys)
+        name = next(
+            (name for name, others, size in known if others & keys and size == sizes and None not in sizes),
+            f"axis_{len({name for name, _, _ in known})}",
+        )
+        known.append((name, keys, sizes))
+        contradicted = None not in (site.queries, site.keys) and site.queries != site.keys
+        axes.append(Axis(name, self_attention=bool(queries & keys) and not contradicted))
+    return axes
+
+
+def _origins(candidates: Sequence[Candidate], view: View) -> dict[str, frozenset[str]]:
+    outputs = {str(site.output.name): str(site.query.name) for site in candidates}
+    origins: dict[str, frozenset[str]] = {
+        str(value.name): frozenset({str(value.name)}) for value in view.model.graph.inputs
+    }
+    for node in view.model.graph:
+        for value in node.outputs:
+            name = str(value.name)
+            if view.is_static(value):
+                origins[name] = frozenset()
+            elif name in outputs:
+                origins[name] = origins.get(outputs[name], frozenset())
+            else:
+                origins[name] = _handed_on(node, origins, view) or frozenset({name})
+    return origins
+
+
+def _handed_on(node: ir.Node, origins: dict[str, frozenset[str]], view: View) -> frozenset[str]:
+    """The origins that the node's output has from its operands; none where the node begins a new sequence."""
+    if node.op_type in _POINTWISE:
+        operands = [value for value in node.inputs if value is not None and _full_size(value, node, view)]
+    elif node.op_type in _PRODUCTS and not any(view.is_static(value) for value in node.inputs[:2]):
+        return frozenset()
+    elif node.op_type in _FIRST_OPERAND or (node.op_type in _CUTS and _keeps_positions(node, view)):
+        operands = [value for value in node.inputs[:2] if value is not None and not view.is_static(value)][:1]
+    else:
+        return frozenset()
+    return frozenset().union(*(origins.get(str(value.name), frozenset()) for value in operands))
+
+
+def _full_size(value: ir.Value, node: ir.Node, view: View) -> bool:
+    """Whether an operand is as large as the result: what is broadcast (masks, scales, pooled context) does not count."""
+    if node.op_type == "Concat":
+        return True
+    shape, result = view.shape(value), view.shape(node.outputs[0])
+    return shape is None or result is None or shape == result or None in (*shape, *result)
+
+
+def _keeps_positions(node: ir.Node, view: View) -> bool:
+    """Whether a cut goes along the depth, or takes Q, K or V out of a fused projection."""
+    shape = view.shape(node.inputs[0])
+    if shape is None:
+        return False
+    axes = _cut_axes(node, view)
+    return axes is not None and all(axis % len(shape) == len(shape) - 1 or shape[axis] in _PARTS for axis in axes)
+
+
+def _cut_axes(node: ir.Node, view: View) -> list[int] | None:
+    if node.op_type == "Slice":
+        axes = view.constant(node.inputs[3]) if len(node.inputs) > 3 else None
+        return None if axes is None else [int(axis) for axis in axes.reshape(-1)]
+    if node.op_type in ("Split", "Gather"):
+        return [node.attributes["axis"].as_int() if "axis" in node.attributes else 0]
+    return None

@@ -1,0 +1,119 @@
+"""Walks along chains of nodes that only reshape, mask or scale: from the softmax to V, and back to Q and K."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from atpatch_onnx.matching.view import View
+
+PRODUCTS = {"MatMul", "Einsum", "Gemm", "FusedMatMul"}
+
+_MOVES = {"Cast", "CastLike", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Dropout", "Identity"}
+"""Operators that move, cut or convert the entries of their first input."""
+
+_FORWARD = dict.fromkeys(_MOVES, (0,)) | {"Where": (1, 2), "Mul": (0, 1), "Div": (0,)}
+_BACK = dict.fromkeys((*_MOVES, "Tanh", "Clip", "Flatten"), (0,)) | {
+    "Add": (0, 1),
+    "Sub": (0, 1),
+    "Mul": (0, 1),
+    "Div": (0,),
+    "Where": (1, 2),
+    "Concat": None,
+    "Min": None,
+    "Max": None,
+    "Neg": (0,),
+}
+"""Operators to walk through, with the operands that carry the entries (None: all)."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where a chain ended: `node` took `value` as its operand `index`, after `path` (in walking order)."""
+
+    node: ir.Node
+    index: int
+    value: ir.Value
+    path: tuple[ir.Node, ...]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the chain ended at a product of matrices."""
+        return self.node.op_type in PRODUCTS
+
+
+def forward(value: ir.Value) -> Iterator[Meeting]:
+    """Every node that the entries of `value` meet after moves, guards and scalings, in graph order of each fan-out."""
+    stack: list[tuple[ir.Value, tuple[ir.Node, ...]]] = [(value, ())]
+    seen = {value}
+    while stack:
+        current, path = stack.pop()
+        for use in current.uses():
+            if use.idx in _FORWARD.get(use.node.op_type, ()) and use.node.domain == "":
+                following = use.node.outputs[0]
+                if following not in seen:
+                    seen.add(following)
+                    stack.append((following, (*path, use.node)))
+            else:
+                yield Meeting(use.node, use.idx, current, path)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of matrices found on the way back; `path` leads from there to the start, in graph order."""
+
+    node: ir.Node
+    path: tuple[ir.Node, ...]
+
+
+def back(value: ir.Value) -> Iterator[Product]:
+    """The products that the entries of `value` were computed from; the first operand of each node comes first."""
+    stack: list[tuple[ir.Value, tuple[ir.Node, ...]]] = [(value, ())]
+    seen = set()
+    while stack:
+        current, path = stack.pop()
+        node = current.producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.op_type in PRODUCTS:
+            yield Product(node, path)
+            continue
+        if node.op_type not in _BACK or node.domain != "":
+            continue
+        operands = _BACK[node.op_type]
+        for index in reversed(range(len(node.inputs)) if operands is None else operands):
+            operand = node.inputs[index]
+            if operand is not None:
+                stack.append((operand, (node, *path)))
+
+
+def can_hide(path: tuple[ir.Node, ...], view: View) -> bool:
+    """Whether the nodes between the product of Q and K and the softmax can push a weight to zero.
+
+    Scalings cannot, nor can a finite bias that is part of the weights. Whatever is not known is taken for a mask.
+    """
+    return any(_hides(node, view) for node in path)
+
+
+def _hides(node: ir.Node, view: View) -> bool:
+    if node.op_type == "Where":
+        return True
+    if node.op_type not in {"Add", "Sub", "Min", "Max", "Concat"}:
+        return False
+    for operand in node.inputs:
+        content = view.constant(operand)
+        if content is not None:
+            return bool(content.size) and not float(abs(content.astype("float32")).max()) < _HIDING
+        if view.is_static(operand):
+            return True
+    return not _subtracts_maximum(node)
+
+
+_HIDING = 1000.0
+"""A bias of this size and more hides a key for good: exp(-1000) is zero in every float type."""
+
+
+def _subtracts_maximum(node: ir.Node) -> bool:
+    second = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
+    return node.op_type == "Sub" and second is not None and second.op_type == "ReduceMax"

@@ -1,0 +1,124 @@
+"""The reference arithmetic of redistribution, in numpy and float64: the oracle of every test and of `verify`.
+
+The same arithmetic is written as onnxscript functions in `atpatch_onnx.functions`. It exists twice on purpose.
+
+AtPatch (arXiv 2601.21695) replaces anomalous columns of the attention map with a unified benign attention and rescales
+the others. Here, as in the design:
+
+    visible_ij = P_ij > 0                         masked, padded and causal zeros stay zero
+    n_i        = number of visible keys of row i
+    B_ij       = M_j * visible_ij * beta / n_i    what an anomalous column gets
+    t_i        = sum_j B_ij
+    R_ij       = (1 - M_j) * P_ij ;  r_i = sum_j R_ij
+    P'_ij      = B_ij + R_ij * (1 - t_i) / r_i                        if r_i > TINY
+    P'_ij      = B_ij + visible_ij * (1 - M_j) * (1 - t_i) / n'_i     otherwise (n'_i visible benign keys)
+    P'_i       = P_i                                                  if the row sees flagged keys only
+    P'_b       = P_b                                                  if sample b has no flag
+
+We differ from the paper in three ways: benign attention is in units of a row's uniform share, so that it means the same at
+every length and under every mask; a row whose benign weights have vanished gets its mass spread evenly instead of a
+division by nearly zero; and flagged tokens hand over the site's mean value instead of their own (`neutral_value`).
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+TINY = 1e-30
+"""Benign mass of a row (`r_i`) up to which it counts as vanished: dividing by less overflows float32."""
+
+Float = NDArray[np.float64]
+
+
+def redistributed_map(P: ArrayLike, M: ArrayLike, beta: ArrayLike) -> Float:
+    """The attention map after redistribution.
+
+    Args:
+        P: Attention map `[batch, heads, queries, keys]`; rows sum to 1, or to 0 where everything is masked.
+        M: Flags, bool `[batch, keys]`.
+        beta: Benign attention in [0, 1], in units of a row's uniform share; broadcasts to `[batch, heads, queries, 1]`.
+
+    Returns:
+        `P'` `[batch, heads, queries, keys]`, float64; rows sum to what they summed to before.
+    """
+    P = np.asarray(P, np.float64)
+    M = np.asarray(M, bool)
+    m = M[:, None, None, :].astype(np.float64)
+    visible = (P > 0).astype(np.float64)
+    n = visible.sum(-1, keepdims=True)
+    flagged_visible = m * visible
+    benign_visible = visible - flagged_visible
+    n_benign = benign_visible.sum(-1, keepdims=True)
+
+    share = np.asarray(beta, np.float64) / np.maximum(n, 1)
+    t = share * (n - n_benign)
+    R = (1 - m) * P
+    r = R.sum(-1, keepdims=True)
+    scaled = R * np.divide(1 - t, r, out=np.zeros(np.broadcast_shapes(t.shape, r.shape)), where=r > TINY)
+    even = benign_visible * (1 - t) / np.maximum(n_benign, 1)
+    redistributed = share * flagged_visible + np.where(r > TINY, scaled, even)
+    untouched = (n_benign == 0) | ~M.any(-1)[:, None, None, None]
+    return np.where(untouched, P, redistributed)
+
+
+def neutral_values(V: ArrayLike, M: ArrayLike, neutral: ArrayLike) -> Float:
+    """The values that positions hand over: a flagged one the site's neutral value instead of its own.
+
+    Args:
+        V: Values `[batch, kv heads, keys, depth]`.
+        M: Flags, bool `[batch, keys]`.
+        neutral: Mean value over clean data, `[kv heads, depth]`.
+
+    Returns:
+        `V'` of the shape of `V`, float64.
+    """
+    V = np.asarray(V, np.float64)
+    M = np.asarray(M, bool)
+    return np.where(M[:, None, :, None], np.asarray(neutral, np.float64)[None, :, None, :], V)
+
+
+def attend(P: ArrayLike, V: ArrayLike) -> Float:
+    """`P V` for grouped heads: `heads / kv heads` consecutive heads of `P` share one head of `V`.
+
+    Args:
+        P: `[batch, heads, queries, keys]`.
+        V: `[batch, kv heads, keys, depth]`.
+
+    Returns:
+        `[batch, heads, queries, depth]`, float64.
+    """
+    P, V = np.asarray(P, np.float64), np.asarray(V, np.float64)
+    return P @ np.repeat(V, P.shape[1] // V.shape[1], axis=1)
+
+
+def redistributed_output(
+    P: ArrayLike, V: ArrayLike, Y: ArrayLike, M: ArrayLike, beta: ArrayLike, neutral: ArrayLike | None
+) -> Float:
+    """The site's output `Y' = P' V'`; samples without a flag keep `Y`.
+
+    Args:
+        P: Attention map `[batch, heads, queries, keys]`.
+        V: Values `[batch, kv heads, keys, depth]`.
+        Y: The site's own output `[batch, heads, queries, depth]`.
+        M: Flags, bool `[batch, keys]`.
+        beta: Benign attention, broadcasts to `[batch, heads, queries, 1]`.
+        neutral: Neutral value `[kv heads, depth]`, or None for the paper's form, in which tokens keep their own value.
+
+    Returns:
+        `[batch, heads, queries, depth]`, float64.
+    """
+    M = np.asarray(M, bool)
+    values = np.asarray(V, np.float64) if neutral is None else neutral_values(V, M, neutral)
+    repaired = attend(redistributed_map(P, M, beta), values)
+    return np.where(M.any(-1)[:, None, None, None], repaired, np.asarray(Y, np.float64))
+
+
+def pack_heads(Y: ArrayLike) -> Float:
+    """`[batch, heads, positions, depth]` to the packed layout `[batch, positions, heads * depth]`."""
+    Y = np.asarray(Y, np.float64)
+    return Y.transpose(0, 2, 1, 3).reshape(Y.shape[0], Y.shape[2], -1)
+
+
+def unpack_heads(Y: ArrayLike, heads: int) -> Float:
+    """The packed layout `[batch, positions, heads * depth]` to `[batch, heads, positions, depth]`."""
+    Y = np.asarray(Y, np.float64)
+    return Y.reshape(Y.shape[0], Y.shape[1], heads, -1).transpose(0, 2, 1, 3)

@@ -1,0 +1,104 @@
+"""Take a patch out of a model again. What remains is the base, and its fingerprint proves it."""
+
+import onnx_ir as ir
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.emission import OUTPUTS_KEY, SITE_KEY
+from atpatch_onnx.errors import StripError
+from atpatch_onnx.functions import DOMAIN
+from atpatch_onnx.metadata import PREFIX as METADATA_PREFIX
+from atpatch_onnx.metadata import PatchRecord, read_record
+
+
+def strip(model: ir.Model) -> ir.Model:
+    """A copy of a patched model without the patch: equal to the base, node for node and weight for weight.
+
+    Raises:
+        StripError: The model is not patched, or what remains is not the base that it names.
+    """
+    record = read_record(model)
+    base = graphs.copy(model)
+    for step in _STEPS:
+        step(base, record)
+    found = graphs.fingerprint(base)
+    if found != record.base:
+        raise StripError(
+            "the stripped model",
+            expected=f"the base {record.base}",
+            found=f"a model with the fingerprint {found}",
+            advice="The patched file was changed after it was baked: go back to the base, or to the file as baked.",
+        )
+    return base
+
+
+def _remove_monitors(model: ir.Model, record: PatchRecord) -> None:
+    kept = [output for output in model.graph.outputs if not (output.name or "").startswith(graphs.PREFIX)]
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(kept)
+
+
+def _restore_outputs(model: ir.Model, record: PatchRecord) -> None:
+    """Give every site's own output its name and its uses back."""
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for site, name in record.outputs.items():
+        own, corrected = values.get(f"{graphs.PREFIX}{site}/base"), values.get(name)
+        if own is None or corrected is None:
+            raise StripError(
+                f"site {site}",
+                expected=f"the values {graphs.PREFIX}{site}/base and {name}",
+                found="one of them missing",
+                advice="The patched file was changed after it was baked: go back to the base.",
+            )
+        ir.convenience.replace_all_uses_with(corrected, own, replace_graph_outputs=True)
+        corrected.name = f"{graphs.PREFIX}{site}/corrected"
+        own.name = name
+
+
+def _restore_fused_nodes(model: ir.Model, record: PatchRecord) -> None:
+    """A fused node gives back the outputs it was asked for."""
+    asked = [node for node in model.graph if OUTPUTS_KEY in node.metadata_props]
+    for node in asked:
+        if len(node.outputs) > 3 and (node.outputs[3].name or "").startswith(graphs.PREFIX):
+            node.attributes.pop("qk_matmul_output_mode", None)
+
+
+def _remove_nodes(model: ir.Model, record: PatchRecord) -> None:
+    ours = [node for node in model.graph if SITE_KEY in node.metadata_props]
+    inner = [
+        node for node in model.graph.all_nodes() if node.graph is not model.graph and SITE_KEY in node.metadata_props
+    ]
+    for node in inner:  # let go of what our branches captured, or their nodes would stay users of the base's values
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
+    model.graph.remove(ours, safe=True)
+    for node in model.graph:
+        count = node.metadata_props.pop(OUTPUTS_KEY, None)
+        if count is not None:
+            node.resize_outputs(int(count))
+
+
+def _remove_weights(model: ir.Model, record: PatchRecord) -> None:
+    for name in [name for name in model.graph.initializers if name.startswith(graphs.PREFIX)]:
+        model.graph.initializers.pop(name)
+
+
+def _remove_functions(model: ir.Model, record: PatchRecord) -> None:
+    for identifier in [identifier for identifier in model.functions if identifier[0] == DOMAIN]:
+        del model.functions[identifier]
+    model.graph.opset_imports.pop(DOMAIN, None)
+
+
+def _remove_metadata(model: ir.Model, record: PatchRecord) -> None:
+    for key in [key for key in model.metadata_props if key.startswith(METADATA_PREFIX)]:
+        del model.metadata_props[key]
+
+
+_STEPS = (
+    _remove_monitors,
+    _restore_outputs,
+    _restore_fused_nodes,
+    _remove_nodes,
+    _remove_weights,
+    _remove_functions,
+    _remove_metadata,
+)

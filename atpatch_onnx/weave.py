@@ -1,0 +1,145 @@
+"""Write a patch's sites into a graph, one after the other, carrying flags along each token axis.
+
+The trial graph of the fit and the patched graph are both written here. They differ only in where thresholds and benign
+attention come from: the graph's inputs while fitting, constants once baked (`Controls`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx.emission import Emission, Insertion, Repair, column_features, open_site, repair_output
+from atpatch_onnx.errors import PatchMismatchError
+from atpatch_onnx.functions import SUMMARIES
+from atpatch_onnx.patch import Array, Detector, Features, SitePatch
+from atpatch_onnx.sites import AttentionSite
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Values of the graph that decide what a site does."""
+
+    threshold: ir.Value | None = None
+    """float `[1]`, where the site detects."""
+
+    beta: ir.Value | None = None
+    """float, broadcasts to `[batch, heads, queries, 1]`, where the site redistributes."""
+
+    switch: ir.Value | None = None
+    """bool `[1]`: redistribute only where true; None: always."""
+
+
+@dataclass(frozen=True)
+class Woven:
+    """What one site left in the graph."""
+
+    site: AttentionSite
+    margin: ir.Value | None
+    """float `[batch, keys]`, where the site detects."""
+
+    flags: ir.Value
+    """bool `[batch, keys]`: its own or carried."""
+
+
+def weave(
+    model: ir.Model,
+    entries: Sequence[tuple[AttentionSite, SitePatch]],
+    emission: Emission,
+    controls: Callable[[Insertion, AttentionSite, SitePatch], Controls],
+) -> tuple[Woven, ...]:
+    """Write detection and redistribution for `entries`, in graph order, into `model`, in place.
+
+    Raises:
+        PatchMismatchError: An array does not have the shape that its site asks for, or a site redistributes although no
+            site before it on its token axis, nor itself, detects.
+    """
+    carried: dict[str, ir.Value] = {}
+    woven = []
+    for site, entry in entries:
+        _check_shapes(site, entry)
+        handles, at = open_site(model, site)
+        control = controls(at, site, entry)
+        margin = flags = None
+        if entry.detector is not None:
+            assert control.threshold is not None, "a detecting site has a threshold"
+            X = column_features(at, handles.P, site, whole=entry.detector.features is Features.WHOLE)
+            arrays = folded(entry.detector, site)
+            weights = [at.constant(name, array) for name, array in arrays.items()]
+            margin = at.call("DetectorMargin", X, *weights, control.threshold, name="margin")
+            flags = at.op("Greater", margin, at.constant("zero", np.zeros(1, np.float32)), name="own_flags")
+        before = carried.get(site.token_axis)
+        if flags is None:
+            flags = before
+        elif before is not None:
+            flags = at.op("Or", flags, before, name="carried_flags")
+        if flags is None:
+            raise _mismatch(site, "a detecting site before it on its token axis", "none")
+        carried[site.token_axis] = flags
+        if entry.redistribution is not None:
+            assert control.beta is not None, "a redistributing site has benign attention"
+            neutral = entry.redistribution.neutral
+            switched = flags if control.switch is None else at.op("And", flags, control.switch, name="switched")
+            repair = Repair(switched, control.beta, None if neutral is None else at.constant("neutral", neutral))
+            repair_output(at, site, handles, repair, emission)
+        woven.append(Woven(site, margin, flags))
+    return tuple(woven)
+
+
+def folded(detector: Detector, site: AttentionSite) -> dict[str, Array]:
+    """The detector's arrays with the benign statistics folded into the first layer, in the order the function takes them.
+
+    `weight_1 (x - mean) / scale + bias_1 = W x + b`. Whole columns come in as plain weights, so the factor `keys` that
+    makes them relative to the uniform share is folded in as well.
+    """
+    unit = np.float32(1)
+    if detector.features is Features.WHOLE:
+        assert isinstance(site.keys, int), "whole columns have a fixed length"
+        unit = np.float32(site.keys)
+    weight_1 = detector.weight_1 / detector.scale.T
+    return {
+        "weight_1": weight_1 * unit,
+        "bias_1": detector.bias_1 - weight_1 @ detector.mean,
+        "weight_2": detector.weight_2,
+        "bias_2": detector.bias_2,
+        "direction": detector.direction,
+    }
+
+
+def feature_count(site: AttentionSite, features: Features) -> int | None:
+    """How many column features a site has; None where the site's own shape is not known."""
+    if not isinstance(site.heads, int):
+        return None
+    if features is Features.SUMMARY:
+        return site.heads * len(SUMMARIES)
+    return site.heads * site.queries if isinstance(site.queries, int) else None
+
+
+def _check_shapes(site: AttentionSite, entry: SitePatch) -> None:
+    if entry.detector is not None:
+        if entry.detector.features is Features.WHOLE and not isinstance(site.keys, int):
+            raise _mismatch(site, "column features of a free length", "a detector of whole columns")
+        wanted, found = feature_count(site, entry.detector.features), entry.detector.weight_1.shape[1]
+        if wanted not in (None, found):
+            raise _mismatch(site, f"a detector of {wanted} column features", f"one of {found}")
+    if entry.redistribution is not None:
+        redistribution = entry.redistribution
+        if redistribution.neutral is not None:
+            kv_heads, depth = redistribution.neutral.shape
+            if site.kv_heads not in (kv_heads, None) or (isinstance(site.depth, int) and site.depth != depth):
+                raise _mismatch(
+                    site, f"a neutral value of {site.kv_heads} x {site.depth}", f"one of {kv_heads} x {depth}"
+                )
+        profile = redistribution.beta.shape[:2]
+        if profile != (1, 1) and any(
+            isinstance(want, int) and want != size
+            for want, size in zip((site.heads, site.queries), profile, strict=True)
+        ):
+            raise _mismatch(site, f"a profile of {site.heads} x {site.queries}", f"one of {profile}")
+
+
+def _mismatch(site: AttentionSite, expected: str, found: str) -> PatchMismatchError:
+    return PatchMismatchError(
+        f"site {site.name}", expected=expected, found=found, advice="Fit the patch again for this model."
+    )
