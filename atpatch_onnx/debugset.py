@@ -330,9 +330,10 @@ class DebugSet:
         )
 
     def split(self, *, fit: float = 0.5, calibration: float = 0.25, validation: float = 0.25, seed: int = 0) -> "Split":
-        """Divide into three parts with these shares of the pairs, balanced over labels; the same seed gives the same parts.
+        """Divide into three parts with these shares of the pairs, balanced over labels.
 
-        No clean input of one part is in another, on either side. The order of the rows does not matter.
+        No clean input of one part is in another, on either side. The same pairs and seed give the same parts, in
+        whatever order the rows are.
 
         Raises:
             DebugSetError: Shares that do not add up to 1, or too few different pairs to fill each part.

@@ -165,7 +165,7 @@ def _fused_map(product: ir.Node, at: Insertion) -> ir.Value:
     if not has_output and mode is None:
         product.attributes.add(ir.AttrInt64(_MODE, 3))
         P = _extra_output(product, 3, at, "map")
-        P.dtype = product.outputs[0].dtype
+        P.type = product.outputs[0].type
         return P
     # The op already hands out its scores at another stage: a second one computes the map.
     attributes = [*(attr for attr in product.attributes.values() if attr.name != _MODE), ir.AttrInt64(_MODE, 3)]
@@ -174,7 +174,7 @@ def _fused_map(product: ir.Node, at: Insertion) -> ir.Value:
     for index, output in enumerate(second.outputs):
         used = index in (0, 3) or (index in (1, 2) and len(product.inputs) > 5 and product.inputs[5] is not None)
         output.name = f"{PREFIX}{at.scope}/map" + ("" if index == 3 else f"_{index}") if used else ""
-    second.outputs[3].dtype = product.outputs[0].dtype
+    second.outputs[3].type = product.outputs[0].type
     at.place(second)
     return second.outputs[3]
 
@@ -190,7 +190,7 @@ def _extra_output(product: ir.Node, index: int, at: Insertion, name: str) -> ir.
         for output in product.outputs[before:]:
             output.name = ""
     product.outputs[index].name = f"{PREFIX}{at.scope}/{name}"
-    product.outputs[index].dtype = product.outputs[0].dtype
+    product.outputs[index].type = product.outputs[0].type  # not its dtype: exporters may leave the type unknown
     return product.outputs[index]
 
 

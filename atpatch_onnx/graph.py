@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,9 @@ PROTOBUF_LIMIT = 2**31 - 2**20
 
 FULL_FINGERPRINT_LIMIT = 2**30
 """Bytes of weights up to which a fingerprint covers every byte."""
+
+_SOURCE_LINES = "pkg.torch.onnx.stack_trace"
+"""Node metadata in which torch's exporter notes the source lines behind a node, with the paths of the machine."""
 
 _SAMPLE_BLOCKS = 16
 _SAMPLE_BYTES = 4096
@@ -254,6 +257,10 @@ def fingerprint(model: ir.Model) -> str:
     Two models have the same fingerprint exactly when they are equal node for node and weight for weight, wherever their
     weights are stored. Up to 1 GiB of weights every byte counts (`sha256:...`). Above that only shape, type and 16
     evenly spaced blocks of 4 KiB of each larger weight do, and the fingerprint says so (`sha256-sampled:...`).
+
+    One metadata entry does not count: the source lines that torch's exporter notes at each node
+    (`pkg.torch.onnx.stack_trace`). They hold the paths of installed packages, so that one model exported on two machines
+    would differ in nothing else.
     """
     sampled = _weight_bytes(model) > FULL_FINGERPRINT_LIMIT
     digest = hashlib.sha256()
@@ -267,7 +274,9 @@ def fingerprint(model: ir.Model) -> str:
     add(str(model.ir_version), repr(sorted(model.opset_imports.items())), repr(sorted(model.metadata_props.items())))
     add(str(model.producer_name), str(model.producer_version), str(model.domain), str(model.model_version))
     for identifier, function in sorted(model.functions.items()):
-        add(repr(identifier), ir.to_proto(function).SerializeToString(deterministic=True))
+        function_proto = ir.to_proto(function)
+        _drop_source_lines(function_proto.node)
+        add(repr(identifier), function_proto.SerializeToString(deterministic=True))
     graph = model.graph
     add(str(graph.name), repr(sorted(graph.metadata_props.items())))
     for group in (graph.inputs, graph.outputs, graph.initializers.values()):
@@ -275,12 +284,26 @@ def fingerprint(model: ir.Model) -> str:
         for value in group:
             add(_value_bytes(value))
     for node in graph:
-        add(ir.to_proto(node).SerializeToString(deterministic=True))
+        proto = ir.to_proto(node)
+        _drop_source_lines([proto])
+        add(proto.SerializeToString(deterministic=True))
         for value in node.outputs:
             add(_value_bytes(value))
     for name, tensor in weights(model).items():
         add(name, str(tensor.dtype), repr(tuple(tensor.shape)), _tensor_digest(tensor, sampled))
     return f"sha256{'-sampled' if sampled else ''}:{digest.hexdigest()}"
+
+
+def _drop_source_lines(nodes: Iterable[onnx.NodeProto]) -> None:
+    """Remove the entry `pkg.torch.onnx.stack_trace` from nodes and the nodes of their subgraphs, in place."""
+    for node in nodes:
+        kept = [entry for entry in node.metadata_props if entry.key != _SOURCE_LINES]
+        if len(kept) < len(node.metadata_props):
+            del node.metadata_props[:]
+            node.metadata_props.extend(kept)
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                _drop_source_lines(subgraph.node)
 
 
 def _value_bytes(value: ir.Value) -> bytes:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes
 from atpatch_onnx.matching.naming import site_names
-from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
+from atpatch_onnx.matching.rules import Candidate, Rule, label
 from atpatch_onnx.matching.view import View, view
 from atpatch_onnx.sites import AttentionSite, Matches, NearMiss
 

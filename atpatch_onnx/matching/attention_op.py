@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from atpatch_onnx.matching.chains import is_mask
 from atpatch_onnx.matching.rules import Candidate, Rule, batch_reason, miss, type_reason
 from atpatch_onnx.matching.view import View
 from atpatch_onnx.sites import Dim, Form, Layout, NearMiss
@@ -51,7 +52,7 @@ def _match(node: ir.Node, view: View) -> Candidate | str:
         queries=queries,
         keys=positions if past is None else _keys_with_past(node, past, positions, view),
         depth=depth,
-        masked=_masked(node),
+        masked=_masked(node, view),
         nodes=(node,),
     )
 
@@ -60,9 +61,11 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def _masked(node: ir.Node) -> bool:
+def _masked(node: ir.Node, view: View) -> bool:
     causal = "is_causal" in node.attributes and node.attributes["is_causal"].as_int() != 0
-    return causal or any(_input(node, index) is not None for index in (_MASK, _PAST_KEY, _PAST_VALUE, _PADDING))
+    mask = _input(node, _MASK)
+    hidden = mask is not None and is_mask(mask, view)
+    return causal or hidden or any(_input(node, index) is not None for index in (_PAST_KEY, _PAST_VALUE, _PADDING))
 
 
 def _dims(shapes: list[tuple[Dim, ...] | None]) -> tuple[Dim, ...]:

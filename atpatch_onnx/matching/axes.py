@@ -102,7 +102,7 @@ def _handed_on(node: ir.Node, origins: dict[str, frozenset[str]], view: View) ->
 
 
 def _full_size(value: ir.Value, node: ir.Node, view: View) -> bool:
-    """Whether an operand is as large as the result: what is broadcast (masks, scales, pooled context) does not count."""
+    """Whether an operand is as large as the result: broadcast masks, scales and pooled context do not count."""
     if node.op_type == "Concat":
         return True
     shape, result = view.shape(value), view.shape(node.outputs[0])

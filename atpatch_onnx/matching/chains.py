@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx.matching.view import View
@@ -101,13 +102,20 @@ def _hides(node: ir.Node, view: View) -> bool:
         return True
     if node.op_type not in {"Add", "Sub", "Min", "Max", "Concat"}:
         return False
-    for operand in node.inputs:
-        content = view.constant(operand)
-        if content is not None:
-            return bool(content.size) and not float(abs(content.astype("float32")).max()) < _HIDING
-        if view.is_static(operand):
-            return True
-    return not _subtracts_maximum(node)
+    if _subtracts_maximum(node):
+        return False
+    constants = [operand for operand in node.inputs if view.is_static(operand)]
+    return not constants or any(is_mask(operand, view) for operand in constants)
+
+
+def is_mask(operand: ir.Value | None, view: View) -> bool:
+    """Whether a mask or bias can hide a key: false only for a constant that is all True, or finite and small."""
+    content = view.constant(operand)
+    if content is None:
+        return True
+    if content.dtype == np.bool_:
+        return not bool(content.all())
+    return bool((~(np.abs(content.astype(np.float32)) < _HIDING)).any())
 
 
 _HIDING = 1000.0

@@ -65,8 +65,10 @@ def type_reason(dtype: ir.DataType | None) -> str | None:
 
 def batch_reason(batch: Dim, view: View) -> str | None:
     """Why the first axis of a map is not the sample axis; None where nothing says so."""
-    if batch is None or not view.batches or batch in view.batches or None in view.batches:
+    if batch in view.batches and batch is not None:
         return None
+    if batch is None or None in view.batches:
+        return "it cannot be inferred that the first axis of its map is the batch"
     inputs = " or ".join(str(size) for size in sorted(view.batches, key=str))
     if batch == 1:
         return f"its map is the same for all samples (batch 1, the model's inputs have {inputs})"

@@ -1,36 +1,155 @@
 """Shapes of a graph's values, also where the exporter left them unknown.
 
-onnx's inference loses a symbolic dimension in the shape arithmetic of a TorchScript export (Shape, Gather, Concat,
-Reshape). There the graph is inferred twice with numbers in place of the symbols, node by node, computing the shape
-arithmetic on the way; what two different trials agree on is static, what follows a symbol has its name.
+onnx's inference loses symbolic dimensions in the shape arithmetic of a TorchScript export (Shape, Gather, Concat,
+Reshape). There the graph is inferred twice more with numbers in place of symbols: what two trials agree on is static,
+what follows a symbol, a sum or a multiple of symbols is named so, and other sizes that depend on the input get a name
+of their own (`size_149_349`), so that equal sizes are known to be equal.
 """
 
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from atpatch_onnx import graph
+from atpatch_onnx.matching import trial
 from atpatch_onnx.sites import Dim
 
+Shapes = dict[str, tuple[Dim, ...]]
 
-def infer(model: ir.Model) -> dict[str, tuple[Dim, ...]]:
-    """Shapes by value name: sizes, names of the inputs' symbols or simple expressions of them, or None."""
-    found = {name: tuple(map(_number, shape)) for name, shape in _onnx_shapes(model).items()}
-    symbols = _Symbols.of(model, found)
-    known = {name: tuple(symbols.own(size) for size in shape) for name, shape in found.items()}
-    if (symbols.names and any(None in shape for shape in known.values())) or len(known) < _values(model):
-        first, second, symbols = _trials(model, found, symbols)
-        for name in first.keys() & second.keys():
-            if len(first[name]) == len(second[name]):
-                old = known.get(name, ())
-                new = tuple(symbols.name(a, b) for a, b in zip(first[name], second[name], strict=True))
-                known[name] = _merged(new, old)
+
+def infer(model: ir.Model) -> Shapes:
+    """Shapes by value name: sizes, symbols of the model's inputs, simple expressions of them, or None."""
+    model = _without_contradictions(model)
+    symbols = _symbols(model)
+    known = {name: tuple(_own(size, symbols) for size in shape) for name, shape in graph.infer_shapes(model).items()}
+    if symbols and _incomplete(model, known):
+        for name, shape in _by_trials(model, symbols).items():
+            old = known.get(name, ())
+            if len(old) != len(shape):
+                old = (None,) * len(shape)
+            known[name] = tuple(b if a is None else a for a, b in zip(shape, old, strict=True))
     return known
 
 
-def _merged(new: tuple[Dim, ...], old: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    if len(old) != len(new):
-        return new
-    return tuple(b if a is None else a for a, b in zip(new, old, strict=True))
+def _without_contradictions(model: ir.Model) -> ir.Model:
+    """A copy whose weights have the shape they have, whatever the exporter declared beside them.
+
+    onnx refuses to infer a whole graph for one scalar of shape [1] (seen after onnxruntime fusions of torch 2.13).
+    """
+    model = graph.copy(model)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None:
+            value.shape = ir.Shape(tensor.shape.numpy())
+    return model
 
 
-def _values(model: ir.Model) -> int:
-    return sum(1 for node in model.graph for value in node.outputs if value.name)
+@dataclass(frozen=True)
+class _Symbol:
+    """A symbolic dimension of the inputs with the numbers that stand for it in the two trials."""
+
+    name: str
+    first: int
+    second: int
+
+
+_Symbols = tuple[_Symbol, ...]
+
+
+def _symbols(model: ir.Model) -> _Symbols:
+    found: dict[str, _Symbol] = {}
+    for value in model.graph.inputs:
+        continuous = value.dtype is not None and value.dtype.is_floating_point()
+        for axis, size in enumerate(value.shape or ()):
+            name = None if isinstance(size, int) else size.value
+            if name is None or name.isdigit() or name in found:
+                continue
+            found[name] = _Symbol(name, *_numbers(axis, len(value.shape or ()) if continuous else 0, found))
+    return tuple(found.values())
+
+
+def _numbers(axis: int, rank: int, found: Mapping[str, _Symbol]) -> tuple[int, int]:
+    """Numbers for the next symbol, such that no sum, difference or multiple of them is another's.
+
+    The first axes of all inputs are taken for one batch. Lengths of waves and sides of images (continuous inputs, of
+    the given rank) have to survive strides and patches; tokens have to stay below the number of learned positions, and
+    are multiples of eight for models that pool them.
+    """
+    count = len(found)
+    if axis == 0:
+        return 5, 12
+    if rank > 3:
+        return 96 + 32 * count, 192 + 64 * count
+    if rank > 0:
+        return 3200 + 1600 * count, 6400 + 4800 * count
+    tokens = sum(1 for symbol in found.values() if symbol.first % 8 == 0)
+    return 8 + 8 * tokens, 16 + 24 * tokens
+
+
+def _own(size: Dim, symbols: _Symbols) -> Dim:
+    """`size` without names that say nothing: "3" is 3, and names that no input has are unknown."""
+    if not isinstance(size, str):
+        return size
+    if size.isdigit():
+        return int(size)
+    words = set(re.findall(r"[A-Za-z_][\w.:/]*", size))
+    return size if words and words <= {symbol.name for symbol in symbols} else None
+
+
+def _incomplete(model: ir.Model, known: Mapping[str, tuple[Dim, ...]]) -> bool:
+    return any(None in known.get(value.name or "", (None,)) for node in model.graph for value in node.outputs)
+
+
+def _by_trials(model: ir.Model, symbols: _Symbols) -> Shapes:
+    """Two trials; symbols that meet where sizes must agree are one symbol, after which the trials start again."""
+    proto = graph.skeleton(model)
+    for _ in symbols:
+        first = trial.run(proto, {symbol.name: symbol.first for symbol in symbols})
+        pair = next(
+            (pair for pair in first.conflicts if set(pair) <= {symbol.first for symbol in symbols}),
+            None,
+        )
+        if pair is None:
+            break
+        one, other = (next(symbol for symbol in symbols if symbol.first == size) for size in pair)
+        symbols = tuple(
+            replace(symbol, first=one.first, second=one.second) if symbol.first == other.first else symbol
+            for symbol in symbols
+        )
+    second = trial.run(proto, {symbol.name: symbol.second for symbol in symbols})
+    return {
+        name: tuple(_named(a, b, symbols) for a, b in zip(shape, second.shapes[name], strict=True))
+        for name, shape in first.shapes.items()
+        if name in second.shapes and len(second.shapes[name]) == len(shape)
+    }
+
+
+def _named(first: int | None, second: int | None, symbols: _Symbols) -> Dim:
+    """What is `first` in one trial and `second` in the other."""
+    if first is None or second is None:
+        return None
+    if first == second:
+        return first
+    return next(_expressions(first, second, symbols), f"size_{first}_{second}")
+
+
+def _expressions(first: int, second: int, symbols: _Symbols) -> Iterator[str]:
+    for symbol in symbols:
+        if (symbol.first, symbol.second) == (first, second):
+            yield symbol.name
+    for one in symbols:
+        for other in symbols:
+            if (one.first + other.first, one.second + other.second) == (first, second):
+                yield f"{one.name} + {other.name}"
+    for symbol in symbols:
+        if first - symbol.first == second - symbol.second:
+            offset = first - symbol.first
+            yield f"{symbol.name} {'+' if offset > 0 else '-'} {abs(offset)}"
+        if first * symbol.second == second * symbol.first and first % symbol.first == 0:
+            yield f"{first // symbol.first}*{symbol.name}"
+    for one in symbols:
+        for other in symbols:
+            if (one.first * other.first, one.second * other.second) == (first, second):
+                yield f"{one.name}*{other.name}"

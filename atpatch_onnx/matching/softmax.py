@@ -16,7 +16,10 @@ _FIRST_OPSET = 13
 
 
 def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
-    """A candidate or a near miss for each product with values that the softmax feeds; one near miss if there is none."""
+    """A candidate or a near miss for each product with values that the softmax feeds; one near miss if there is none.
+
+    A softmax that feeds two products (differential attention) is two sites: each has values and an output of its own.
+    """
     meetings = [meeting for meeting in chains.forward(node.outputs[0]) if meeting.node.op_type != "IsNaN"]
     products = [meeting for meeting in meetings if _meets_values(meeting, view)]
     if not products:

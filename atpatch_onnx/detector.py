@@ -1,0 +1,145 @@
+"""Train a site's detector by supervised contrastive learning (Khosla et al., 2020, arXiv 2004.11362, `L_out`).
+
+For an anchor i with the others of its class P(i) and all others A(i):
+
+    L_i = -1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p / tau) / sum_{a in A(i)} exp(z_i.z_a / tau) )
+
+Classes are anomalous and benign columns. Hard negatives, the suspects' positions on clean inputs, are a fixed share of
+every batch. We differ from AtPatch (arXiv 2601.21695) in what decides: the difference of the similarities to two prototypes,
+so that one threshold, calibrated later, means the same at every site.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from atpatch_onnx.collect import Columns
+from atpatch_onnx.errors import FitError
+from atpatch_onnx.patch import Array, Detector
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a detector is trained."""
+
+    hidden: int = 32
+    embedding: int = 16
+    steps: int = 300
+    batch: int = 256
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-3
+    temperature: float = 0.1
+    noise: float = 0.1
+    """Standard deviation of the Gaussian noise on standardised features: keeps the margin wide."""
+
+    seed: int = 0
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors this small are faster on one thread, and their sums do not depend on how many cores there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
+def train_detector(columns: Columns, training: Training) -> Detector:
+    """A detector for one site, its threshold still zero. The same columns and training give the same bits.
+
+    Raises:
+        FitError: There are no anomalous or no benign columns to learn from.
+    """
+    if not len(columns.anomalous) or not len(columns.hard) + len(columns.benign):
+        raise FitError(
+            f"site {columns.site.name}",
+            expected="anomalous and benign columns to learn from",
+            found=f"{len(columns.anomalous)} anomalous, {len(columns.hard) + len(columns.benign)} benign",
+            advice="Give more pairs, and check the suspects.",
+        )
+    generator = torch.Generator().manual_seed(training.seed * 1_000_003 + columns.site.index)
+    benign = np.concatenate([columns.hard, columns.benign])
+    mean = benign.mean(axis=0, dtype=np.float64).astype(np.float32)
+    scale = benign.std(axis=0, dtype=np.float64).astype(np.float32)
+    scale = np.maximum(scale, max(0.1 * float(scale.mean()), 1e-3))  # a feature that never varies must not explode
+
+    groups = [
+        torch.from_numpy((rows - mean) / scale)
+        for rows in (columns.anomalous, columns.hard, columns.benign)
+        if len(rows)
+    ]
+    shares = [2] + [1] * (len(groups) - 1) if len(groups) == 3 else [1, 1]
+    encoder = nn.Sequential(
+        nn.Linear(len(mean), training.hidden), nn.ReLU(), nn.Linear(training.hidden, training.embedding)
+    )
+    _initialise(encoder, generator)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
+    counts = [training.batch * share // sum(shares) for share in shares]
+    labels = torch.cat([torch.full((count,), int(index == 0)) for index, count in enumerate(counts)])
+    for _ in range(training.steps):
+        rows = [
+            group[torch.randint(len(group), (count,), generator=generator)]
+            for group, count in zip(groups, counts, strict=True)
+        ]
+        batch = torch.cat(rows)
+        batch = batch + training.noise * torch.randn(batch.shape, generator=generator)
+        loss = contrastive_loss(functional.normalize(encoder(batch), dim=1), labels, training.temperature)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    first, last = encoder[0], encoder[2]
+    with torch.no_grad():
+        prototypes = torch.stack([_prototype(encoder, torch.cat(groups[1:])), _prototype(encoder, groups[0])])
+    return Detector(
+        features=columns.features,
+        mean=mean[:, None],
+        scale=scale[:, None].astype(np.float32),
+        weight_1=_array(first.weight),
+        bias_1=_array(first.bias)[:, None],
+        weight_2=_array(last.weight),
+        bias_2=_array(last.bias)[:, None],
+        prototypes=_array(prototypes),
+        threshold=0.0,
+    )
+
+
+def contrastive_loss(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """The supervised contrastive loss `L_out`, mean over anchors.
+
+    Args:
+        embeddings: Unit-norm `[rows, embedding]`.
+        labels: Class of each row `[rows]`.
+        temperature: `tau`.
+    """
+    similarity = embeddings @ embeddings.T / temperature
+    itself = torch.eye(len(labels), dtype=torch.bool)
+    log_probability = similarity - torch.logsumexp(similarity.masked_fill(itself, -torch.inf), dim=1, keepdim=True)
+    positives = (labels[:, None] == labels[None, :]) & ~itself
+    per_anchor = (log_probability * positives).sum(dim=1) / positives.sum(dim=1).clamp(min=1)
+    return -per_anchor.mean()
+
+
+def _initialise(encoder: nn.Sequential, generator: torch.Generator) -> None:
+    for layer in encoder:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(layer.bias)
+
+
+def _prototype(encoder: nn.Sequential, rows: Tensor) -> Tensor:
+    return functional.normalize(functional.normalize(encoder(rows), dim=1).mean(dim=0), dim=0)
+
+
+def _array(tensor: Tensor) -> Array:
+    return np.ascontiguousarray(tensor.detach().numpy(), np.float32)

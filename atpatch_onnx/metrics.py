@@ -1,0 +1,57 @@
+"""Rates of backdoors and of protected attributes, from predictions. Definitions as in design section 2."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Classes = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of some inputs, with its 95 % Wilson interval (Wilson 1927)."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    """How many inputs it is the share of."""
+
+    @classmethod
+    def of(cls, hits: NDArray[np.bool_]) -> "Rate":
+        """The share of true entries; zero, with the widest interval, where there are none."""
+        count, z = int(hits.size), 1.959963984540054
+        if count == 0:
+            return cls(0.0, 0.0, 1.0, 0)
+        share = float(hits.mean())
+        centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+        # At the ends the interval reaches the end; rounding must not leave the share outside its own interval.
+        return cls(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), count)
+
+
+def attack_success(triggered: Classes, labels: Classes, target: int) -> Rate:
+    """ASR: share of inputs of another class that are classified as the target once triggered (BackdoorBench)."""
+    return Rate.of(triggered[labels != target] == target)
+
+
+def attack_above_floor(triggered: Classes, labels: Classes, clean_base: Classes, target: int) -> Rate:
+    """ASR above floor: as ASR, counted only on inputs that the base does not send to the target anyway."""
+    return Rate.of(triggered[(labels != target) & (clean_base != target)] == target)
+
+
+def flip_rate(clean: Classes, counterfactual: Classes) -> Rate:
+    """UF: share of inputs whose prediction changes when only the protected attribute changes."""
+    return Rate.of(clean != counterfactual)
+
+
+def infer_target(clean: Classes, triggered: Classes) -> int | None:
+    """The class that at least nine of ten changed predictions go to; None where there is none."""
+    changed = triggered[clean != triggered]
+    if not changed.size:
+        return None
+    counts = np.bincount(changed)
+    target = int(counts.argmax())
+    return target if counts[target] >= 0.9 * changed.size else None

@@ -1,0 +1,139 @@
+"""The only place that runs models: onnxruntime sessions, batches and progress."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.errors import RunError
+
+Array = NDArray[Any]
+
+Progress = Callable[[str, int, int], None]
+"""Told of long work: what is being done, how much is done, how much there is."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress of those who do not want to know."""
+
+
+class Session:
+    """One onnxruntime session of a model in memory.
+
+    Args:
+        model: The model; its external data is read by onnxruntime from where it lies.
+        optimize: Whether onnxruntime may optimise the graph (its default) or must run it node by node.
+        threads: Threads within an operator; None: onnxruntime's choice.
+        providers: Execution providers; the CPU's by default.
+
+    Raises:
+        RunError: onnxruntime refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        optimize: bool = True,
+        threads: int | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        folder = graphs.external_folder(model)
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
+        try:
+            self._session = ort.InferenceSession(graphs.to_bytes(model), options, providers=list(providers))
+        except Exception as error:  # onnxruntime raises a dozen types without a common base
+            raise _refused("the model", "one that onnxruntime loads", error) from error
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        self.output_names = tuple(value.name for value in self._session.get_outputs())
+        self._batches = {value.name: value.shape[0] for value in self._session.get_inputs() if value.shape}
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Outputs by name, all or those asked for.
+
+        Raises:
+            RunError: onnxruntime refuses the inputs, or fails.
+        """
+        names = list(self.output_names if outputs is None else outputs)
+        try:
+            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        except Exception as error:
+            shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
+            raise _refused(f"running the model on {shapes}", "inputs that it runs on", error) from error
+
+    def stream(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        constants: Mapping[str, Array] | None = None,
+        progress: Progress = silent,
+        stage: str = "running",
+    ) -> Iterator[tuple[slice, dict[str, Array]]]:
+        """Run sample by sample in batches: (which samples, their outputs).
+
+        A model whose batch size is fixed is run at that size; a last batch that is too short is filled up with copies of
+        its last sample, whose results are cut off.
+
+        Args:
+            inputs: Arrays `[samples, ...]` by input name.
+            outputs: Names of the outputs wanted, each with the samples on its first axis.
+            batch_size: Samples at a time, where the model leaves it free.
+            constants: Inputs without samples, the same for every batch.
+            progress: Told after every batch.
+            stage: What to tell it.
+        """
+        samples = len(next(iter(inputs.values())))
+        fixed = [self._batches[name] for name in inputs if isinstance(self._batches.get(name), int)]
+        size = fixed[0] if fixed else batch_size
+        for start in range(0, samples, size):
+            part = slice(start, min(start + size, samples))
+            count = part.stop - part.start
+            batch = {name: np.ascontiguousarray(array[part]) for name, array in inputs.items()}
+            if fixed and count < size:
+                batch = {name: _filled_up(array, size) for name, array in batch.items()}
+            results = self.run({**batch, **(constants or {})}, outputs)
+            yield part, {name: array[:count] for name, array in results.items()}
+            progress(stage, part.stop, samples)
+
+    def collect(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        batch_size: int = 32,
+        constants: Mapping[str, Array] | None = None,
+        progress: Progress = silent,
+        stage: str = "running",
+    ) -> dict[str, Array]:
+        """The outputs of all samples at once, `[samples, ...]` by name; arguments as for `stream`."""
+        parts: dict[str, list[Array]] = {}
+        batches = self.stream(
+            inputs, outputs, batch_size=batch_size, constants=constants, progress=progress, stage=stage
+        )
+        for _, results in batches:
+            for name, array in results.items():
+                parts.setdefault(name, []).append(array)
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def _filled_up(array: Array, size: int) -> Array:
+    return np.concatenate([array, np.repeat(array[-1:], size - len(array), axis=0)])
+
+
+def _refused(where: str, expected: str, error: Exception) -> RunError:
+    message = " ".join(str(error).split())
+    return RunError(where, expected=expected, found=message[:400], advice="Check it with onnxruntime alone first.")

@@ -1,0 +1,128 @@
+"""The trial graph: every candidate site patched, thresholds, benign attention and switches as inputs.
+
+One graph and one session serve the whole search: which sites detect, which redistribute, how strongly.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.emission import Emission, Insertion, import_functions
+from atpatch_onnx.patch import SitePatch
+from atpatch_onnx.runtime import Array, Progress, Session, silent
+from atpatch_onnx.sites import AttentionSite
+from atpatch_onnx.weave import Controls, weave
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is switched on. Sites that are not named neither detect nor redistribute."""
+
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """Of the detecting sites, by name."""
+
+    betas: Mapping[str, float] = field(default_factory=dict)
+    """Benign attention of the redistributing sites, by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrialResult:
+    """What a setting does to some inputs."""
+
+    logits: Array
+    """`[samples, classes]`."""
+
+    flags: NDArray[np.bool_]
+    """`[samples, keys]`: the columns flagged at any site."""
+
+    margins: Mapping[str, Array]
+    """`[samples, keys]` by site: score minus threshold; `-inf` where the site does not detect."""
+
+
+class Trial:
+    """A session of the trial graph.
+
+    Args:
+        model: The base.
+        entries: Every candidate site with its detector and redistribution, in graph order, on one token axis.
+        output: Name of the output that predictions are read from.
+    """
+
+    def __init__(self, model: ir.Model, entries: Sequence[tuple[AttentionSite, SitePatch]], output: str) -> None:
+        trial = graphs.copy(model)
+        woven = weave(trial, entries, Emission.CONDITIONAL, _inputs)
+        end = Insertion(trial.graph, "trial")
+        self._flags = _output(trial, end, woven[-1].flags, "flags", ir.DataType.BOOL)
+        self._margins = {
+            step.site.name: _output(trial, end, step.margin, f"{step.site.name}/margin", ir.DataType.FLOAT)
+            for step in woven
+            if step.margin is not None
+        }
+        import_functions(trial)
+        self._logits = output
+        self._sites = [site.name for site, _ in entries]
+        self._session = Session(trial)
+
+    def run(
+        self,
+        inputs: Mapping[str, Array],
+        setting: Setting,
+        *,
+        batch_size: int = 32,
+        progress: Progress = silent,
+        stage: str = "trying a setting",
+    ) -> TrialResult:
+        """Run inputs `[samples, ...]` under a setting."""
+        constants: dict[str, Array] = {}
+        for name in self._sites:
+            constants[_name(name, "threshold")] = np.array([setting.thresholds.get(name, np.inf)], np.float32)
+            constants[_name(name, "beta")] = np.full((1, 1, 1), setting.betas.get(name, 1.0), np.float32)
+            constants[_name(name, "switch")] = np.array([name in setting.betas])
+        outputs = self._session.collect(
+            inputs,
+            [self._logits, self._flags, *self._margins.values()],
+            batch_size=batch_size,
+            constants=constants,
+            progress=progress,
+            stage=stage,
+        )
+        margins = {site: outputs[name] for site, name in self._margins.items()}
+        return TrialResult(outputs[self._logits], outputs[self._flags], margins)
+
+    def scores(
+        self, inputs: Mapping[str, Array], *, batch_size: int = 32, progress: Progress = silent, stage: str = "scoring"
+    ) -> TrialResult:
+        """Run the base as it is; the margins are the raw scores of every site's detector."""
+        setting = Setting(thresholds=dict.fromkeys(self._margins, 0.0))
+        return self.run(inputs, setting, batch_size=batch_size, progress=progress, stage=stage)
+
+
+def _name(site: str, control: str) -> str:
+    return f"{graphs.PREFIX}{site}/{control}"
+
+
+def _inputs(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls:
+    """Thresholds, benign attention and switches as inputs of the graph."""
+
+    def control(name: str, dtype: ir.DataType, shape: list[int]) -> ir.Value:
+        value = ir.Value(name=_name(site.name, name), shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        at.graph.inputs.append(value)
+        return value
+
+    return Controls(
+        threshold=control("threshold", ir.DataType.FLOAT, [1]),
+        beta=control("beta", ir.DataType.FLOAT, [1, 1, 1]),
+        switch=control("switch", ir.DataType.BOOL, [1]),
+    )
+
+
+def _output(model: ir.Model, end: Insertion, value: ir.Value, name: str, dtype: ir.DataType) -> str:
+    result = end.op("Identity", value, name=name)
+    result.dtype = dtype
+    model.graph.outputs.append(result)
+    assert result.name is not None
+    return result.name

@@ -1,0 +1,26 @@
+"""From an `.onnx` file."""
+
+import os
+
+import onnx_ir as ir
+
+from atpatch_onnx import graph
+from atpatch_onnx.bake import bake
+from atpatch_onnx.patch import Patch
+
+
+def from_onnx(path: str | os.PathLike[str], *, patch: Patch | None = None, target: str = "cpu") -> ir.Model:
+    """The model in an `.onnx` file, patched where a patch is given. Weights in external data stay on disk.
+
+    Args:
+        path: The file; external data lies beside it.
+        patch: The fix to bake in; None: the base as it is.
+        target: Where the patched model will run, a key of `bake.TARGETS`.
+
+    Raises:
+        ModelFileError: The file is missing, damaged, or its external data is not where it may be.
+        BakeError: The target is unknown, or the model is patched already.
+        PatchMismatchError: The patch was fitted on another model.
+    """
+    model = graph.load(path)
+    return model if patch is None else bake(model, patch, target=target)

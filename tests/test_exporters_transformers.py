@@ -1,0 +1,347 @@
+"""The transformers front end and export backend, on tiny models with random weights."""
+
+import copy
+import dataclasses
+import importlib
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from models import NEVER, draw_patch, fire_on_some, run, same_bits, with_threshold
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers.exporters import AutoExportConfig, AutoHfExporter, ExportedModel, OnnxConfig, OnnxExporter
+from transformers.exporters.auto import EXPORT_BACKENDS
+
+from atpatch_onnx import graph
+from atpatch_onnx.bake import FLAGGED, SCORE
+from atpatch_onnx.errors import PatchFileError, PatchMismatchError
+from atpatch_onnx.exporters import (
+    AtPatchOnnxConfig,
+    AtPatchOnnxExporter,
+    ExportError,
+    from_onnx,
+    from_transformers,
+    transformers_backend,
+)
+from atpatch_onnx.matching import find_sites
+from atpatch_onnx.metadata import read_record
+from atpatch_onnx.patch import Patch
+from atpatch_onnx.strip import strip
+
+# torch reads a saved output structure with what it has itself deprecated: torch/utils/_pytree.py, LeafSpec.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")]
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Any
+    inputs: dict[str, torch.Tensor]
+    options: dict[str, Any]
+    base: ir.Model
+    firing: Patch
+    silent: Patch
+
+    @property
+    def feed(self) -> dict[str, Any]:
+        return {name: value.numpy() for name, value in self.inputs.items()}
+
+    def config(self, patch: Patch | None = None, **options: Any) -> AtPatchOnnxConfig:
+        return AtPatchOnnxConfig(**self.options, patch=patch, **options)
+
+    def plain(self) -> Any:
+        """The export that transformers itself makes."""
+        return quietly(lambda: OnnxExporter().export(self.model, self.inputs, OnnxConfig(**self.options)))
+
+
+def quietly(action: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch and transformers, in a call that is not ours
+        return action()
+
+
+def vit() -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+        num_labels=3,
+    )
+    return ViTForImageClassification(config), {"pixel_values": torch.rand(3, 3, 16, 16)}, {}
+
+
+def bert() -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        num_labels=3,
+    )
+    mask = torch.ones(3, 7, dtype=torch.int64)
+    mask[1, 5:] = 0
+    return (
+        BertForSequenceClassification(config),
+        {"input_ids": torch.randint(0, 50, (3, 7)), "attention_mask": mask},
+        {
+            "dynamic_shapes": {
+                name: {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=32)}
+                for name in ("input_ids", "attention_mask")
+            },
+        },
+    )
+
+
+@pytest.fixture(scope="module", params=[vit, bert], ids=lambda make: make.__name__)
+def case(request) -> Case:
+    torch.manual_seed(0)
+    model, inputs, options = request.param()
+    model.eval()
+    base = from_transformers(model, inputs, config=OnnxConfig(**options))
+    drawn = draw_patch(base, beta=0.1)
+    firing = fire_on_some(base, drawn, {name: value.numpy() for name, value in inputs.items()})
+    return Case(model, inputs, options, base, firing, drawn)
+
+
+@pytest.fixture(scope="module")
+def tiny_vit() -> tuple[Any, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model, inputs, _ = vit()
+    return model.eval(), inputs
+
+
+# The front end
+
+
+def test_base_is_the_export_of_transformers(case):
+    assert graph.fingerprint(case.base) == graph.fingerprint(case.plain().program)
+    assert len(find_sites(case.base)) == 2
+
+
+def test_fingerprint_survives_saving(case, tmp_path):
+    case.plain().save_pretrained(tmp_path)
+    assert (tmp_path / "model.onnx.data").stat().st_size > 0
+    assert graph.fingerprint(from_onnx(tmp_path / "model.onnx")) == graph.fingerprint(case.base)
+    loaded = ExportedModel.from_pretrained(tmp_path)
+    assert graph.fingerprint(loaded.program) == graph.fingerprint(case.base)
+
+
+def test_front_end_patches(case):
+    patched = from_transformers(case.model, case.inputs, config=case.config(), patch=case.firing, target="portable")
+    assert read_record(patched).patch == case.firing.id
+    assert not any(node.op_type == "If" for node in patched.graph)
+    assert graph.fingerprint(strip(patched)) == graph.fingerprint(case.base)
+    assert run(patched, case.feed)[FLAGGED].any()
+
+
+def test_front_end_refuses(case):
+    with pytest.raises(ExportError, match="config: expected a config without a patch"):
+        from_transformers(case.model, case.inputs, config=case.config(case.silent))
+    with pytest.raises(ExportError, match=r"in inference mode.*eval\(\)"):
+        from_transformers(copy.deepcopy(case.model).train(), case.inputs)
+    with pytest.raises(ExportError, match=f"the export of {type(case.model).__name__}: expected") as caught:
+        from_transformers(case.model, {"labels": torch.zeros(3)})
+    assert "\n" not in str(caught.value)
+
+
+# The backend
+
+
+def test_round_trip(case, tmp_path):
+    exported = AutoHfExporter.from_config(case.config(case.firing)).export(case.model, case.inputs)
+    assert exported.export_format == "atpatch_onnx"
+    outputs = exported(**case.inputs)
+    assert list(outputs) == ["logits", FLAGGED, SCORE]
+    assert outputs.logits.shape == (3, 3)
+    assert outputs[FLAGGED].dtype == torch.bool
+    assert outputs[FLAGGED].shape == outputs[SCORE].shape == (3, 1)
+    assert outputs[FLAGGED].any()
+    assert torch.equal(outputs[FLAGGED], outputs[SCORE] > 0)
+    plain = case.plain()(**case.inputs)
+    assert not torch.equal(outputs.logits, plain.logits)
+
+    exported.save_pretrained(tmp_path)
+    loaded = ExportedModel.from_pretrained(tmp_path)
+    again = loaded(**case.inputs)
+    assert list(again) == list(outputs)
+    assert all(torch.equal(again[name], outputs[name]) for name in outputs)
+
+    saved = from_onnx(tmp_path / "model.onnx")
+    record = read_record(saved)
+    assert (record.patch, record.base) == (case.firing.id, case.firing.base)
+    assert graph.fingerprint(strip(saved)) == graph.fingerprint(case.base)
+    assert graph.fingerprint(strip(loaded.program)) == graph.fingerprint(case.base)
+    manifest = json.loads((tmp_path / "export.json").read_text())
+    assert manifest["export_format"] == "atpatch_onnx"
+    noted = manifest["components"]["model"]["metadata"]["export_config"]
+    assert noted["patch"]["id"] == case.firing.id
+    assert noted["target"] == "cpu"
+
+
+def test_a_detector_that_never_fires_changes_no_bit(case):
+    exported = AtPatchOnnxExporter().export(case.model, case.inputs, case.config(case.silent))
+    outputs = exported(**case.inputs)
+    assert not outputs[FLAGGED].any()
+    assert same_bits(outputs.logits.numpy(), case.plain()(**case.inputs).logits.numpy())
+
+
+def test_only_some_samples_are_flagged_and_the_others_keep_their_bits(case):
+    margins = run(from_transformers(case.model, case.inputs, config=case.config(), patch=case.firing), case.feed)
+    patch = case.firing
+    scores = sorted(margins[SCORE].ravel())
+    lift = (scores[-1] + scores[-2]) / 2  # the sample's largest margin over either site's threshold
+    for number, entry in enumerate(patch.sites):
+        assert entry.detector is not None
+        patch = with_threshold(patch, number, NEVER if number else entry.detector.threshold + lift)
+    exported = AtPatchOnnxExporter(case.config(patch)).export(case.model, case.inputs)
+    outputs, plain = exported(**case.inputs), case.plain()(**case.inputs)
+    flagged = outputs[FLAGGED][:, 0]
+    assert flagged.sum() < len(flagged)
+    assert same_bits(outputs.logits[~flagged].numpy(), plain.logits[~flagged].numpy())
+
+
+def test_without_monitors(tiny_vit):
+    model, inputs = tiny_vit
+    patch = draw_patch(from_transformers(model, inputs))
+    exported = AtPatchOnnxExporter(AtPatchOnnxConfig(patch=patch, monitor=False)).export(model, inputs)
+    assert list(exported(**inputs)) == ["logits"]
+
+
+def test_without_a_patch_it_is_the_base(case):
+    exported = AutoHfExporter.from_config(case.config()).export(case.model, case.inputs)
+    assert graph.fingerprint(exported.program) == graph.fingerprint(case.base)
+    assert list(exported(**case.inputs)) == ["logits"]
+
+
+@pytest.mark.parametrize("hidden", [True, False], ids=["nested outputs", "tuple"])
+def test_answers_of_other_structure(tiny_vit, hidden):
+    model, inputs = tiny_vit
+    inputs = {**inputs, **({"output_hidden_states": True} if hidden else {"return_dict": False})}
+    base = from_transformers(model, inputs)
+    patch = draw_patch(base, beta=0.1)
+    outputs = AtPatchOnnxExporter(AtPatchOnnxConfig(patch=patch)).export(model, inputs)(**inputs)
+    expected = model(**inputs)
+    if hidden:
+        assert list(outputs) == ["logits", "hidden_states", FLAGGED, SCORE]
+        # Rounding of another order of float32 sums; states are of order 1.
+        torch.testing.assert_close(outputs.hidden_states, expected.hidden_states, atol=1e-5, rtol=0)
+        torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-5, rtol=0)  # same reason
+    else:
+        assert isinstance(outputs, tuple)
+        torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=0)  # same reason
+
+
+def test_opset_23_with_the_fused_op(tiny_vit, tmp_path):
+    model, inputs = tiny_vit
+    base = from_transformers(model, inputs, config=OnnxConfig(opset_version=23))
+    assert any(node.op_type == "Attention" for node in base.graph)
+    patch = fire_on_some(base, draw_patch(base), {"pixel_values": inputs["pixel_values"].numpy()})
+    exported = AtPatchOnnxExporter().export(model, inputs, {"opset_version": 23, "patch": patch, "target": "cuda"})
+    outputs = exported(**inputs)
+    assert outputs[FLAGGED].any()
+    exported.save_pretrained(tmp_path)
+    assert torch.equal(ExportedModel.from_pretrained(tmp_path)(**inputs).logits, outputs.logits)
+    assert graph.fingerprint(strip(from_onnx(tmp_path / "model.onnx"))) == patch.base
+
+
+def test_another_model_or_export_is_refused_with_advice(case):
+    other = copy.deepcopy(case.model)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    exporter = AtPatchOnnxExporter(case.config(case.silent))
+    with pytest.raises(PatchMismatchError, match=r"from_transformers\(model, inputs, config=\.\.\.\)"):
+        exporter.export(other, case.inputs)
+    with pytest.raises(PatchMismatchError, match="export options"):
+        exporter.export(case.model, case.inputs, case.config(case.silent, opset_version=18))
+
+
+def test_exports_print_nothing(tiny_vit, capfd):
+    AtPatchOnnxExporter(AtPatchOnnxConfig()).export(*tiny_vit)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "torch/onnx" not in captured.err
+
+
+# Which config an exporter uses
+
+
+def test_config_handed_on_by_auto_exporter():
+    one, two = AtPatchOnnxConfig(opset_version=18), AtPatchOnnxConfig(opset_version=20)
+    first, second = AutoHfExporter.from_config(one), AutoHfExporter.from_config(two)
+    assert (first.config, second.config) == (one, two)
+    assert AutoHfExporter.from_config(AtPatchOnnxConfig(target="web")).config.target == "web"
+    assert AtPatchOnnxExporter().config is None, "the config is handed on once"
+
+
+def test_config_is_needed(tiny_vit):
+    with pytest.raises(ExportError, match="config: expected an AtPatchOnnxConfig; found none"):
+        AtPatchOnnxExporter().export(*tiny_vit)
+    with pytest.raises(TypeError, match="AtPatchOnnxConfig"):
+        AtPatchOnnxExporter().export(*tiny_vit, OnnxConfig())
+
+
+# The config
+
+
+@pytest.fixture
+def patch_file(tmp_path, tiny_vit):
+    patch = draw_patch(from_transformers(*tiny_vit))
+    patch.save(tmp_path / "fix.safetensors")
+    return tmp_path / "fix.safetensors", patch
+
+
+def test_config_and_its_dicts(patch_file):
+    path, patch = patch_file
+    config = AtPatchOnnxConfig(patch=path, target="web", opset_version=20)
+    assert config.patch.id == patch.id
+    assert config.export_format == "atpatch_onnx"
+    values = config.to_dict()
+    assert values["export_format"] == "atpatch_onnx"
+    again = AutoExportConfig.from_dict(values)
+    assert isinstance(again, AtPatchOnnxConfig)
+    assert (again.patch.id, again.target, again.opset_version) == (patch.id, "web", 20)
+    assert AutoExportConfig.from_dict({"export_format": "atpatch_onnx", "patch": str(path)}).patch.id == patch.id
+    assert dataclasses.replace(config, target="cpu").patch is config.patch
+    written = config.to_json_string()
+    assert str(path) not in written
+    noted = json.loads(written)
+    assert noted["patch"] == {"id": patch.id, "base": patch.base, "sites": [entry.site for entry in patch.sites]}
+    assert noted["export_format"] == "atpatch_onnx"
+    assert json.loads(AtPatchOnnxConfig().to_json_string())["patch"] is None
+    with pytest.raises(ExportError, match=r"patch: expected a Patch.*found dict.*export\.json only names"):
+        AutoExportConfig.from_dict(noted)
+
+
+def test_config_names_what_is_allowed(tmp_path):
+    with pytest.raises(ExportError, match="target: expected one of cpu, cuda, .*found 'toaster'"):
+        AtPatchOnnxConfig(target="toaster")
+    with pytest.raises(ExportError, match="patch: expected a Patch, the path.*found int"):
+        AtPatchOnnxConfig(patch=3)
+    with pytest.raises(ExportError, match="export_format: expected 'atpatch_onnx'; found 'onnx'"):
+        AtPatchOnnxConfig(export_format="onnx")
+    with pytest.raises(PatchFileError, match="nothing there"):
+        AtPatchOnnxConfig(patch=tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="ort_fusions"):
+        AtPatchOnnxConfig(ort_fusions="toaster")
+
+
+# Registration
+
+
+def test_registered_once_and_quietly(caplog):
+    assert EXPORT_BACKENDS["atpatch_onnx"].exporter is AtPatchOnnxExporter
+    with caplog.at_level(logging.WARNING):
+        transformers_backend.register()
+        importlib.import_module("atpatch_onnx.exporters.transformers_backend")
+    assert not caplog.records
+    assert EXPORT_BACKENDS["atpatch_onnx"].exporter is AtPatchOnnxExporter
