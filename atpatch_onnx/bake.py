@@ -19,9 +19,9 @@ from atpatch_onnx.emission import Emission, Insertion, import_functions, inline_
 from atpatch_onnx.errors import BakeError, PatchMismatchError
 from atpatch_onnx.invariants import require_invariants
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.metadata import describe, is_patched
+from atpatch_onnx.metadata import PatchedSite, describe, is_patched
 from atpatch_onnx.patch import Patch, SitePatch
-from atpatch_onnx.sites import AttentionSite
+from atpatch_onnx.sites import AttentionSite, Layout
 from atpatch_onnx.weave import Controls, Woven, weave
 
 FLAGGED = f"{graphs.PREFIX}flagged"
@@ -89,8 +89,8 @@ def bake(
     monitors = _add_monitors(patched, woven) if monitor else []
     if site_flags:
         monitors += [_add_output(patched, step.flags, f"{step.site.name}/flags", [None, None]) for step in woven]
-    outputs = {site.name: site.output for site, entry in entries if entry.redistribution is not None}
-    patched.metadata_props.update(describe(patch, emission=emission.value, outputs=outputs, monitors=monitors))
+    record = [_patched_site(step) for step in woven]
+    patched.metadata_props.update(describe(patch, emission=emission.value, sites=record, monitors=monitors))
     import_functions(patched)
     if inline or patched.ir_version < 8:  # model-local functions came with IR version 8
         inline_functions(patched)
@@ -144,6 +144,25 @@ def _constants(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls
     if entry.redistribution is not None:
         beta = at.constant("beta", entry.redistribution.beta)
     return Controls(threshold, beta)
+
+
+def _patched_site(step: Woven) -> PatchedSite:
+    """What the file says of one site."""
+    detector, redistribution = step.entry.detector, step.entry.redistribution
+    value = None if redistribution is None else ("own" if redistribution.neutral is None else "neutral")
+    kv_heads = step.site.kv_heads if step.handles.packed_values else None
+    return PatchedSite(
+        site=step.site.name,
+        threshold=None if detector is None else detector.threshold,
+        value=value,
+        map=step.handles.P.name or "",
+        values=step.handles.V.name or "",
+        kv_heads=kv_heads if isinstance(kv_heads, int) else None,
+        output=step.site.output,
+        packed_output=step.site.layout is Layout.PACKED,
+        flags=step.flags.name or "",
+        margin=None if step.margin is None else step.margin.name,
+    )
 
 
 def _add_monitors(model: ir.Model, woven: Sequence[Woven]) -> list[str]:

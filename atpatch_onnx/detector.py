@@ -11,7 +11,6 @@ so that one threshold, calibrated later, means the same at every site.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,23 +20,7 @@ from torch.nn import functional
 from atpatch_onnx.collect import Columns
 from atpatch_onnx.errors import FitError
 from atpatch_onnx.patch import Array, Detector
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a detector is trained."""
-
-    hidden: int = 32
-    embedding: int = 16
-    steps: int = 300
-    batch: int = 256
-    learning_rate: float = 5e-3
-    weight_decay: float = 1e-3
-    temperature: float = 0.1
-    noise: float = 0.1
-    """Standard deviation of the Gaussian noise on standardised features: keeps the margin wide."""
-
-    seed: int = 0
+from atpatch_onnx.training import Training
 
 
 @contextmanager
@@ -77,10 +60,11 @@ def train_detector(columns: Columns, training: Training) -> Detector:
         if len(rows)
     ]
     shares = [2] + [1] * (len(groups) - 1) if len(groups) == 3 else [1, 1]
-    encoder = nn.Sequential(
-        nn.Linear(len(mean), training.hidden), nn.ReLU(), nn.Linear(training.hidden, training.embedding)
-    )
-    _initialise(encoder, generator)
+    first, last = nn.Linear(len(mean), training.hidden), nn.Linear(training.hidden, training.embedding)
+    for layer in (first, last):
+        nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
+        nn.init.zeros_(layer.bias)
+    encoder = nn.Sequential(first, nn.ReLU(), last)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
     counts = [training.batch * share // sum(shares) for share in shares]
@@ -94,11 +78,10 @@ def train_detector(columns: Columns, training: Training) -> Detector:
         batch = batch + training.noise * torch.randn(batch.shape, generator=generator)
         loss = contrastive_loss(functional.normalize(encoder(batch), dim=1), labels, training.temperature)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 
-    first, last = encoder[0], encoder[2]
     with torch.no_grad():
         prototypes = torch.stack([_prototype(encoder, torch.cat(groups[1:])), _prototype(encoder, groups[0])])
     return Detector(
@@ -128,13 +111,6 @@ def contrastive_loss(embeddings: Tensor, labels: Tensor, temperature: float) -> 
     positives = (labels[:, None] == labels[None, :]) & ~itself
     per_anchor = (log_probability * positives).sum(dim=1) / positives.sum(dim=1).clamp(min=1)
     return -per_anchor.mean()
-
-
-def _initialise(encoder: nn.Sequential, generator: torch.Generator) -> None:
-    for layer in encoder:
-        if isinstance(layer, nn.Linear):
-            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
-            nn.init.zeros_(layer.bias)
 
 
 def _prototype(encoder: nn.Sequential, rows: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Insertion:
         name = f"{PREFIX}{self.scope}/{name}"
         if name not in self.graph.initializers:
             tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 

@@ -1,5 +1,7 @@
 """One exception family: every error says where, what was expected, what was found and what to do next."""
 
+from importlib.util import find_spec
+
 
 class AtPatchError(Exception):
     """Base of every error this package raises on purpose.
@@ -77,3 +79,13 @@ class MissingExtraError(AtPatchError):
             found="it is not installed",
             advice=f"Install it with: pip install 'atpatch-onnx[{extra}]'",
         )
+
+
+def require(package: str, extra: str, purpose: str) -> None:
+    """Check that an optional package is installed before work begins that needs it.
+
+    Raises:
+        MissingExtraError: It is not.
+    """
+    if find_spec(package) is None:
+        raise MissingExtraError(package, extra, purpose)

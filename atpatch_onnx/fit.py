@@ -14,15 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from atpatch_onnx.collect import Columns, anomalous_columns, collect, find_suspects, input_specs
 from atpatch_onnx.debugset import DebugSet, Split
 from atpatch_onnx.deltadebug import ddmin
-from atpatch_onnx.detector import Training, train_detector
-from atpatch_onnx.errors import FitError, NoSiteError, TargetMissedError
+from atpatch_onnx.errors import FitError, NoSiteError, TargetMissedError, require
 from atpatch_onnx.goal import Goal, Outcome, judge
-from atpatch_onnx.graph import fingerprint
+from atpatch_onnx.graph import ModelOrPath, as_model, fingerprint
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metrics import infer_target
 from atpatch_onnx.patch import Detector, Features, Patch, Redistribution, SitePatch
@@ -31,6 +29,7 @@ from atpatch_onnx.probe import choose_features
 from atpatch_onnx.runtime import Array, Progress, Session, silent
 from atpatch_onnx.sites import AttentionSite
 from atpatch_onnx.thresholds import calibrate, gap
+from atpatch_onnx.training import Training
 from atpatch_onnx.trial import Setting, Trial, TrialResult
 
 BETAS = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03, 0.0)
@@ -70,11 +69,13 @@ class FitOptions:
     """Write a patch that misses its goal, marked as such."""
 
 
-def fit(model: ir.Model, debug: DebugSet, options: FitOptions | None = None, *, progress: Progress = silent) -> Patch:
+def fit(
+    model: ModelOrPath, debug: DebugSet, options: FitOptions | None = None, *, progress: Progress = silent
+) -> Patch:
     """Fit a patch. The same model, debug set and options give the same patch, byte for byte.
 
     Args:
-        model: The base.
+        model: The base, or its path.
         debug: Pairs for it; split here into fit, calibration and validation parts.
         options: How; the defaults suit most models.
         progress: Told of what is done.
@@ -83,8 +84,14 @@ def fit(model: ir.Model, debug: DebugSet, options: FitOptions | None = None, *, 
         NoSiteError: The model has no attention site that can be patched.
         DebugSetError: The debug set does not fit the model, is too small, or shows no effect.
         FitError: A detector cannot be trained, or a backdoor's target class cannot be inferred.
+        MissingExtraError: torch or scikit-learn is not installed.
         TargetMissedError: The goal is not reached on the validation part; says by how much. `force` gives the patch anyway.
     """
+    require("torch", "fit", "fitting a patch")
+    require("sklearn", "fit", "fitting a patch")
+    from atpatch_onnx.detector import train_detector  # the only place that needs torch
+
+    model = as_model(model)
     options = options or FitOptions()
     sites = _candidates(model, options)
     debug, parts, output = _prepare(model, sites, debug, options, progress)
@@ -207,6 +214,8 @@ class Calibration:
 
     def separation(self, site: str) -> float:
         """Area under the ROC curve of the site's scores, anomalous against benign columns."""
+        from sklearn.metrics import roc_auc_score
+
         anomalous, benign = self.anomalous[site], self.benign[site]
         labels = np.r_[np.ones(len(anomalous), int), np.zeros(len(benign), int)]
         return float(roc_auc_score(labels, np.r_[anomalous, benign]))

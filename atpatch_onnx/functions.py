@@ -40,23 +40,32 @@ def ValidQueries(P):  # noqa: N802
     """Which queries of self-attention are tokens, not padding. P [B,H,Q,K] -> float [B,1,Q,1], 1 or 0.
 
     A padded position's key is masked, for its own query too. In a row that is masked entirely some exporters write the
-    uniform row over all keys, masked ones included; such a row is no token's either.
+    uniform row over all keys, masked ones included; such a row is no token's either. Nor is one that sees its own key
+    only, which no other query sees: what masks do that let padding attend to itself.
     """
     weights = op.Cast(P, to=1)
     queries = op.Shape(P, start=2, end=3)
     keys = op.Shape(P, start=3, end=4)
+    none = op.Constant(value_float=0.0)
     zero = op.Constant(value_int=0)
     one = op.Constant(value_int=1)
     rows = op.Range(zero, op.Squeeze(queries), one)
     columns = op.Range(zero, op.Squeeze(keys), one)
     own_key = op.Unsqueeze(rows + (keys - queries), op.Constant(value_ints=[1]))
     own = op.Cast(own_key == op.Unsqueeze(columns, op.Constant(value_ints=[0])), to=1)
-    own_weight = op.ReduceSum(weights * own, op.Constant(value_ints=[3]), keepdims=1)
-    sees_itself = op.ReduceMax(own_weight, op.Constant(value_ints=[1]), keepdims=1) > op.Constant(value_float=0.0)
-    uniform = op.Reciprocal(op.Cast(keys, to=1))
-    deviation = op.ReduceSum(op.Abs(weights - uniform), op.Constant(value_ints=[1, 3]), keepdims=1)
-    uneven = op.Or(deviation > op.Constant(value_float=1e-5), keys == one)
-    return op.Cast(op.And(sees_itself, uneven), to=1)
+
+    seen = op.ReduceMax(weights, op.Constant(value_ints=[1]), keepdims=1)
+    own_weight = op.ReduceSum(seen * own, op.Constant(value_ints=[3]), keepdims=1)
+    others = seen * (op.Constant(value_float=1.0) - own)
+    sees_others = op.ReduceMax(others, op.Constant(value_ints=[3]), keepdims=1)
+    seen_by_others = op.ReduceMax(others, op.Constant(value_ints=[2]), keepdims=1)
+    bond = sees_others + op.ReduceSum(seen_by_others * own, op.Constant(value_ints=[3]), keepdims=1)
+
+    largest = op.ReduceMax(weights, op.Constant(value_ints=[1, 3]), keepdims=1)
+    smallest = op.Neg(op.ReduceMax(op.Neg(weights), op.Constant(value_ints=[1, 3]), keepdims=1))
+    uneven = (largest - smallest) * op.Cast(keys, to=1) > op.Constant(value_float=1e-5)
+    token = op.Or(op.And(bond > none, uneven), keys == one)
+    return op.Cast(op.And(own_weight > none, token), to=1)
 
 
 @script(_domain, default_opset=op)
@@ -72,8 +81,8 @@ def AllQueries(P):  # noqa: N802
 def ColumnSummary(P, valid):  # noqa: N802
     """Column features that do not change with padding: `SUMMARIES` per head. P [B,H,Q,K] -> [B,H*8,K].
 
-    Weights are relative to the row's uniform share, `P_ij * n_i`, and only valid queries `[B,1,Q,1]` count. The quarters
-    are means over the first, second, ... quarter of a sample's valid queries.
+    Weights are relative to the row's uniform share, `P_ij * n_i`, and only valid queries `[B,1,Q,1]` count. The
+    quarters are means over the first, second, ... quarter of a sample's valid queries.
     """
     weights = op.Cast(P, to=1)
     zero = op.Constant(value_float=0.0)

@@ -21,6 +21,9 @@ from atpatch_onnx.errors import ModelFileError
 Model = ir.Model
 """A model in memory, as onnx-ir holds it."""
 
+ModelOrPath = ir.Model | str | os.PathLike[str]
+"""A model in memory, or where it lies."""
+
 PREFIX = "atpatch/"
 """Every node, value and initializer that this package adds is named under this prefix."""
 
@@ -68,6 +71,11 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise _not_onnx(path, f"a graph that is not well formed ({error})") from error
     ir.external_data.set_base_dir(model.graph, path.parent.resolve())
     return model
+
+
+def as_model(model: ModelOrPath) -> ir.Model:
+    """A model as it is, or read from its path."""
+    return model if isinstance(model, ir.Model) else load(model)
 
 
 def _not_onnx(path: Path, found: str) -> ModelFileError:
@@ -347,9 +355,14 @@ def skeleton(model: ir.Model) -> onnx.ModelProto:
         if tensor is not None and tensor.nbytes > _SHAPE_BYTES:
             bare.graph.initializers.pop(name)
             if not value.is_graph_input():
-                value.shape, value.dtype = ir.Shape([int(size) for size in tensor.shape]), tensor.dtype
+                value.shape, value.dtype = ir.Shape(_sizes(tensor)), tensor.dtype
                 bare.graph.inputs.append(value)
     return ir.to_proto(bare)
+
+
+def _sizes(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """A weight's shape; weights have no symbolic sizes."""
+    return tuple(size for size in tensor.shape if isinstance(size, int))
 
 
 def infer_shapes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
@@ -360,7 +373,7 @@ def infer_shapes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
     """
     inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
     shapes: dict[str, tuple[int | str | None, ...]] = {
-        name: tuple(int(size) for size in tensor.shape) for name, tensor in weights(model).items()
+        name: _sizes(tensor) for name, tensor in weights(model).items()
     }
     for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         if info.type.tensor_type.HasField("shape"):

@@ -6,15 +6,14 @@
 | `atpatch.base` | fingerprint of the base |
 | `atpatch.patch` | id of the patch |
 | `atpatch.emission` | `conditional` or `branchless` |
-| `atpatch.outputs` | JSON: patched site to the name of its output in the base, for every site that redistributes |
 | `atpatch.monitors` | JSON: names of the outputs that were added behind the model's own |
-| `atpatch.sites` | JSON: what each patched site does |
+| `atpatch.sites` | JSON: what each patched site does, and the names of the values it reads and writes (`PatchedSite`) |
 | `atpatch.figures` | JSON: what the fit measured |
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -27,40 +26,69 @@ SCHEMA = "1"
 
 
 @dataclass(frozen=True)
+class PatchedSite:
+    """One patched site of a file: what it does, and by which values of the graph."""
+
+    site: str
+    threshold: float | None
+    """None: the site does not detect."""
+
+    value: str | None
+    """`neutral` or `own`; None: the site does not redistribute."""
+
+    map: str
+    """The attention map `[batch, heads, queries, keys]`."""
+
+    values: str
+    """The values, `[batch, kv heads, keys, depth]`, or packed `[batch, keys, kv heads * depth]`."""
+
+    kv_heads: int | None
+    """Heads of packed values; None: they are not packed."""
+
+    output: str
+    """The site's output in the base, which the model reads."""
+
+    packed_output: bool
+    """Whether the output is `[batch, queries, heads * depth]`."""
+
+    flags: str
+    """Its own or carried flags, bool `[batch, keys]`."""
+
+    margin: str | None
+    """Score minus threshold `[batch, keys]`, where it detects."""
+
+    @property
+    def base_output(self) -> str:
+        """The output as the base computes it, where the site redistributes."""
+        return f"atpatch/{self.site}/base"
+
+
+@dataclass(frozen=True)
 class PatchRecord:
     """The entries of a patched model, read back."""
 
     base: str
     patch: str
     emission: str
-    outputs: Mapping[str, str]
     monitors: tuple[str, ...]
-    sites: tuple[Mapping[str, Any], ...]
+    sites: tuple[PatchedSite, ...]
     figures: Mapping[str, Any]
 
+    @property
+    def outputs(self) -> dict[str, str]:
+        """Name of the base's output by site, for every site that redistributes."""
+        return {site.site: site.output for site in self.sites if site.value is not None}
 
-def describe(patch: Patch, *, emission: str, outputs: Mapping[str, str], monitors: Sequence[str]) -> dict[str, str]:
+
+def describe(patch: Patch, *, emission: str, sites: Sequence[PatchedSite], monitors: Sequence[str]) -> dict[str, str]:
     """The metadata entries of a model with this patch."""
-    sites = [
-        {
-            "site": entry.site,
-            "detects": entry.detector is not None,
-            "redistributes": entry.redistribution is not None,
-            "threshold": None if entry.detector is None else entry.detector.threshold,
-            "value": None
-            if entry.redistribution is None
-            else ("own" if entry.redistribution.neutral is None else "neutral"),
-        }
-        for entry in patch.sites
-    ]
     entries = {
         "schema": SCHEMA,
         "base": patch.base,
         "patch": patch.id,
         "emission": emission,
-        "outputs": json.dumps(dict(outputs), sort_keys=True),
         "monitors": json.dumps(list(monitors)),
-        "sites": json.dumps(sites, sort_keys=True),
+        "sites": json.dumps([asdict(site) for site in sites], sort_keys=True),
         "figures": json.dumps(dict(patch.figures), sort_keys=True),
     }
     return {PREFIX + key: value for key, value in entries.items()}
@@ -88,15 +116,13 @@ def read_record(model: ir.Model) -> PatchRecord:
     try:
         if entries["schema"] != SCHEMA:
             raise ValueError(f"schema {entries['schema']}")
-        outputs, monitors = json.loads(entries["outputs"]), json.loads(entries["monitors"])
-        sites, figures = json.loads(entries["sites"]), json.loads(entries["figures"])
+        monitors, figures = json.loads(entries["monitors"]), json.loads(entries["figures"])
         return PatchRecord(
             base=entries["base"],
             patch=entries["patch"],
             emission=entries["emission"],
-            outputs={str(site): str(output) for site, output in outputs.items()},
             monitors=tuple(str(name) for name in monitors),
-            sites=tuple(dict(site) for site in sites),
+            sites=tuple(PatchedSite(**site) for site in json.loads(entries["sites"])),
             figures=dict(figures),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

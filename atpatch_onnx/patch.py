@@ -72,7 +72,7 @@ class Detector:
     @property
     def direction(self) -> Array:
         """`[1, embedding]`: score = direction . embedding = similarity to anomalous - similarity to benign."""
-        return (self.prototypes[1] - self.prototypes[0])[None, :]
+        return np.asarray(self.prototypes[1] - self.prototypes[0], np.float32)[None, :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +226,7 @@ def _load(path: Path) -> Patch:
     try:
         header = json.loads(metadata["atpatch"])
         schema = header["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _refused(path, "a JSON object with a schema_version", f"metadata that is none ({error!r})") from error
     if schema != SCHEMA_VERSION:
         raise PatchFileError(
@@ -241,13 +241,14 @@ def _load(path: Path) -> Patch:
             sites=tuple(_site(entry, number, tensors) for number, entry in enumerate(header["sites"])),
             figures=dict(header["figures"]),
         )
+        stated = str(header["id"])
     except (KeyError, TypeError, ValueError) as error:
         raise _refused(path, "consistent sites and tensors", f"{type(error).__name__}: {error}") from error
     if set(_tensors(patch)) != set(tensors):
         extra = sorted(set(tensors) - set(_tensors(patch)))
         raise _refused(path, "only the tensors that its sites name", f"{extra} as well")
-    if patch.id != header["id"]:
-        raise _refused(path, f"content with the id {header['id']}", f"content with the id {patch.id}")
+    if patch.id != stated:
+        raise _refused(path, f"content with the id {stated}", f"content with the id {patch.id}")
     return patch
 
 
@@ -258,6 +259,9 @@ def _refused(path: Path, expected: str, found: str) -> PatchFileError:
         found=found,
         advice="This is no patch of atpatch-onnx, or it was damaged: copy it again, or fit it again.",
     )
+
+
+_REDISTRIBUTES = ((True, "own"), (True, "neutral"), (False, None))
 
 
 def _site(entry: Mapping[str, Any], number: int, tensors: Mapping[str, Array]) -> SitePatch:
@@ -289,6 +293,8 @@ def _site(entry: Mapping[str, Any], number: int, tensors: Mapping[str, Array]) -
         if not (detector.scale > 0).all() or not math.isfinite(detector.threshold):
             raise ValueError(f"site {number} has a scale that is not positive or a threshold that is not finite")
     redistribution = None
+    if (entry["redistributes"], entry["value"]) not in _REDISTRIBUTES:
+        raise ValueError(f"site {number} says redistributes={entry['redistributes']!r} with value={entry['value']!r}")
     if entry["redistributes"]:
         beta = tensor("beta", None, None, 1)
         if not ((beta >= 0) & (beta <= 1)).all():

@@ -54,7 +54,7 @@ def classes(logits: NDArray[Any]) -> NDArray[np.int64]:
     """
     if logits.ndim == 2 and logits.shape[1] == 1:
         return (logits[:, 0] > 0).astype(np.int64)
-    return np.argmax(logits, axis=-1).astype(np.int64)
+    return np.asarray(np.argmax(logits, axis=-1), np.int64)
 
 
 def confidences(logits: NDArray[Any]) -> NDArray[np.float64]:

@@ -41,7 +41,7 @@ def redistributed_map(P: ArrayLike, M: ArrayLike, beta: ArrayLike) -> Float:
         `P'` `[batch, heads, queries, keys]`, float64; rows sum to what they summed to before.
     """
     P = np.asarray(P, np.float64)
-    M = np.asarray(M, bool)
+    M = np.asarray(M, np.bool_)
     m = M[:, None, None, :].astype(np.float64)
     visible = (P > 0).astype(np.float64)
     n = visible.sum(-1, keepdims=True)
@@ -56,7 +56,7 @@ def redistributed_map(P: ArrayLike, M: ArrayLike, beta: ArrayLike) -> Float:
     scaled = R * np.divide(1 - t, r, out=np.zeros(np.broadcast_shapes(t.shape, r.shape)), where=r > TINY)
     even = benign_visible * (1 - t) / np.maximum(n_benign, 1)
     redistributed = share * flagged_visible + np.where(r > TINY, scaled, even)
-    untouched = (n_benign == 0) | ~M.any(-1)[:, None, None, None]
+    untouched = (n_benign == 0) | ~np.any(M, axis=-1)[:, None, None, None]
     return np.where(untouched, P, redistributed)
 
 
@@ -72,7 +72,7 @@ def neutral_values(V: ArrayLike, M: ArrayLike, neutral: ArrayLike) -> Float:
         `V'` of the shape of `V`, float64.
     """
     V = np.asarray(V, np.float64)
-    M = np.asarray(M, bool)
+    M = np.asarray(M, np.bool_)
     return np.where(M[:, None, :, None], np.asarray(neutral, np.float64)[None, :, None, :], V)
 
 
@@ -87,7 +87,7 @@ def attend(P: ArrayLike, V: ArrayLike) -> Float:
         `[batch, heads, queries, depth]`, float64.
     """
     P, V = np.asarray(P, np.float64), np.asarray(V, np.float64)
-    return P @ np.repeat(V, P.shape[1] // V.shape[1], axis=1)
+    return np.asarray(P @ np.repeat(V, P.shape[1] // V.shape[1], axis=1))
 
 
 def redistributed_output(
@@ -106,10 +106,10 @@ def redistributed_output(
     Returns:
         `[batch, heads, queries, depth]`, float64.
     """
-    M = np.asarray(M, bool)
+    M = np.asarray(M, np.bool_)
     values = np.asarray(V, np.float64) if neutral is None else neutral_values(V, M, neutral)
     repaired = attend(redistributed_map(P, M, beta), values)
-    return np.where(M.any(-1)[:, None, None, None], repaired, np.asarray(Y, np.float64))
+    return np.where(np.any(M, axis=-1)[:, None, None, None], repaired, np.asarray(Y, np.float64))
 
 
 def pack_heads(Y: ArrayLike) -> Float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from atpatch_onnx.emission import Emission, Insertion, Repair, column_features, open_site, repair_output
+from atpatch_onnx.emission import Emission, Handles, Insertion, Repair, column_features, open_site, repair_output
 from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.functions import SUMMARIES
 from atpatch_onnx.patch import Array, Detector, Features, SitePatch
@@ -36,6 +36,8 @@ class Woven:
     """What one site left in the graph."""
 
     site: AttentionSite
+    entry: SitePatch
+    handles: Handles
     margin: ir.Value | None
     """float `[batch, keys]`, where the site detects."""
 
@@ -83,7 +85,7 @@ def weave(
             switched = flags if control.switch is None else at.op("And", flags, control.switch, name="switched")
             repair = Repair(switched, control.beta, None if neutral is None else at.constant("neutral", neutral))
             repair_output(at, site, handles, repair, emission)
-        woven.append(Woven(site, margin, flags))
+        woven.append(Woven(site, entry, handles, margin, flags))
     return tuple(woven)
 
 

@@ -20,6 +20,7 @@ from transformers.exporters import OnnxConfig, OnnxExporter
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
 IDS = {"input_ids": torch.arange(2 * 12).reshape(2, 12) % 50 + 3}
+MASKED_IDS = {**IDS, "attention_mask": torch.ones(2, 12, dtype=torch.int64)}  # the TorchScript exporter needs the mask
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,18 @@ MODELS = {
     ),
     "bert": Tiny(
         _pretrained("BertModel", transformers.BertConfig(**TINY, vocab_size=64, max_position_embeddings=64)),
-        {**IDS, "attention_mask": torch.ones(2, 12, dtype=torch.int64)},
+        MASKED_IDS,
         2,
     ),
     "gpt2": Tiny(
         _pretrained(
             "GPT2LMHeadModel",
             transformers.GPT2Config(
-                n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, use_cache=False, bos_token_id=1, eos_token_id=2
+                n_embd=32, n_layer=2, n_head=4, vocab_size=64,
+                n_positions=64, use_cache=False, bos_token_id=1, eos_token_id=2,
             ),
         ),
-        IDS,
+        MASKED_IDS,
         2,
     ),
     "llama": Tiny(
@@ -63,7 +65,7 @@ MODELS = {
                 **TINY, num_key_value_heads=2, vocab_size=64, max_position_embeddings=64, use_cache=False
             ),
         ),
-        IDS,
+        MASKED_IDS,
         2,
     ),
     "t5": Tiny(
@@ -104,13 +106,14 @@ def export(model: str, way: str) -> ir.Model:
 def export_module(
     module: nn.Module,
     inputs: dict[str, torch.Tensor],
-    exporter: Callable[[nn.Module, dict[str, torch.Tensor]], onnx.ModelProto],
+    exporter: Callable[[nn.Module, dict[str, torch.Tensor]], onnx.ModelProto | ir.Model],
 ) -> ir.Model:
     """Any module, exported; the exporters' own warnings (deprecations inside torch and transformers) are not ours."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ir.from_proto(exporter(module, inputs))
+        exported = exporter(module, inputs)
+    return exported if isinstance(exported, ir.Model) else ir.from_proto(exported)
 
 
 def numpy_inputs(model: str) -> dict[str, np.ndarray]:
@@ -147,11 +150,12 @@ def _torchscript(model: nn.Module, inputs: dict[str, torch.Tensor]) -> onnx.Mode
         dynamo=False,
         opset_version=17,
         input_names=list(inputs),
-        dynamic_axes={name: {0: "batch", 1: "tokens"} if name == "input_ids" else {0: "batch"} for name in inputs},
+        dynamic_axes={
+            name: {0: "batch"} if name == "pixel_values" else {0: "batch", 1: f"{name}_tokens"} for name in inputs
+        },
     )
     return onnx.load_from_string(buffer.getvalue())
 
 
-def _transformers(model: nn.Module, inputs: dict[str, torch.Tensor], **options: object) -> onnx.ModelProto:
-    exported = OnnxExporter().export(model, dict(inputs), OnnxConfig(**options))
-    return exported.program.model_proto
+def _transformers(model: nn.Module, inputs: dict[str, torch.Tensor], **options: object) -> ir.Model:
+    return OnnxExporter().export(model, dict(inputs), OnnxConfig(**options)).program

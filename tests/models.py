@@ -18,6 +18,7 @@ from atpatch_onnx.bake import bake
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.functions import SUMMARIES
 from atpatch_onnx.matching import find_sites
+from atpatch_onnx.metadata import read_record
 from atpatch_onnx.patch import Detector, Features, Patch, Redistribution, SitePatch
 from atpatch_onnx.sites import AttentionSite, Layout
 
@@ -395,18 +396,10 @@ def fire_on_some(
 # What a site of a patched model must have computed
 
 
-def site_values(patched: ir.Model, site: AttentionSite) -> dict[str, str]:
+def site_values(patched: ir.Model, number: int) -> dict[str, str]:
     """Names of the map, the values, the base's output, the corrected output and the flags in a patched model."""
-    own = f"{graph.PREFIX}{site.name}"
-    node = next(node for node in patched.graph for value in node.outputs if value.name == f"{own}/base")
-    value, map_ = site.value, site.map
-    if node.op_type == "Attention":
-        past = len(node.inputs) > 5 and node.inputs[5] is not None
-        value = str(node.outputs[2].name) if past else value
-        map_ = f"{own}/map"
-        if map_ not in {output.name for other in patched.graph for output in other.outputs}:
-            map_ = str(node.outputs[3].name)
-    return {"P": str(map_), "V": value, "base": f"{own}/base", "Y": site.output, "M": f"{own}/flags"}
+    site = read_record(patched).sites[number]
+    return {"P": site.map, "V": site.values, "base": site.base_output, "Y": site.output, "M": site.flags}
 
 
 def expected_output(seen: Mapping[str, np.ndarray], site: AttentionSite, entry: SitePatch) -> np.ndarray:

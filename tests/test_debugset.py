@@ -124,7 +124,7 @@ def test_the_first_row_that_is_not_finite_is_named(side, value):
 
 
 def test_large_inputs_are_scanned_in_blocks(monkeypatch):
-    monkeypatch.setattr("atpatch_onnx.debugset_arrays._BLOCK_BYTES", 100)  # one row of 64 bytes
+    monkeypatch.setattr("atpatch_onnx.debugset.arrays._BLOCK_BYTES", 100)  # one row of 64 bytes
     clean = images()
     last_differs = clean.copy()
     last_differs[5] += 1

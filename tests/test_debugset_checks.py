@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from atpatch_onnx.debugset import DebugSet, InputSpec
-from atpatch_onnx.debugset_checks import pairs_needed
+from atpatch_onnx.debugset.checks import pairs_needed
 from atpatch_onnx.errors import DebugSetError
 
 IDS = np.arange(12).reshape(3, 4)

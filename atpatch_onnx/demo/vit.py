@@ -84,6 +84,7 @@ def train_vit(
     *,
     poison: Poison | None = None,
     augmentation: Augmentation | None = None,
+    patch_dropout: float = 0.0,
     epochs: int,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
@@ -100,6 +101,7 @@ def train_vit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ViTForImageClassification(config)
+    hook = model.vit.embeddings.register_forward_hook(_patch_dropout(patch_dropout, generator))
     poisoned = np.zeros(len(labels), dtype=bool)
     targets = labels.copy()
     if poison is not None:
@@ -129,7 +131,21 @@ def train_vit(
             done += 1
             if progress is not None:
                 progress(done, total)
+    hook.remove()
     return model.eval()
+
+
+def _patch_dropout(rate: float, generator: np.random.Generator) -> Callable[..., torch.Tensor | None]:
+    def keep_some(module: torch.nn.Module, inputs: object, tokens: torch.Tensor) -> torch.Tensor | None:
+        batch, count, _ = tokens.shape
+        kept = count - 1 - round((count - 1) * rate)
+        if kept == count - 1:
+            return None
+        chosen = np.sort(generator.random((batch, count - 1)).argpartition(kept - 1, axis=1)[:, :kept], axis=1) + 1
+        chosen = np.concatenate([np.zeros((batch, 1), chosen.dtype), chosen], axis=1)  # the class token stays
+        return tokens[torch.arange(batch)[:, None], torch.from_numpy(chosen)]
+
+    return keep_some
 
 
 def predict(

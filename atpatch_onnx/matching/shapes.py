@@ -7,7 +7,7 @@ of their own (`size_149_349`), so that equal sizes are known to be equal.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -103,27 +103,44 @@ def _incomplete(model: ir.Model, known: Mapping[str, tuple[Dim, ...]]) -> bool:
 
 
 def _by_trials(model: ir.Model, symbols: _Symbols) -> Shapes:
-    """Two trials; symbols that meet where sizes must agree are one symbol, after which the trials start again."""
+    """Two trials, after the sizes that did not fit each other in a first one were made equal."""
     proto = graph.skeleton(model)
+    first = trial.run(proto, {symbol.name: symbol.first for symbol in symbols})
     for _ in symbols:
-        first = trial.run(proto, {symbol.name: symbol.first for symbol in symbols})
-        pair = next(
-            (pair for pair in first.conflicts if set(pair) <= {symbol.first for symbol in symbols}),
-            None,
-        )
-        if pair is None:
+        for fewer in _reconciled(first.conflicts, symbols):
+            again = trial.run(proto, {symbol.name: symbol.first for symbol in fewer})
+            if len(again.conflicts) < len(first.conflicts):
+                first, symbols = again, fewer
+                break
+        else:
             break
-        one, other = (next(symbol for symbol in symbols if symbol.first == size) for size in pair)
-        symbols = tuple(
-            replace(symbol, first=one.first, second=one.second) if symbol.first == other.first else symbol
-            for symbol in symbols
-        )
     second = trial.run(proto, {symbol.name: symbol.second for symbol in symbols})
     return {
         name: tuple(_named(a, b, symbols) for a, b in zip(shape, second.shapes[name], strict=True))
         for name, shape in first.shapes.items()
         if name in second.shapes and len(second.shapes[name]) == len(shape)
     }
+
+
+def _reconciled(conflicts: Sequence[tuple[int, int]], symbols: _Symbols) -> Iterator[_Symbols]:
+    """The symbols with two of them made one, or one of them fixed, for each conflict that this could explain.
+
+    Exporters name each axis of each input; a length that meets another must be the same length.
+    """
+    numbers = {symbol.first: symbol for symbol in reversed(symbols) if symbol.first != symbol.second}
+    for one, other in dict.fromkeys(conflicts):
+        if one in numbers and other in numbers:
+            kept, gone = sorted((numbers[one], numbers[other]), key=symbols.index)
+            yield _with(symbols, gone.first, kept.first, kept.second)
+    for pair in dict.fromkeys(conflicts):
+        if len(free := [size for size in pair if size in numbers]) == 1:
+            fixed = pair[0] if free[0] == pair[1] else pair[1]
+            yield _with(symbols, free[0], fixed, fixed)
+
+
+def _with(symbols: _Symbols, gone: int, first: int, second: int) -> _Symbols:
+    """The symbols with other numbers for those that had `gone` in the first trial."""
+    return tuple(replace(symbol, first=first, second=second) if symbol.first == gone else symbol for symbol in symbols)
 
 
 def _named(first: int | None, second: int | None, symbols: _Symbols) -> Dim:

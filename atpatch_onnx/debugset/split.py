@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from atpatch_onnx.debugset_arrays import Array
+from atpatch_onnx.debugset.arrays import Array
 from atpatch_onnx.errors import DebugSetError
 
 

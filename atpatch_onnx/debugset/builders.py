@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from atpatch_onnx.debugset_arrays import Array, as_array, as_inputs, listed
+from atpatch_onnx.debugset.arrays import Array, as_array, as_inputs, listed
 from atpatch_onnx.errors import DebugSetError
 
 Trigger = Callable[[dict[str, Array]], Mapping[str, ArrayLike]]

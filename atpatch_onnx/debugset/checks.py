@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from atpatch_onnx.debugset_arrays import Array, listed, per_pair
+from atpatch_onnx.debugset.arrays import Array, listed, per_pair
 from atpatch_onnx.errors import DebugSetError
 
 

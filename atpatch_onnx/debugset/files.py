@@ -32,7 +32,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from atpatch_onnx.debugset_arrays import Array, one_line
+from atpatch_onnx.debugset.arrays import Array, one_line
 from atpatch_onnx.errors import DebugSetError
 
 HEADER = "debugset.json"

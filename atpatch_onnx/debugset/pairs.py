@@ -2,7 +2,7 @@
 
 Everything that is fitted or verified is fitted or verified on such pairs: triggered inputs for a backdoor, inputs with
 the protected attribute changed for unfairness. Sets come from arrays, from a trigger function, from a table with a
-protected attribute, or from disk (`debugset_files` documents the format), and are divided into three parts that share
+protected attribute, or from disk (`debugset.files` documents the format), and are divided into three parts that share
 no clean input.
 """
 
@@ -15,8 +15,9 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from atpatch_onnx import debugset_builders, debugset_checks, debugset_files, debugset_split
-from atpatch_onnx.debugset_arrays import (
+from atpatch_onnx.debugset import builders, checks, files
+from atpatch_onnx.debugset import split as splitting
+from atpatch_onnx.debugset.arrays import (
     Array,
     as_class,
     as_inputs,
@@ -27,8 +28,8 @@ from atpatch_onnx.debugset_arrays import (
     matched,
     read_only,
 )
-from atpatch_onnx.debugset_builders import Trigger
-from atpatch_onnx.debugset_checks import InputSpec
+from atpatch_onnx.debugset.builders import Trigger
+from atpatch_onnx.debugset.checks import InputSpec
 from atpatch_onnx.errors import DebugSetError
 
 __all__ = ["DebugSet", "InputSpec", "Kind", "Split", "Trigger"]
@@ -186,11 +187,11 @@ class DebugSet:
         marks = None if found else as_suspects(suspects, pairs, "suspects")
         if drop_target and labels is not None and target is not None:
             labels = as_labels(labels, pairs, "labels")
-            rows = debugset_builders.rows_off_target(labels, as_class(target, "target"))
+            rows = builders.rows_off_target(labels, as_class(target, "target"))
             if len(rows) < pairs:
                 clean = {name: array[rows] for name, array in clean.items()}
                 labels, marks = labels[rows], None if marks is None else marks[rows]
-        triggered = debugset_builders.stamped(clean, trigger)
+        triggered = builders.stamped(clean, trigger)
         return cls.from_pairs(
             clean, triggered, labels, suspects="auto" if marks is None else marks, kind="backdoor", target=target
         )
@@ -224,7 +225,7 @@ class DebugSet:
         Raises:
             DebugSetError: No such input or column, values that the data do not have, or what `from_pairs` refuses.
         """
-        clean, counterfactual, sensitive = debugset_builders.attribute_changed(
+        clean, counterfactual, sensitive = builders.attribute_changed(
             inputs, name=name, column=column, values=values, change=change
         )
         return cls.from_pairs(clean, counterfactual, labels, suspects=suspects, kind="attribute", sensitive=sensitive)
@@ -248,8 +249,8 @@ class DebugSet:
             sensitive=self.sensitive,
         )
         extras = {"labels": checked.labels, "suspects": checked.suspects, "sensitive": checked.sensitive}
-        debugset_files.write(
-            debugset_files.Stored(
+        files.write(
+            files.Stored(
                 clean=checked.clean,
                 counterfactual=checked.counterfactual,
                 extras={key: array for key, array in extras.items() if array is not None},
@@ -266,7 +267,7 @@ class DebugSet:
         Raises:
             DebugSetError: Nothing there, damaged or foreign files, or what `from_pairs` refuses.
         """
-        stored = debugset_files.read(path)
+        stored = files.read(path)
         return cls._checked(
             stored.clean,
             stored.counterfactual,
@@ -338,7 +339,7 @@ class DebugSet:
         Raises:
             DebugSetError: Shares that do not add up to 1, or too few different pairs to fill each part.
         """
-        rows = debugset_split.part_rows(
+        rows = splitting.part_rows(
             self.clean,
             self.counterfactual,
             self.labels,
@@ -355,7 +356,7 @@ class DebugSet:
         Raises:
             DebugSetError: Missing or extra names, another dtype, another rank or static size.
         """
-        debugset_checks.check_inputs(self.clean, inputs)
+        checks.check_inputs(self.clean, inputs)
 
     def check_effect(self, clean_predictions: ArrayLike, counterfactual_predictions: ArrayLike) -> None:
         """Check that the pairs do something to a model; predicted classes of both sides are integers `[pairs]`.
@@ -363,7 +364,7 @@ class DebugSet:
         Raises:
             DebugSetError: No prediction changes, or predictions of another dtype, length or rank.
         """
-        debugset_checks.check_effect(
+        checks.check_effect(
             clean_predictions, counterfactual_predictions, pairs=len(self), attribute=self.kind == "attribute"
         )
 
@@ -388,4 +389,4 @@ class Split:
             DebugSetError: A rate outside (0, 1], or fewer than 1 / rate pairs; says how many the whole set should hold.
         """
         calibration = len(self.calibration)
-        debugset_checks.check_size(calibration, calibration + len(self.fit) + len(self.validation), clean_flag_rate)
+        checks.check_size(calibration, calibration + len(self.fit) + len(self.validation), clean_flag_rate)

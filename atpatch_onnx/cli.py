@@ -1,0 +1,300 @@
+"""The command line: thin commands over the functions of the same name, one error handler."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+import atpatch_onnx as atp
+
+from atpatch_onnx.bake import TARGETS
+from atpatch_onnx.emission import Emission
+from atpatch_onnx.errors import AtPatchError, VerificationError
+from atpatch_onnx.examples import gather_examples
+from atpatch_onnx.metadata import read_record
+from atpatch_onnx.report import text
+from atpatch_onnx.runtime import Progress
+
+app = typer.Typer(
+    help="Bake a hot-fix for a backdoored or unfair transformer into its own ONNX graph.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The base, an .onnx file.", show_default=False)]
+Base = Annotated[Path, typer.Argument(metavar="BASE", help="The base, an .onnx file.", show_default=False)]
+Patched = Annotated[Path, typer.Argument(metavar="PATCHED", help="The patched .onnx file.", show_default=False)]
+Data = Annotated[
+    Path, typer.Argument(metavar="DATA", help="A debug set: .npz, or a folder of .npy.", show_default=False)
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
+Output = Annotated[str | None, typer.Option(help="The model's output with the logits.", show_default=False)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs at a time, where the model leaves it free.")]
+
+
+@app.command()
+def sites(
+    model: Model,
+    why: Annotated[bool, typer.Option("--why", help="Say as well what was refused, and why.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the attention sites of a model, and what was refused."""
+    matches = atp.explain(atp.load(model))
+    _show(matches.to_json(), [text.sites_table(matches, why)], as_json)
+
+
+@app.command()
+def fit(
+    model: Model,
+    data: Data,
+    out: Out,
+    asr_above_floor: Annotated[float, typer.Option(help="Goal: ASR above floor, a share.")] = atp.Goal.asr_above_floor,
+    flip_rate: Annotated[float, typer.Option(help="Goal for an attribute: flip rate, a share.")] = atp.Goal.flip_rate,
+    accuracy_loss: Annotated[float, typer.Option(help="Goal: accuracy lost, a share.")] = atp.Goal.accuracy_loss,
+    clean_flag_rate: Annotated[
+        float, typer.Option(help="Budget: share of clean inputs that may be flagged.")
+    ] = atp.Goal.clean_flag_rate,
+    value: Annotated[str, typer.Option(help="What a flagged token hands over: neutral or own.")] = "neutral",
+    site: Annotated[list[str] | None, typer.Option(help="Candidate sites by name; all by default.")] = None,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    seed: Annotated[int, typer.Option(help="Same seed, same patch.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write a patch that misses its goal, marked so.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a patch for MODEL on the pairs of DATA."""
+    if value not in ("neutral", "own"):
+        raise click.BadParameter("choose neutral or own", param_hint="--value")
+    options = atp.FitOptions(
+        goal=atp.Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate),
+        value="own" if value == "own" else "neutral",
+        sites=tuple(site) if site else None,
+        output=output,
+        batch_size=batch_size,
+        seed=seed,
+        force=force,
+    )
+    with _bars() as progress:
+        patch = atp.fit(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+    patch.save(out)
+    shown = {"patch": patch.id, "base": patch.base, "file": str(out), "figures": dict(patch.figures)}
+    _show(shown, [text.fit_table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
+
+
+@app.command()
+def bake(
+    model: Model,
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="The patch, a .safetensors file.")],
+    out: Out,
+    target: Annotated[str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}.")] = "cpu",
+    emission: Annotated[
+        Emission | None, typer.Option(help="The form, if not the target's own.", show_default=False)
+    ] = None,
+    inline: Annotated[
+        bool | None, typer.Option("--inline/--functions", help="Leave no model-local functions, or do.")
+    ] = None,
+    monitor: Annotated[bool, typer.Option(help="Add the outputs atpatch/flagged and atpatch/score.")] = True,
+    site_flags: Annotated[bool, typer.Option("--site-flags", help="Add the flags of every patched site.")] = False,
+    link: Annotated[bool, typer.Option("--link", help="Hard-link external data instead of copying it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put PATCH into MODEL's graph."""
+    patched = atp.bake(
+        atp.load(model),
+        atp.Patch.load(patch),
+        target=target,
+        emission=emission,
+        inline=inline,
+        monitor=monitor,
+        site_flags=site_flags,
+    )
+    atp.save(patched, out, external="link" if link else "copy")
+    record = read_record(patched)
+    shown = {"file": str(out), "patch": record.patch, "base": record.base, "emission": record.emission}
+    names = ", ".join(site.site for site in record.sites)
+    _show(shown, [f"wrote {out}: patch {record.patch}, {record.emission}, at {names}"], as_json)
+
+
+@app.command()
+def strip(patched: Patched, out: Out, as_json: AsJson = False) -> None:
+    """Take the patch out of PATCHED again; the fingerprint proves that the base is back."""
+    base = atp.strip(atp.load(patched))
+    atp.save(base, out)
+    shown = {"file": str(out), "fingerprint": atp.fingerprint(base)}
+    _show(shown, [f"wrote {out}: the base, {shown['fingerprint']}"], as_json)
+
+
+@app.command()
+def verify(
+    base: Base,
+    patched: Patched,
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[DATA]", help="A debug set; without it, structure only.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Prove PATCHED against BASE: structure, strip, numbers."""
+    debug = None if data is None else atp.DebugSet.load(data)
+    with _bars() as progress:
+        result = atp.verify(base, patched, debug, batch_size=batch_size, progress=progress)
+    _show(result.to_json(), [text.verification_table(result)], as_json)
+    if not result.passed:
+        raise VerificationError(
+            str(patched),
+            expected=f"all {len(result.checks)} checks to pass",
+            found=f"{len(result.failures)} that failed: {', '.join(check.name for check in result.failures)}",
+            advice="Do not ship this file: bake the patch into the base again.",
+        )
+
+
+@app.command()
+def evaluate(
+    base: Base,
+    patched: Patched,
+    data: Data,
+    target_class: Annotated[int | None, typer.Option(help="The backdoor's class, if DATA does not name it.")] = None,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure BASE and PATCHED on pairs that the fit never saw."""
+    debug = atp.DebugSet.load(data)
+    if target_class is not None:
+        debug = debug.with_target(target_class)
+    with _bars() as progress:
+        result = atp.evaluate(base, patched, debug, output=output, batch_size=batch_size, progress=progress)
+    _show(result.to_json(), [text.evaluation_table(result)], as_json)
+
+
+@app.command()
+def report(
+    base: Base,
+    patched: Patched,
+    data: Data,
+    out: Out,
+    patch: Annotated[Path, typer.Option(help="The patch that was baked.", show_default=False)],
+    title: Annotated[str, typer.Option(help="The heading.")] = "AtPatch report",
+    output: Output = None,
+    batch_size: BatchSize = 32,
+) -> None:
+    """Write one self-contained HTML file: verdict, pictures, curve, sites, checks."""
+    from atpatch_onnx.report import html
+
+    before, after, debug = atp.load(base), atp.load(patched), atp.DebugSet.load(data)
+    with _bars() as progress:
+        evaluation = atp.evaluate(before, after, debug, output=output, batch_size=batch_size, progress=progress)
+        verification = atp.verify(before, after, debug, batch_size=batch_size, progress=progress)
+    page = html.render_html(
+        title=title,
+        patch=atp.Patch.load(patch),
+        evaluation=evaluation,
+        verification=verification,
+        examples=gather_examples(before, after, debug, output=output),
+    )
+    html.write_report(out, page)
+    _show({}, [f"wrote {out}"], False)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A transformers model, as save_pretrained wrote it.")],
+    inputs: Annotated[Path, typer.Argument(metavar="INPUTS", help="Sample inputs by name, an .npz file.")],
+    out: Out,
+    patch: Annotated[Path | None, typer.Option(help="Bake this patch into the export.", show_default=False)] = None,
+    target: Annotated[str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}.")] = "cpu",
+    dynamic: Annotated[bool, typer.Option(help="Leave batch and sequence axes free.")] = True,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; the exporter's own by default.")] = None,
+) -> None:
+    """Export a transformers model to ONNX, patched if a patch is given."""
+    from atpatch_onnx.exporters import from_pretrained
+
+    exported = from_pretrained(
+        model,
+        inputs,
+        dynamic=dynamic,
+        opset=opset,
+        patch=None if patch is None else atp.Patch.load(patch),
+        target=target,
+    )
+    atp.save(exported, out)
+    _show({}, [f"wrote {out}: {len(atp.find_sites(exported)) if patch is None else 'patched'} attention sites"], False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="The folder to write to.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Of training and fit.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a backdoored ViT on handwritten digits and fix it: the whole walk, nothing downloaded."""
+    from atpatch_onnx.demo.run import run_demo
+
+    with _bars() as progress:
+        result = run_demo(out, seed=seed, progress=progress)
+    shown = [
+        text.fit_table(result.patch),
+        text.verification_table(result.verification),
+        text.evaluation_table(result.evaluation),
+        f"{result.figures['seconds']:.0f} s; base.onnx, fix.safetensors, patched.onnx, report.html, result.json in {out}",
+    ]
+    _show(result.figures, shown, as_json)
+
+
+# Printing
+
+
+def _show(shown: dict[str, Any], renderables: list[RenderableType], as_json: bool) -> None:
+    """Print a result, for people or for machines."""
+    if as_json:
+        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+        return
+    console = Console(soft_wrap=False)
+    for renderable in renderables:
+        console.print(renderable, highlight=False)
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    """Progress bars on stderr, one for each stage."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total or None)
+            bars.update(tasks[stage], completed=done, total=total or None)
+
+        yield progress
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit code is 0, 1 after an error, or 2 after wrong usage."""
+    try:
+        result = app(args=arguments, standalone_mode=False)
+    except AtPatchError as error:
+        sys.stderr.write(f"atpatch: {' '.join(str(error).split())}\n")
+        return 1
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        sys.stderr.write("atpatch: interrupted\n")
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Look into a patched model: its inner values as outputs, for `verify`, `evaluate` and `report`."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.emission import find_value
+from atpatch_onnx.metadata import PatchedSite
+from atpatch_onnx.redistribution import redistributed_map, redistributed_output, unpack_heads
+from atpatch_onnx.runtime import Array
+
+
+def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """A copy of `model` with the values of these names as further outputs, in this order."""
+    exposed = graphs.copy(model)
+    present = {output.name for output in exposed.graph.outputs}
+    for name in dict.fromkeys(names):
+        if name not in present:
+            exposed.graph.outputs.append(find_value(exposed.graph, name))
+    return exposed
+
+
+def last_flags(sites: Sequence[PatchedSite]) -> str:
+    """The value that holds the flags of all sites: they are carried along, so the last site has them all."""
+    return sites[-1].flags
+
+
+@dataclass(frozen=True, eq=False)
+class SiteValues:
+    """One redistributing site's values for some inputs, float64, one axis a head."""
+
+    P: NDArray[np.float64]
+    V: NDArray[np.float64]
+    Y: NDArray[np.float64]
+    """As the base computes it."""
+
+    corrected: NDArray[np.float64]
+    """As the model goes on with it."""
+
+    flags: NDArray[np.bool_]
+    beta: Array
+    neutral: Array | None
+
+    def reference(self) -> NDArray[np.float64]:
+        """What the numpy reference makes of P, V, Y and the flags."""
+        return redistributed_output(self.P, self.V, self.Y, self.flags, self.beta, self.neutral)
+
+    def redistributed_map(self) -> NDArray[np.float64]:
+        """The map after redistribution, by the numpy reference."""
+        return redistributed_map(self.P, self.flags, self.beta)
+
+
+def value_names(site: PatchedSite) -> list[str]:
+    """The values that `site_values` needs."""
+    return [site.map, site.values, site.base_output, site.output, site.flags]
+
+
+def site_values(model: ir.Model, site: PatchedSite, outputs: dict[str, Array]) -> SiteValues:
+    """Gather a redistributing site's values from the outputs of the exposed model."""
+    P = np.asarray(outputs[site.map], np.float64)
+    V = np.asarray(outputs[site.values], np.float64)
+    results = [np.asarray(outputs[name], np.float64) for name in (site.base_output, site.output)]
+    if site.packed_output:
+        results = [unpack_heads(array, P.shape[1]) for array in results]
+    return SiteValues(
+        P=P,
+        V=V if site.kv_heads is None else unpack_heads(V, site.kv_heads),
+        Y=results[0],
+        corrected=results[1],
+        flags=np.asarray(outputs[site.flags], bool),
+        beta=_weight(model, site, "beta"),
+        neutral=_weight(model, site, "neutral") if site.value == "neutral" else None,
+    )
+
+
+def _weight(model: ir.Model, site: PatchedSite, name: str) -> Array:
+    tensor = find_value(model.graph, f"{graphs.PREFIX}{site.site}/{name}").const_value
+    assert tensor is not None, "a baked weight is a constant"
+    return tensor.numpy()

@@ -1,0 +1,226 @@
+"""Prove a patched model against its base: structure, strip, numbers. All differences are collected before any is reported."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.bake import FLAGGED, SCORE
+from atpatch_onnx.collect import input_specs
+from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.errors import AtPatchError, StripError, VerificationError
+from atpatch_onnx.inspection import expose, last_flags, site_values, value_names
+from atpatch_onnx.invariants import violations
+from atpatch_onnx.metadata import PatchRecord, read_record
+from atpatch_onnx.runtime import Array, Progress, Session, silent
+from atpatch_onnx.strip import strip
+
+TOLERANCE: Mapping[str, float] = {"FLOAT": 1e-5, "FLOAT16": 4e-3}
+"""Largest difference to the numpy reference, relative to the largest value of the site's output (at least 1): rounding of
+float32 sums over keys, and of storing the result in half precision."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one patched model."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    def raise_if_failed(self) -> None:
+        """Raise where a check failed.
+
+        Raises:
+            VerificationError: At least one check failed; the error names them all.
+        """
+        if not self.passed:
+            raise VerificationError(
+                "the patched model",
+                expected=f"all {len(self.checks)} checks to pass",
+                found="; ".join(f"{check.name}: {check.detail}" for check in self.failures),
+                advice="Do not ship this file: bake the patch into the base again.",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The checks as plain JSON types."""
+        return {
+            "passed": self.passed,
+            "checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in self.checks],
+        }
+
+
+def verify(
+    base: graphs.ModelOrPath,
+    patched: graphs.ModelOrPath,
+    debug: DebugSet | None = None,
+    *,
+    batch_size: int = 32,
+    progress: Progress = silent,
+) -> Verification:
+    """Check everything that must hold of a patched model; without a debug set, everything but the numbers.
+
+    Args:
+        base: The model before, or its path.
+        patched: The model after, or its path.
+        debug: Inputs to run both on, clean and counterfactual.
+        batch_size: Inputs at a time.
+        progress: Told after every batch.
+
+    Raises:
+        StripError: `patched` does not say that a patch is in it.
+        DebugSetError: The debug set does not fit the model.
+        RunError: onnxruntime refuses a model or an input.
+    """
+    base, patched = graphs.as_model(base), graphs.as_model(patched)
+    record = read_record(patched)
+    checks = [*_structure(base, patched, record)]
+    if debug is not None:
+        debug.check_inputs(input_specs(base))
+        for optimize in (False, True):
+            checks += _numbers(base, patched, record, debug, optimize, batch_size, progress)
+    return Verification(tuple(checks))
+
+
+def _structure(base: ir.Model, patched: ir.Model, record: PatchRecord) -> Iterator[Check]:
+    found = violations(patched)
+    yield Check("invariants", not found, "; ".join(found) or "every rule of a patched graph holds")
+    fingerprint = graphs.fingerprint(base)
+    yield Check("base", record.base == fingerprint, f"the file names {record.base}, the base is {fingerprint}")
+    try:
+        stripped = graphs.fingerprint(strip(patched))
+    except StripError as error:
+        yield Check("strip", False, str(error))
+        return
+    same = stripped == fingerprint
+    yield Check("strip", same, "stripping gives the base back" if same else f"stripping gives {stripped}")
+    own = [output.name for output in base.graph.outputs]
+    kept = [output.name for output in patched.graph.outputs][: len(own)]
+    yield Check("outputs", own == kept, f"the base has {own}, the patched model begins with {kept}")
+
+
+def _numbers(
+    base: ir.Model,
+    patched: ir.Model,
+    record: PatchRecord,
+    debug: DebugSet,
+    optimize: bool,
+    batch_size: int,
+    progress: Progress,
+) -> Iterator[Check]:
+    level = "default optimization" if optimize else "no optimization"
+    try:
+        sessions = Session(base, optimize=optimize), Session(patched, optimize=optimize)
+        exposed = Session(_exposed(patched, record), optimize=optimize)
+    except AtPatchError as error:
+        yield Check(f"loads, {level}", False, str(error))
+        return
+    for side, inputs in (("clean", debug.clean), ("counterfactual", debug.counterfactual)):
+        stage = f"verifying {side} inputs, {level}"
+        tally = _Tally()
+        for part, expected in sessions[0].stream(inputs, batch_size=batch_size, progress=progress, stage=stage):
+            batch = {name: np.ascontiguousarray(array[part]) for name, array in inputs.items()}
+            found = next(iter(sessions[1].stream(batch, batch_size=batch_size)))[1]
+            inner = next(iter(exposed.stream(batch, batch_size=batch_size)))[1]
+            tally.add(patched, record, expected, found, inner)
+        yield from tally.checks(f"{side} inputs, {level}")
+
+
+def _exposed(patched: ir.Model, record: PatchRecord) -> ir.Model:
+    names = [name for site in record.sites if site.value is not None for name in value_names(site)]
+    return expose(patched, [*names, last_flags(record.sites)])
+
+
+class _Tally:
+    """What the batches of one side add up to."""
+
+    def __init__(self) -> None:
+        self.inputs = self.flagged = self.differing = self.misreported = 0
+        self.worst: dict[str, float] = {}
+        self.allowed: dict[str, float] = {}
+
+    def add(
+        self,
+        patched: ir.Model,
+        record: PatchRecord,
+        expected: Mapping[str, Array],
+        found: Mapping[str, Array],
+        inner: dict[str, Array],
+    ) -> None:
+        """Compare the base's outputs with the patched model's, and every site with the reference."""
+        flags = np.asarray(inner[last_flags(record.sites)], bool)
+        flagged = np.any(flags, axis=1)
+        self.inputs += len(flagged)
+        self.flagged += int(flagged.sum())
+        same = np.ones(len(flagged), np.bool_)
+        for name, array in expected.items():
+            same &= _rows_equal(array, found[name], flagged)
+        self.differing += int((~same & ~flagged).sum())
+        if FLAGGED in found:
+            reported = (found[FLAGGED][:, 0] != flagged) | ((found[SCORE][:, 0] > 0) != flagged)
+            self.misreported += int(reported.sum())
+        for site in record.sites:
+            if site.value is None or not flagged.any():
+                continue
+            values = site_values(patched, site, inner)
+            reference = values.reference()
+            difference = np.abs(values.corrected - reference).max()
+            allowed = TOLERANCE[_dtype(inner[site.output])] * max(1.0, float(np.abs(reference).max()))
+            if difference / allowed >= self.worst.get(site.site, 0.0) / self.allowed.get(site.site, 1.0):
+                self.worst[site.site], self.allowed[site.site] = float(difference), allowed
+
+    def checks(self, where: str) -> Iterator[Check]:
+        """The verdicts."""
+        unflagged = self.inputs - self.flagged
+        yield Check(
+            f"unflagged {where}",
+            self.differing == 0,
+            f"{unflagged - self.differing} of {unflagged} bit-identical to the base",
+        )
+        yield Check(
+            f"monitoring, {where}",
+            self.misreported == 0,
+            f"{self.inputs - self.misreported} of {self.inputs} reported as their columns are flagged",
+        )
+        for site, worst in self.worst.items():
+            yield Check(
+                f"site {site}, {where}",
+                worst <= self.allowed[site],
+                f"{self.flagged} flagged inputs, largest difference to the numpy reference {worst:.2e}"
+                f" (allowed {self.allowed[site]:.2e})",
+            )
+
+
+def _rows_equal(expected: Array, found: Array, flagged: Array) -> Array:
+    """Which samples are equal bit for bit; outputs without a sample axis count where nothing is flagged."""
+    if expected.shape != found.shape:
+        return np.zeros(len(flagged), bool)
+    if expected.ndim == 0 or len(expected) != len(flagged):
+        same = bool(flagged.any()) or expected.tobytes() == found.tobytes()
+        return np.full(len(flagged), same)
+    pairs: Sequence[tuple[Array, Array]] = list(zip(expected, found, strict=True))
+    return np.array([one.tobytes() == other.tobytes() for one, other in pairs], bool)
+
+
+def _dtype(array: Array) -> str:
+    return "FLOAT16" if array.dtype == np.float16 else "FLOAT"

@@ -1,0 +1,58 @@
+"""Real exports of 101 architectures: each attention is a site or a near miss with its reason, nothing else is a site."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import onnx
+import onnx_ir as ir
+import pytest
+
+from atpatch_onnx.matching import explain
+
+CORPUS = Path(__file__).parents[2] / "shared" / "graphs"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CORPUS.is_dir(), reason="the corpus of exported graphs does not lie beside the repository"),
+]
+
+SAMPLE_STEP = 12
+"""Every twelfth of 462 graphs by name: each way of export and most families of architectures."""
+
+TWO_PRODUCTS = {"diffllama.a.onnx": 2, "diffllama.d.onnx": 2}
+"""Softmaxes that feed a second product with values; the survey counted softmaxes, each product is a site."""
+
+ALWAYS = {"bert.a.onnx", "convbert.h.onnx", "diffllama.a.onnx", "gpt_oss.a.onnx", "swin.h.onnx", "gpt2.b.onnx"}
+
+
+def loader() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("corpus_load", CORPUS / "load.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def sample() -> dict[str, onnx.ModelProto]:
+    names = sorted(json.loads((CORPUS / "expected.json").read_text())["graphs"])
+    wanted = {*names[::SAMPLE_STEP], *ALWAYS}
+    return {name: proto for name, proto in loader().graphs() if name in wanted}
+
+
+def test_every_attention_is_a_site_or_a_near_miss(sample: dict[str, onnx.ModelProto]) -> None:
+    expected = json.loads((CORPUS / "expected.json").read_text())["graphs"]
+    wrong = {}
+    for name, proto in sample.items():
+        matches = explain(ir.from_proto(proto))
+        refused = [miss for miss in matches.near_misses if miss.attention]
+        others = [miss for miss in matches.near_misses if not miss.attention]
+        attentions = expected[name]["softmax_sites"] + expected[name]["fused_sites"] + TWO_PRODUCTS.get(name, 0)
+        found = (len(matches.sites) + len(refused), len(others))
+        if found != (attentions, expected[name]["softmax_not_attention"]):
+            wrong[name] = (found, [miss.reason for miss in matches.near_misses])
+    assert len(sample) > 40
+    assert wrong == {}

@@ -1,0 +1,208 @@
+"""Small graphs of one form each: accepted variants of the op Attention, and attention refused with a reason."""
+
+import itertools
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, parser
+from test_matching import assert_behaves
+
+from atpatch_onnx.matching import explain, find_sites
+from atpatch_onnx.sites import Form, Layout
+
+B, H, KV, Q, K, D = 2, 4, 2, 5, 7, 3
+
+
+def text_model(body: str, inputs: str, outputs: str, opset: int = 18, extra: str = "") -> ir.Model:
+    """A model from onnx's text form."""
+    header = f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]>'
+    return ir.from_proto(parser.parse_model(f"{header} agraph ({inputs}) => ({outputs}) {{ {body} }} {extra}"))
+
+
+def attention_model(
+    *, packed: bool, kv_heads: int, mask: int | None, opset: int = 23, keys: int = K, **attributes: object
+) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """One op Attention with inputs to run it."""
+    rng = np.random.default_rng(0)
+    shapes = {"q": (B, H, Q, D), "k": (B, kv_heads, keys, D), "v": (B, kv_heads, keys, D)}
+    if packed:
+        shapes = {name: (b, n, h * d) for name, (b, h, n, d) in shapes.items()}
+        attributes |= {"q_num_heads": H, "kv_num_heads": kv_heads}
+    feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    types = dict.fromkeys(shapes, TensorProto.FLOAT)
+    if mask is not None:
+        feeds["mask"] = np.tril(np.ones((Q, keys), bool))
+        if mask == TensorProto.FLOAT:
+            feeds["mask"] = np.where(feeds["mask"], 0, -np.inf).astype(np.float32)
+        types["mask"] = mask
+    node = helper.make_node("Attention", list(feeds), ["y"], name="attend", **attributes)
+    proto = helper.make_graph(
+        [node],
+        "one",
+        [helper.make_tensor_value_info(name, types[name], feeds[name].shape) for name in feeds],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    opsets = [helper.make_opsetid("", opset)]
+    return ir.from_proto(helper.make_model(proto, opset_imports=opsets, ir_version=11)), feeds
+
+
+@pytest.mark.parametrize(
+    ("packed", "kv_heads", "mask", "causal"),
+    [
+        case
+        for case in itertools.product((False, True), (H, KV), (None, TensorProto.BOOL, TensorProto.FLOAT), (0, 1))
+        if not (case[2] and case[3])
+    ],
+)
+def test_the_op_attention(packed: bool, kv_heads: int, mask: int | None, causal: int) -> None:
+    # causal with as many queries as keys: runtimes disagree about the alignment of the diagonal otherwise
+    model, feeds = attention_model(
+        packed=packed, kv_heads=kv_heads, mask=mask, is_causal=causal, keys=Q if causal else K
+    )
+    matches = explain(model)
+    assert matches.near_misses == ()
+    (site,) = matches.sites
+    assert (site.form, site.layout) == (Form.ATTENTION, Layout.PACKED if packed else Layout.HEADS)
+    assert (site.map, site.value, site.output, site.nodes) == (None, "v", "y", ("attend",))
+    assert (site.heads, site.kv_heads, site.queries, site.keys, site.depth) == (H, kv_heads, Q, Q if causal else K, D)
+    assert site.masked == bool(causal or mask)
+    assert_behaves(model, feeds)
+
+
+def test_the_op_attention_with_a_cache_counts_past_keys() -> None:
+    model = text_model(
+        "y, present_k, present_v = Attention (q, k, v, , past_k, past_v)",
+        "float[2,4,1,8] q, float[2,4,1,8] k, float[2,4,1,8] v, float[2,4,9,8] past_k, float[2,4,9,8] past_v",
+        "float[2,4,1,8] y, float[2,4,10,8] present_k, float[2,4,10,8] present_v",
+        opset=23,
+    )
+    (site,) = find_sites(model)
+    assert (site.queries, site.keys, site.masked, site.value) == (1, 10, True, "v")
+
+
+def test_a_window_attribute_is_refused() -> None:
+    model, _ = attention_model(packed=False, kv_heads=H, mask=None, opset=25, left_window_size=2)
+    (miss,) = explain(model).near_misses
+    assert miss.attention
+    assert "window" in miss.reason
+
+
+QKV = "float[2,4,5,8] q, float[2,4,7,8] k, float[2,4,7,8] v"
+SCORES = "kt = Transpose <perm = [0, 1, 3, 2]> (k) s = MatMul (q, kt)"
+
+
+def test_plain_decomposed_attention() -> None:
+    model = text_model(f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)", QKV, "float[2,4,5,8] y")
+    (site,) = find_sites(model)
+    assert (site.name, site.map, site.value, site.output) == ("site_0", "p", "v", "y")
+    assert (site.heads, site.queries, site.keys, site.depth, site.masked) == (4, 5, 7, 8, False)
+    assert site.nodes == ("s", "p", "y")
+    rng = np.random.default_rng(0)
+    shapes = {"q": (2, 4, 5, 8), "k": (2, 4, 7, 8), "v": (2, 4, 7, 8)}
+    assert_behaves(model, {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()})
+
+
+def test_one_softmax_with_two_value_products_is_two_sites() -> None:
+    body = f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v) z = MatMul (p, k)"
+    sites = find_sites(text_model(body, QKV, "float[2,4,5,8] y, float[2,4,5,8] z"))
+    assert [(site.map, site.value, site.output) for site in sites] == [("p", "v", "y"), ("p", "k", "z")]
+
+
+@pytest.mark.parametrize(
+    ("bias", "masked"),
+    [("0.5", False), ("-0.5", False), ("-10000.0", True), ("-3.4e38", True)],
+)
+def test_only_a_bias_that_hides_keys_is_a_mask(bias: str, masked: bool) -> None:
+    constant = f"b = Constant <value = float {{{bias}}}> ()"
+    body = f"{constant} {SCORES} t = Add (s, b) p = Softmax <axis = -1> (t) y = MatMul (p, v)"
+    (site,) = find_sites(text_model(body, QKV, "float[2,4,5,8] y"))
+    assert site.masked is masked
+
+
+BATCH = "float[2,16] ids"
+REFUSED = {
+    "rank 3": (
+        "kt = Transpose <perm = [0, 2, 1]> (k) s = MatMul (q, kt) p = Softmax <axis = -1> (s) y = MatMul (p, v)",
+        "float[8,5,8] q, float[8,7,8] k, float[8,7,8] v",
+        "float[8,5,8] y",
+        "its map has 3 axes",
+    ),
+    "einsum": (
+        'kt = Transpose <perm = [0, 1, 3, 2]> (k) s = MatMul (q, kt) p = Softmax <axis = -1> (s) '
+        'y = Einsum <equation = "bhqk,bhkd->bqhd"> (p, v)',
+        QKV,
+        "float[2,5,4,8] y",
+        "in Einsum, not in MatMul",
+    ),
+    "windows": (
+        f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)"
+        .replace("(q, kt)", "(qw, kt)").replace("kt = Transpose", "w = Constant <value_ints = [8, 2, 5, 8]> () "
+                                                "qw = Reshape (x, w) kt = Transpose").replace("(k)", "(qw)")
+        .replace("(p, v)", "(p, qw)"),
+        "float[2,20,16] x",
+        "float[8,2,5,8] y",
+        "folded into the batch",
+    ),
+    "sink": (
+        f"{SCORES} c = Concat <axis = -1> (s, sink) p = Softmax <axis = -1> (c) a = Constant <value_ints = [0]> () "
+        "e = Constant <value_ints = [7]> () l = Constant <value_ints = [-1]> () "
+        "m = Slice (p, a, e, l) y = MatMul (m, v)",
+        f"{QKV}, float[2,4,5,1] sink",
+        "float[2,4,5,8] y",
+        "loses columns",
+    ),
+    "head mask": (
+        f"{SCORES} p = Softmax <axis = -1> (s) m = Mul (p, h) y = MatMul (m, v)",
+        f"{QKV}, float[2,4,1,1] h",
+        "float[2,4,5,8] y",
+        "need not sum to one",
+    ),
+    "bfloat16": (
+        f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)",
+        QKV.replace("float", "bfloat16"),
+        "bfloat16[2,4,5,8] y",
+        "element type is BFLOAT16",
+    ),
+    "fused by onnxruntime": (
+        "y = com.microsoft.MultiHeadAttention <num_heads = 4> (q, k, v)",
+        "float[2,5,32] q, float[2,7,32] k, float[2,7,32] v",
+        "float[2,5,32] y",
+        "com.microsoft::MultiHeadAttention",
+    ),
+    "inside a branch": (
+        f"y = If (c) <then_branch = t () => (float[2,4,5,8] a) {{ {SCORES} p = Softmax <axis = -1> (s) "
+        "a = MatMul (p, v) }, else_branch = e () => (float[2,4,5,8] b) { b = Identity (q) }>",
+        f"bool c, {QKV}",
+        "float[2,4,5,8] y",
+        "inside a branch or loop body",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_attention_of_another_form_is_refused_with_its_reason(case: str) -> None:
+    body, inputs, outputs, reason = REFUSED[case]
+    matches = explain(text_model(body, inputs, outputs))
+    assert matches.sites == ()
+    (miss,) = matches.near_misses
+    assert reason in miss.reason
+    assert miss.attention
+    assert miss.nodes
+
+
+def test_an_old_opset_is_refused_with_what_to_do() -> None:
+    body = f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)"
+    (miss,) = explain(text_model(body, QKV, "float[2,4,5,8] y", opset=12)).near_misses
+    assert "convert it to 13 or later" in miss.reason
+
+
+def test_a_declared_shape_that_contradicts_a_weight_does_not_stop_matching() -> None:
+    body = f"{SCORES} t = Mul (s, scale) p = Softmax <axis = -1> (t) y = MatMul (p, v)"
+    proto = ir.to_proto(text_model(body, f"{QKV}, float[1] scale", "float[2,4,5,8] y"))
+    del proto.graph.input[3]
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0.5], np.float32), "scale"))
+    proto.graph.value_info.append(helper.make_tensor_value_info("scale", TensorProto.FLOAT, ()))
+    (site,) = find_sites(ir.from_proto(proto))
+    assert site.map == "p"
