@@ -107,13 +107,13 @@ def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, S
             found="one that is patched already",
             advice="Strip it first.",
         )
-    taken = [node.name for node in model.graph if (node.name or "").startswith(graphs.PREFIX)]
+    taken = sorted(name for name in graphs.names(model) if name.startswith(graphs.PREFIX))
     if taken:
         raise BakeError(
             "the model",
             expected=f"no names under {graphs.PREFIX!r}",
-            found=f"the node {taken[0]!r}",
-            advice="Rename these nodes, or strip the model if it was patched.",
+            found=repr(taken[0]),
+            advice="Rename these nodes and values, or strip the model if it was patched.",
         )
     require_opset(model)
     found = graphs.fingerprint(model)
@@ -123,6 +123,14 @@ def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, S
             expected=f"the model it was fitted on, {patch.base}",
             found=f"a model with the fingerprint {found}",
             advice="Bake it into the model it was fitted on, or fit a patch for this one.",
+        )
+    chosen = [entry.site for entry in patch.sites]
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise PatchMismatchError(
+            f"patch {patch.id}",
+            expected="at least one site, and each site once",
+            found=f"the sites {', '.join(chosen) or 'none'}",
+            advice="Fit the patch again.",
         )
     by_name = {site.name: site for site in find_sites(model)}
     missing = [entry.site for entry in patch.sites if entry.site not in by_name]

@@ -267,8 +267,8 @@ def fingerprint(model: ir.Model) -> str:
     evenly spaced blocks of 4 KiB of each larger weight do, and the fingerprint says so (`sha256-sampled:...`).
 
     One metadata entry does not count: the source lines that torch's exporter notes at each node
-    (`pkg.torch.onnx.stack_trace`). They hold the paths of installed packages, so that one model exported on two machines
-    would differ in nothing else.
+    (`pkg.torch.onnx.stack_trace`). They hold the paths of installed packages, in which alone two machines' exports of
+    one model differ.
     """
     sampled = _weight_bytes(model) > FULL_FINGERPRINT_LIMIT
     digest = hashlib.sha256()
@@ -382,6 +382,15 @@ def infer_shapes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
                 for dim in info.type.tensor_type.shape.dim
             )
     return shapes
+
+
+def names(model: ir.Model) -> set[str]:
+    """Every name in use: of nodes, values and weights, subgraphs included."""
+    found = {node.name for node in model.graph.all_nodes()}
+    for graph in model.graphs():
+        found |= {value.name for value in (*graph.inputs, *graph.initializers.values())}
+        found |= {value.name for node in graph for value in node.outputs}
+    return {name for name in found if name}
 
 
 def unique_name(model: ir.Model, wanted: str) -> str:

@@ -397,9 +397,12 @@ def fire_on_some(
 
 
 def site_values(patched: ir.Model, number: int) -> dict[str, str]:
-    """Names of the map, the values, the base's output, the corrected output and the flags in a patched model."""
+    """Names of the map, the values, the base's output, the corrected output and the flags in a patched model.
+
+    The flags are an output if the model was baked with `site_flags`.
+    """
     site = read_record(patched).sites[number]
-    return {"P": site.map, "V": site.values, "base": site.base_output, "Y": site.output, "M": site.flags}
+    return {"P": site.map, "V": site.values, "base": site.base_output, "Y": site.output, "M": f"{graph.PREFIX}{site.site}/flags"}
 
 
 def expected_output(seen: Mapping[str, np.ndarray], site: AttentionSite, entry: SitePatch) -> np.ndarray:

@@ -78,7 +78,7 @@ def test_all_ways_of_writing_agree_with_each_other_and_with_the_reference(net: N
         baked = bake(model, patch, emission=emission, inline=inline, site_flags=True)
         for optimize in (True, False):
             where = f"{emission}, inline={inline}, optimize={optimize}"
-            results.append(run(baked, feed, optimize=optimize))
+            results.append(run(baked, feed, optimize=optimize))  # optimize=False: what is written, nothing rewritten
             for name, first in results[0].items():
                 np.testing.assert_allclose(results[-1][name], first, **tolerance(net), err_msg=f"{name}, {where}")
         names = [site_values(baked, number) for number in range(len(sites))]
@@ -100,9 +100,9 @@ def test_all_ways_of_writing_agree_with_each_other_and_with_the_reference(net: N
 def test_a_detector_that_never_fires_changes_no_bit(net: Net) -> None:
     model, feed = net.model(), net.feed(np.random.default_rng(2))
     patch = draw_patch(model, threshold=NEVER)
-    for optimize in (True, False):
+    for optimize, variants in ((True, VARIANTS), (False, VARIANTS[1:3])):
         base = run(model, feed, optimize=optimize)
-        for emission, inline in VARIANTS:
+        for emission, inline in variants:
             patched = run(bake(model, patch, emission=emission, inline=inline), feed, optimize=optimize)
             for name, value in base.items():
                 assert same_bits(patched[name], value), f"{name}, {emission}, inline={inline}, optimize={optimize}"
@@ -114,7 +114,7 @@ def test_a_detector_that_never_fires_changes_no_bit(net: Net) -> None:
 def test_the_models_own_interface_stays(net: Net) -> None:
     model = net.model()
     patch = draw_patch(model)
-    for emission, inline in VARIANTS:
+    for emission, inline in VARIANTS[1:3]:
         baked = graph.to_bytes(bake(model, patch, emission=emission, inline=inline, site_flags=True))
         old, new = net.proto().graph, onnx.load_from_string(baked).graph
         assert list(new.input) == list(old.input)
@@ -192,7 +192,7 @@ def test_targets(target: str) -> None:
     assert bool(baked.functions) is not TARGETS[target].inline
 
 
-@pytest.mark.parametrize("ir_version", [3, 7, 8])
+@pytest.mark.parametrize("ir_version", [4, 7, 8])
 def test_files_from_before_model_local_functions_get_none(ir_version: int) -> None:
     net = Net(opset=15, ir_version=ir_version)
     model, feed = net.model(), net.feed(np.random.default_rng(0))
@@ -261,7 +261,7 @@ def test_benign_attention_and_values(name: str, neutral: bool, beta: float | str
     value = np.random.default_rng(5).random((2, 5, 1)) if beta == "profile" else beta
     patch = fire_on_some(model, draw_patch(model, neutral=neutral, beta=value), feed)
     for number, (emission, inline) in enumerate(VARIANTS):
-        baked = bake(model, patch, emission=emission, inline=inline)
+        baked = bake(model, patch, emission=emission, inline=inline, site_flags=True)
         site = number % 2
         names = site_values(baked, site)
         seen = run(with_outputs(baked, list(names.values())), feed)

@@ -14,7 +14,14 @@ import onnx_ir as ir
 import pytest
 import torch
 from models import NEVER, draw_patch, fire_on_some, run, same_bits, with_threshold
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.exporters import AutoExportConfig, AutoHfExporter, ExportedModel, OnnxConfig, OnnxExporter
 from transformers.exporters.auto import EXPORT_BACKENDS
 
@@ -262,6 +269,20 @@ def test_opset_23_with_the_fused_op(tiny_vit, tmp_path):
     exported.save_pretrained(tmp_path)
     assert torch.equal(ExportedModel.from_pretrained(tmp_path)(**inputs).logits, outputs.logits)
     assert graph.fingerprint(strip(from_onnx(tmp_path / "model.onnx"))) == patch.base
+
+
+def test_one_stage_of_generation():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1))
+    inputs = {"input_ids": torch.randint(2, 50, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
+    exporter = AtPatchOnnxExporter(AtPatchOnnxConfig(dynamic=True))
+    bases = exporter.export_for_generation(model.eval(), inputs).components
+    assert set(bases) == {"prefill", "decode"}
+    patch = draw_patch(bases["decode"].program)
+    configs = {name: AtPatchOnnxConfig(dynamic=True, patch=patch if name == "decode" else None) for name in bases}
+    patched = exporter.export_for_generation(model, inputs, configs).components
+    assert graph.fingerprint(patched["prefill"].program) == graph.fingerprint(bases["prefill"].program)
+    assert read_record(patched["decode"].program).patch == patch.id
 
 
 def test_another_model_or_export_is_refused_with_advice(case):

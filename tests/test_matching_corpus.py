@@ -1,4 +1,4 @@
-"""Real exports of 101 architectures: each attention is a site or a near miss with its reason, nothing else is a site."""
+"""Real exports of 101 architectures: each attention is a site or a near miss, nothing else is a site."""
 
 import importlib.util
 import json

@@ -123,24 +123,18 @@ def _by_trials(model: ir.Model, symbols: _Symbols) -> Shapes:
 
 
 def _reconciled(conflicts: Sequence[tuple[int, int]], symbols: _Symbols) -> Iterator[_Symbols]:
-    """The symbols with two of them made one, or one of them fixed, for each conflict that this could explain.
+    """The symbols with two of them made one, for each conflict that this could explain.
 
     Exporters name each axis of each input; a length that meets another must be the same length.
     """
-    numbers = {symbol.first: symbol for symbol in reversed(symbols) if symbol.first != symbol.second}
+    numbers = {symbol.first: symbol for symbol in reversed(symbols)}
     for one, other in dict.fromkeys(conflicts):
         if one in numbers and other in numbers:
             kept, gone = sorted((numbers[one], numbers[other]), key=symbols.index)
-            yield _with(symbols, gone.first, kept.first, kept.second)
-    for pair in dict.fromkeys(conflicts):
-        if len(free := [size for size in pair if size in numbers]) == 1:
-            fixed = pair[0] if free[0] == pair[1] else pair[1]
-            yield _with(symbols, free[0], fixed, fixed)
-
-
-def _with(symbols: _Symbols, gone: int, first: int, second: int) -> _Symbols:
-    """The symbols with other numbers for those that had `gone` in the first trial."""
-    return tuple(replace(symbol, first=first, second=second) if symbol.first == gone else symbol for symbol in symbols)
+            yield tuple(
+                replace(symbol, first=kept.first, second=kept.second) if symbol.first == gone.first else symbol
+                for symbol in symbols
+            )
 
 
 def _named(first: int | None, second: int | None, symbols: _Symbols) -> Dim:

@@ -132,7 +132,7 @@ class _Running:
         shapes = [shape for name in node.input if (shape := self._shape(name)) is not None]
         if node.op_type == "Expand" and node.input[1] in self.data:
             shapes[1:] = [tuple(self.data[node.input[1]].tolist())]
-        for one, other in itertools.pairwise(shapes):
+        for one, other in itertools.combinations(shapes, 2):
             for a, b in zip(reversed(one), reversed(other), strict=False):
                 if a is not None and b is not None and a != b and 1 not in (a, b):
                     self.conflicts.append((a, b))

@@ -1,0 +1,221 @@
+"""From results to the rows of tables: one place for terminal and HTML, so that both say the same.
+
+Figures come out of files that anyone may have written: names are made printable, and a figure that is missing or of
+another type becomes None.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from atpatch_onnx.metadata import PatchRecord
+from atpatch_onnx.metrics import Rate
+from atpatch_onnx.patch import Patch
+
+if TYPE_CHECKING:  # evaluating needs an extra that reading its results does not
+    from atpatch_onnx.evaluate import Evaluation
+    from atpatch_onnx.verify import Verification
+
+NONE = "-"
+"""What stands for a figure that is not there."""
+
+BETTER_LOW, BETTER_HIGH = "lower is better", "higher is better"
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One metric before and after; None where it has no meaning."""
+
+    name: str
+    before: Rate | float | None
+    after: Rate | float | None
+    hint: str
+
+
+@dataclass(frozen=True)
+class DetectorRow:
+    """How well anomalies are named, at one level."""
+
+    level: str
+    precision: Rate
+    recall: Rate
+    average_precision: float
+
+
+@dataclass(frozen=True)
+class Element:
+    """One thing that a site does, and what is left of the problem without it."""
+
+    site: str
+    role: str
+    """`detect` or `redistribute`."""
+
+    beta: float | None
+    left: float | None
+    missed: str
+    """Which bounds of the goal are missed without it."""
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """What the fit found out about one candidate site, on its calibration part."""
+
+    site: str
+    separation: float | None
+    gap: float | None
+    precision: float | None
+    recall: float | None
+    flag_rate: float | None
+    """Share of clean inputs on which the site flags a column."""
+
+    elements: tuple[Element, ...]
+
+
+@dataclass(frozen=True)
+class GoalRow:
+    """One bound of the goal, and what was reached on the validation part."""
+
+    name: str
+    bound: float | None
+    reached: float | None
+
+    @property
+    def met(self) -> bool:
+        """Whether the bound holds."""
+        return self.bound is not None and self.reached is not None and self.reached <= self.bound
+
+
+def shown(text: object) -> str:
+    """Text that is safe to show: what cannot be printed (escapes, bidirectional overrides) is spelt out."""
+    return "".join(char if char.isprintable() else f"\\u{{{ord(char):x}}}" for char in str(text))
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share in percent."""
+    return NONE if value is None else f"{value:.{digits}%}"
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """A plain number."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def patch_id(patch: Patch | PatchRecord) -> str:
+    """The patch's id."""
+    return shown(patch.id if isinstance(patch, Patch) else patch.patch)
+
+
+def residual(figures: Mapping[str, Any]) -> str:
+    """What the fit drives down: the name of `remaining`."""
+    return "flip rate" if figures.get("kind") == "attribute" else "ASR above floor"
+
+
+def before_after(evaluation: "Evaluation") -> tuple[MetricRow, ...]:
+    """The metrics of base and patched model."""
+    rows = [MetricRow("Clean accuracy", evaluation.accuracy_base, evaluation.accuracy_patched, BETTER_HIGH)]
+    attack, fairness = evaluation.backdoor, evaluation.fairness
+    if attack is not None:
+        rows += [
+            MetricRow("Attack success rate (ASR)", attack.asr_base, attack.asr_patched, BETTER_LOW),
+            MetricRow("ASR above floor", None, attack.asr_above_floor, BETTER_LOW),
+            MetricRow("Floor: same share, no trigger", attack.asr_floor, None, "what ASR can fall to"),
+            MetricRow("Robust accuracy", attack.robust_accuracy_base, attack.robust_accuracy_patched, BETTER_HIGH),
+        ]
+    if fairness is not None:
+        rows.append(MetricRow("Flip rate (UF)", fairness.uf_base, fairness.uf_patched, BETTER_LOW))
+        for name, key in (
+            ("Confidence gap", "confidence_gap"),
+            ("Demographic parity difference", "demographic_parity_difference"),
+            ("Equalized odds difference", "equalized_odds_difference"),
+        ):
+            pair = (getattr(fairness, f"{key}_base"), getattr(fairness, f"{key}_patched"))
+            if pair != (None, None):
+                rows.append(MetricRow(name, *pair, BETTER_LOW))
+    rows += [
+        MetricRow("Clean inputs flagged", None, evaluation.clean_flag_rate, BETTER_LOW),
+        MetricRow("Clean inputs changed at all", None, evaluation.clean_changed, BETTER_LOW),
+    ]
+    return tuple(rows)
+
+
+def detector_rows(evaluation: "Evaluation") -> tuple[DetectorRow, ...]:
+    """The detector by columns and by whole inputs."""
+    levels = (("Columns", evaluation.columns), ("Whole inputs", evaluation.input_level))
+    return tuple(DetectorRow(name, at.precision, at.recall, at.curve.average_precision) for name, at in levels)
+
+
+def site_rows(figures: Mapping[str, Any]) -> tuple[SiteRow, ...]:
+    """What a patch says of its candidate sites."""
+    entries = figures.get("sites")
+    return tuple(
+        SiteRow(
+            site=shown(entry.get("site", NONE)),
+            separation=number(entry.get("separation")),
+            gap=number(entry.get("gap")),
+            precision=number(entry.get("precision")),
+            recall=number(entry.get("recall")),
+            flag_rate=number(entry.get("clean_flag_rate")),
+            elements=_elements(entry, figures),
+        )
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, Mapping)
+    )
+
+
+def _elements(entry: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[Element, ...]:
+    without = entry.get("without")
+    found = []
+    for key, role in (("detects", "detect"), ("redistributes", "redistribute")):
+        if entry.get(key) is True:
+            outcome = without.get(role) if isinstance(without, Mapping) else None
+            outcome = outcome if isinstance(outcome, Mapping) else {}
+            missed = [row.name for row in _goal(figures, outcome) if row.reached is not None and not row.met]
+            beta = number(entry.get("beta")) if role == "redistribute" else None
+            left = number(outcome.get("remaining"))
+            found.append(Element(shown(entry.get("site", NONE)), role, beta, left, ", ".join(missed)))
+    return tuple(found)
+
+
+def goal_rows(figures: Mapping[str, Any]) -> tuple[GoalRow, ...]:
+    """The goal of a fit and what it reached; empty for a patch that was not fitted."""
+    outcome = figures.get("outcome")
+    return tuple(_goal(figures, outcome if isinstance(outcome, Mapping) else {}))
+
+
+def _goal(figures: Mapping[str, Any], outcome: Mapping[str, Any]) -> list[GoalRow]:
+    goal = figures.get("goal")
+    if not isinstance(goal, Mapping):
+        return []
+    key = "flip_rate" if figures.get("kind") == "attribute" else "asr_above_floor"
+    before, after = number(outcome.get("accuracy_base")), number(outcome.get("accuracy"))
+    lost = None if before is None or after is None else max(0.0, before - after)
+    return [
+        GoalRow(residual(figures), number(goal.get(key)), number(outcome.get("remaining"))),
+        GoalRow("accuracy lost", number(goal.get("accuracy_loss")), lost),
+        GoalRow("clean flag rate", number(goal.get("clean_flag_rate")), number(outcome.get("clean_flag_rate"))),
+    ]
+
+
+def check_lines(verification: "Verification") -> list[tuple[bool, str, str]]:
+    """Whether it passed, name and detail of every check, failures first; sites that pass the same check share a line."""
+    lines = [(check.passed, shown(check.name), shown(check.detail)) for check in verification.checks]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for passed, name, _ in lines:
+        if passed and name.startswith("site "):
+            alike.setdefault(tuple(name.rsplit(", ", 2)[1:]), []).append(name)
+    shared = {name: (where, names) for where, names in alike.items() if len(names) > 1 for name in names}
+    found = []
+    for passed, name, detail in sorted(lines, key=lambda line: line[0]):
+        where, names = shared.get(name, ((), [name]))
+        if names[0] == name:
+            several = (passed, ", ".join((f"{len(names)} sites", *where)), "each agrees with the numpy reference")
+            found.append(several if len(names) > 1 else (passed, name, detail))
+    return found

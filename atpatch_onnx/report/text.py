@@ -1,0 +1,240 @@
+"""Results as rich renderables for the terminal: pure functions, nothing is printed. Made to be read at 80 columns."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from atpatch_onnx.metadata import PatchRecord
+from atpatch_onnx.metrics import Rate
+from atpatch_onnx.patch import Patch
+from atpatch_onnx.report.rows import (
+    NONE,
+    SiteRow,
+    before_after,
+    check_lines,
+    decimal,
+    detector_rows,
+    goal_rows,
+    number,
+    patch_id,
+    percent,
+    residual,
+    shown,
+    site_rows,
+)
+from atpatch_onnx.report.verdict import missed_goal
+from atpatch_onnx.sites import AttentionSite, Dim, Matches
+
+if TYPE_CHECKING:
+    from atpatch_onnx.evaluate import Evaluation
+    from atpatch_onnx.verify import Verification
+
+
+def sites_table(matches: Matches, why: bool = False) -> Table:
+    """The attention sites of a graph; `why` says by which values and nodes each was recognised."""
+    table = _table("Attention sites", caption=None if matches.sites else "No attention site was found.")
+    table.add_column("#", justify="right")
+    table.add_column("Site", overflow="fold", ratio=2 if why else None)
+    if why:
+        table.add_column("What and where", overflow="fold", ratio=3)
+        for site in matches.sites:
+            table.add_row(*_texts((str(site.index), shown(site.name), _whereabouts(site))))
+        return table
+    table.add_column("Form")
+    for name in ("Heads", "Map", "Depth"):
+        table.add_column(name, justify="right")
+    table.add_column("Type")
+    table.add_column("Mask")
+    for site in matches.sites:
+        size = f"{_dim(site.queries)} x {_dim(site.keys)}"
+        cells = (site.form.value, _heads(site), size, _dim(site.depth), shown(site.dtype.lower()))
+        table.add_row(*_texts((str(site.index), shown(site.name), *cells, "yes" if site.masked else "no")))
+    return table
+
+
+def _whereabouts(site: AttentionSite) -> str:
+    kind = "self-attention" if site.self_attention else "cross-attention"
+    form = f"{site.form.value}, {_heads(site)} heads, {_dim(site.queries)} x {_dim(site.keys)}, depth {_dim(site.depth)}"
+    lines = [
+        f"{form}, {shown(site.dtype.lower())}, {'masked' if site.masked else 'no mask'}",
+        f"{kind}, token axis {shown(site.token_axis)}",
+        f"map: {'inside the op' if site.map is None else shown(site.map)}",
+        f"values: {shown(site.value)}",
+        f"output: {shown(site.output)}",
+        f"nodes: {', '.join(map(shown, site.nodes)) or NONE}",
+    ]
+    return "\n".join(lines)
+
+
+def _heads(site: AttentionSite) -> str:
+    return _dim(site.heads) if site.heads == site.kv_heads else f"{_dim(site.heads)}/{_dim(site.kv_heads)}"
+
+
+def near_misses_table(matches: Matches) -> Table:
+    """What looked like attention and was refused, with the reasons; unsupported attention first."""
+    table = _table("Near misses", caption=None if matches.near_misses else "Nothing else looked like attention.")
+    table.add_column("Nodes", overflow="fold", ratio=2)
+    table.add_column("What it is")
+    table.add_column("Why it is left alone", overflow="fold", ratio=3)
+    for miss in sorted(matches.near_misses, key=lambda miss: not miss.attention):
+        nodes = ", ".join(map(shown, miss.nodes)) or NONE
+        table.add_row(*_texts((nodes, "attention" if miss.attention else "not attention", shown(miss.reason))))
+    return table
+
+
+def fit_table(patch: Patch | PatchRecord) -> Table:
+    """What the fit found per candidate site, what each does in the patch, and what is left of the problem without it."""
+    rows = site_rows(patch.figures)
+    table = _table("Candidate sites", caption=_legend(patch.figures) if rows else "This patch has no figures of a fit.")
+    table.add_column("Site", overflow="fold", ratio=1, min_width=12)
+    for name in ("Sepa-\nration", "Gap", "Preci-\nsion", "Recall", "Flag\nrate"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("Does", no_wrap=True)
+    table.add_column("Without\nit", justify="right", no_wrap=True)
+    for row in rows:
+        cells = (
+            row.site,
+            decimal(row.separation),
+            decimal(row.gap, 2),
+            percent(row.precision, 1),
+            percent(row.recall, 1),
+            percent(row.flag_rate),
+            *_role_cells(row),
+        )
+        table.add_row(*_texts(cells))
+    return table
+
+
+def _role_cells(row: SiteRow) -> tuple[str, str]:
+    """What a site does and what is left without it, a line an element each."""
+    if not row.elements:
+        return NONE, NONE
+    names = [
+        "detect" if element.role == "detect" else f"redistr. {NONE if element.beta is None else f'{element.beta:g}'}"
+        for element in row.elements
+    ]
+    return "\n".join(names), "\n".join(percent(element.left, 1) for element in row.elements)
+
+
+def _legend(figures: Mapping[str, object]) -> str:
+    return (
+        "Separation: ROC area of column scores. Gap: lowest anomalous less largest clean score. "
+        "Flag rate: clean inputs flagged. Redistr.: with its benign attention. "
+        f"Without it: {residual(figures)} when this element alone is switched off."
+    )
+
+
+def fit_summary(patch: Patch | PatchRecord) -> Group:
+    """What a fit ended with: identity, elements, goal; a missed goal comes first and in words."""
+    figures, rows = patch.figures, site_rows(patch.figures)
+    missed = missed_goal(figures)
+    parts: list[RenderableType] = []
+    if missed:
+        parts.append(Text("\n".join(("GOAL MISSED: this patch does not do what was asked of it.", *missed)), "bold red"))
+    facts = [("Patch", patch_id(patch)), ("Base", shown(patch.base))]
+    if "kind" in figures:
+        target = figures.get("target")
+        facts.append(("Against", shown(figures["kind"]) + ("" if target is None else f", target class {shown(target)}")))
+    pairs = figures.get("pairs")
+    if isinstance(pairs, Mapping):
+        facts.append(("Pairs", ", ".join(f"{shown(count)} {shown(part)}" for part, count in pairs.items())))
+    for role, label in (("detect", "Detects at"), ("redistribute", "Redistributes at")):
+        names = [row.site for row in rows if any(element.role == role for element in row.elements)]
+        if rows:
+            facts.append((label, ", ".join(names) or "no site"))
+    if number(figures.get("settings_tried")) is not None:
+        facts.append(("Settings tried", f"{figures['settings_tried']:,}"))
+    parts.append(_facts(facts))
+    goal = goal_rows(figures)
+    if goal:
+        table = _table("Goal, on the validation part")
+        table.add_column("Measure")
+        for name in ("Reached", "At most"):
+            table.add_column(name, justify="right")
+        table.add_column("")
+        for row in goal:
+            table.add_row(*_texts((row.name, percent(row.reached), percent(row.bound), "met" if row.met else "MISSED")))
+        parts.append(table)
+    return Group(*parts)
+
+
+def verification_table(verification: "Verification") -> Group:
+    """The checks with their verdicts in words, failures first; sites that pass alike share a line."""
+    table = _table("Checks")
+    table.add_column("Result", no_wrap=True)
+    table.add_column("Check", overflow="fold", ratio=2)
+    table.add_column("Found", overflow="fold", ratio=3)
+    for passed, name, detail in check_lines(verification):
+        result = Text("passed", "green") if passed else Text("FAILED", "bold red")
+        table.add_row(result, *_texts((name, detail)))
+    total, failed = len(verification.checks), len(verification.failures)
+    if failed:
+        line = Text(f"{failed} of {total} checks FAILED: do not ship this file.", "bold red")
+    else:
+        line = Text(f"All {total} checks passed.", "bold green")
+    return Group(table, line)
+
+
+def evaluation_table(evaluation: "Evaluation") -> Group:
+    """Before and after with 95 % intervals, the detector at both levels, and whether clean outputs are kept."""
+    table = _table(f"Before and after, {evaluation.inputs:,} pairs", caption="In brackets: 95 % Wilson intervals.")
+    table.add_column("Measure", overflow="fold", ratio=1)
+    for name in ("Before", "After"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in before_after(evaluation):
+        table.add_row(*_texts((row.name, measure(row.before), measure(row.after))))
+    detector = _table("Detector")
+    detector.add_column("Level", ratio=1)
+    for name in ("Precision", "Recall", "Average\nprecision"):
+        detector.add_column(name, justify="right", no_wrap=True)
+    for level in detector_rows(evaluation):
+        cells = (level.level, measure(level.precision), measure(level.recall), decimal(level.average_precision))
+        detector.add_row(*_texts(cells))
+    kept = "yes" if evaluation.clean_bit_identical else "NO"
+    style = "" if evaluation.clean_bit_identical else "bold red"
+    return Group(table, detector, Text(f"Clean inputs without a flag keep their outputs bit for bit: {kept}", style))
+
+
+def measure(value: Rate | float | None) -> str:
+    """A rate with its interval, or a plain number."""
+    if not isinstance(value, Rate):
+        return decimal(value, 4)
+    if value.count == 0:
+        return "no inputs"
+    return f"{value.value:.2%} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def _table(title: str, caption: str | None = None) -> Table:
+    return Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        caption_style="dim",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(*_texts((name, value)))
+    return grid
+
+
+def _texts(cells: Iterable[str]) -> tuple[Text, ...]:
+    """Cells as plain text: names may hold what rich would take for markup."""
+    return tuple(Text(cell) for cell in cells)
+
+
+def _dim(dim: Dim) -> str:
+    return "?" if dim is None else shown(dim)

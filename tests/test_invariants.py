@@ -1,0 +1,158 @@
+"""Every rule of a patched graph is broken once, by hand, and has to say so."""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+import pytest
+from models import VARIANTS, Net, draw_patch
+
+from atpatch_onnx import graph, invariants
+from atpatch_onnx.bake import bake
+from atpatch_onnx.emission import Emission
+from atpatch_onnx.errors import InvariantError
+from atpatch_onnx.functions import DOMAIN
+from atpatch_onnx.invariants import RULES, require_invariants, violations
+
+
+def baked(emission: Emission = Emission.CONDITIONAL, inline: bool = False) -> ir.Model:
+    model = Net().model()
+    return bake(model, draw_patch(model), emission=emission, inline=inline)
+
+
+def node_named(model: ir.Model, name: str) -> ir.Node:
+    return next(node for node in model.graph.all_nodes() if node.name == name)
+
+
+@pytest.mark.parametrize(("emission", "inline"), VARIANTS)
+def test_baked_models_obey(emission: Emission, inline: bool) -> None:
+    model = baked(emission, inline)
+    assert violations(model) == ()
+    require_invariants(model)
+
+
+def unmark(model: ir.Model) -> None:
+    node_named(model, "atpatch/site_0/margin").metadata_props.clear()
+
+
+def disguise(model: ir.Model) -> None:
+    node_named(model, "atpatch/site_0/margin").name = "harmless"
+
+
+def disguise_within_a_branch(model: ir.Model) -> None:
+    node_named(model, "atpatch/site_0/then/selected").name = "harmless"
+
+
+def mark_the_bases(model: ir.Model) -> None:
+    node_named(model, "node/logits").name = "atpatch/node"
+
+
+def repeat_a_name(model: ir.Model) -> None:
+    node_named(model, "atpatch/site_0/margin").outputs[0].name = "layer0/product"
+
+
+def move_monitors_forward(model: ir.Model) -> None:
+    outputs = list(model.graph.outputs)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend([*outputs[-2:], *outputs[:-2]])
+
+
+def drop_a_monitor(model: ir.Model) -> None:
+    model.graph.outputs.pop()
+
+
+def add_a_monitor(model: ir.Model) -> None:
+    model.graph.outputs.append(node_named(model, "atpatch/site_0/margin").outputs[0])
+
+
+def use_the_uncorrected_output(model: ir.Model) -> None:
+    own = node_named(model, "node/layer0/Y").outputs[0]
+    node_named(model, "node/layer0/merged").replace_input_with(0, own)
+
+
+def hand_out_the_uncorrected_output(model: ir.Model) -> None:
+    model.graph.outputs.insert(0, node_named(model, "node/layer0/Y").outputs[0])
+
+
+def lose_the_corrected_output(model: ir.Model) -> None:
+    node_named(model, "atpatch/site_0/if_flagged").outputs[0].name = "atpatch/elsewhere"
+
+
+def claim_to_be_branchless(model: ir.Model) -> None:
+    model.metadata_props["atpatch.emission"] = "branchless"
+
+
+def claim_an_unknown_emission(model: ir.Model) -> None:
+    model.metadata_props["atpatch.emission"] = "magic"
+
+
+def act_where_nothing_is_flagged(model: ir.Model) -> None:
+    branch = node_named(model, "atpatch/site_0/if_flagged").attributes["else_branch"].as_graph()
+    next(iter(branch)).op_type = "Neg"
+
+
+def lose_a_function(model: ir.Model) -> None:
+    del model.functions[(DOMAIN, "DetectorMargin", "")]
+
+
+def keep_an_unused_function(model: ir.Model) -> None:
+    function = model.functions[(DOMAIN, "DetectorMargin", "")]
+    model.functions[(DOMAIN, "Unused", "")] = ir.Function(DOMAIN, "Unused", graph=function.graph, attributes=[])
+
+
+def use_a_value_before_it_is_there(model: ir.Model) -> None:
+    margin = node_named(model, "atpatch/site_0/margin")
+    model.graph.remove(margin)
+    model.graph.append(margin)
+
+
+def forget_what_it_is(model: ir.Model) -> None:
+    model.metadata_props.clear()
+
+
+BREAKS: dict[Callable[[ir.Model], None], Callable[..., object] | None] = {
+    unmark: invariants.names_are_ours,
+    disguise: invariants.names_are_ours,
+    disguise_within_a_branch: invariants.names_are_ours,
+    mark_the_bases: invariants.names_are_ours,
+    repeat_a_name: invariants.names_are_unique,
+    move_monitors_forward: invariants.monitors_come_last,
+    drop_a_monitor: invariants.monitors_come_last,
+    add_a_monitor: invariants.monitors_come_last,
+    use_the_uncorrected_output: invariants.outputs_are_corrected,
+    hand_out_the_uncorrected_output: invariants.outputs_are_corrected,
+    lose_the_corrected_output: invariants.outputs_are_corrected,
+    claim_to_be_branchless: invariants.conditionals_are_declared,
+    claim_an_unknown_emission: invariants.conditionals_are_declared,
+    act_where_nothing_is_flagged: invariants.conditionals_are_declared,
+    lose_a_function: invariants.functions_are_known,
+    keep_an_unused_function: invariants.functions_are_known,
+    use_a_value_before_it_is_there: invariants.onnx_accepts_it,
+    forget_what_it_is: None,
+}
+"""What is done to a patched model, and the rule that has to notice (None: there is no record to hold it to)."""
+
+
+@pytest.mark.parametrize("damage", BREAKS, ids=lambda damage: damage.__name__)
+def test_damage_is_noticed(damage: Callable[[ir.Model], None]) -> None:
+    model = baked()
+    damage(model)
+    found = violations(model)
+    assert found
+    rule = BREAKS[damage]
+    if rule is not None:
+        record = invariants.read_record(model)
+        assert list(rule(model, record)), f"{rule.__name__} says nothing, only {found}"
+    with pytest.raises(InvariantError) as caught:
+        require_invariants(model)
+    assert all(words in str(caught.value) for words in found), "the error lists everything"
+
+
+def test_every_rule_is_broken_by_a_test() -> None:
+    assert {rule for rule in BREAKS.values() if rule is not None} == set(RULES)
+
+
+def test_violations_leave_the_model_alone() -> None:
+    model = baked()
+    before = graph.to_bytes(model)
+    violations(model)
+    assert graph.to_bytes(model) == before
