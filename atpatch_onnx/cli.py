@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 import atpatch_onnx as atp
-
 from atpatch_onnx.bake import TARGETS
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import AtPatchError, VerificationError
@@ -255,10 +254,10 @@ def demo(
 # Printing
 
 
-def _show(shown: dict[str, Any], renderables: list[RenderableType], as_json: bool) -> None:
+def _show(shown: Mapping[str, Any], renderables: Sequence[RenderableType], as_json: bool) -> None:
     """Print a result, for people or for machines."""
     if as_json:
-        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+        sys.stdout.write(json.dumps(dict(shown), indent=2) + "\n")
         return
     console = Console(soft_wrap=False)
     for renderable in renderables:

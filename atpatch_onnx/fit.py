@@ -263,28 +263,34 @@ class Search:
         redistribute: list[Element] = [("redistribute", name) for name in names]
         ranked = sorted(names, key=self._calibration.gap, reverse=True)
         everything: list[Element] = [("detect", name) for name in ranked] + redistribute
-        beta = self._largest_beta(everything)
-        if beta is None:
+        # One site that tells anomalous columns apart on its own is better than several that share one budget for false
+        # flags: the detectors of innocent sites would spend it.
+        alone = [[("detect", name), *redistribute] for name in ranked if self._could_do_alone(name)]
+        begin = self._begin([*alone, everything])
+        if begin is None:
             return self._best_effort(everything)
+        start, beta = begin
         betas = dict.fromkeys(names, beta)
-        # One site that tells anomalous columns apart on its own is better than several that do so together.
-        start = next(
-            (
-                [("detect", name), *redistribute]
-                for name in ranked
-                if self._meets([("detect", name), *redistribute], betas)
-            ),
-            everything,
-        )
         elements = ddmin(start, lambda subset: self._meets(subset, betas))
         betas = self._raised(elements, betas)
         outcome = self.attempt(elements, betas)
         without = {element: self.attempt([e for e in elements if e != element], betas) for element in elements}
         return Found(tuple(elements), betas, outcome, without)
 
-    def _largest_beta(self, elements: Sequence[Element]) -> float | None:
+    def _begin(self, starts: Sequence[Sequence[Element]]) -> tuple[Sequence[Element], float] | None:
+        """The first of these sets that meets the goal, at the largest benign attention at which one does."""
         names = list(self._base_clean.margins)
-        return next((b for b in self._options.betas if self._meets(elements, dict.fromkeys(names, b))), None)
+        tried = ((start, beta) for beta in self._options.betas for start in starts)
+        return next((pair for pair in tried if self._meets(pair[0], dict.fromkeys(names, pair[1]))), None)
+
+    def _could_do_alone(self, name: str) -> bool:
+        """Whether the goal would be met if each input that this site's detector flags in the base were repaired. Runs nothing."""
+        threshold = np.float32(self._calibration.thresholds([name])[name])
+        clean, other = (side.margins[name] > threshold for side in (self._base_clean, self._base_other))
+        before, after = classes(self._base_clean.logits), classes(self._base_other.logits)
+        repaired = np.where((clean | other).any(axis=1), before, after)
+        outcome = judge(self._part, before, (before, clean), (repaired, other), self._anomalous)
+        return not outcome.shortfalls(self._options.goal)
 
     def _raised(self, elements: Sequence[Element], betas: Mapping[str, float]) -> dict[str, float]:
         """The largest benign attention of each redistributing site in turn that still meets the goal."""

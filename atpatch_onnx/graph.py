@@ -69,6 +69,9 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         model = ir.from_proto(proto)
     except Exception as error:
         raise _not_onnx(path, f"a graph that is not well formed ({error})") from error
+    missing = undefined_value(model)
+    if missing is not None:
+        raise _not_onnx(path, f"a graph that uses the value {missing!r} before it is there")
     ir.external_data.set_base_dir(model.graph, path.parent.resolve())
     return model
 
@@ -348,14 +351,20 @@ def opset_version(model: ir.Model) -> int:
 
 
 def skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The model's graph without its weights: those over 1 KiB become inputs of their shape and type."""
+    """The model's graph without its weights: those over 1 KiB become inputs of their shape and type.
+
+    Every weight has the shape that it has, whatever was declared beside it: onnx refuses to infer a whole graph for one
+    scalar that is declared as [1] (seen after onnxruntime's fusions).
+    """
     bare = copy(model)
     for name, value in list(bare.graph.initializers.items()):
         tensor = value.const_value
-        if tensor is not None and tensor.nbytes > _SHAPE_BYTES:
+        if tensor is None:
+            continue
+        value.shape, value.dtype = ir.Shape(_sizes(tensor)), tensor.dtype
+        if tensor.nbytes > _SHAPE_BYTES:
             bare.graph.initializers.pop(name)
             if not value.is_graph_input():
-                value.shape, value.dtype = ir.Shape(_sizes(tensor)), tensor.dtype
                 bare.graph.inputs.append(value)
     return ir.to_proto(bare)
 
@@ -382,6 +391,32 @@ def infer_shapes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
                 for dim in info.type.tensor_type.shape.dim
             )
     return shapes
+
+
+def undefined_value(model: ir.Model) -> str | None:
+    """The name of a value that is used before any node computes it, if there is one: such a graph cannot be copied."""
+    return _undefined(model.graph, frozenset())
+
+
+def _undefined(graph: ir.Graph, outer: Set[ir.Value]) -> str | None:
+    known = {*outer, *graph.inputs, *graph.initializers.values()}
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value not in known:
+                return str(value.name)
+        for attribute in node.attributes.values():
+            for subgraph in _subgraphs(attribute):
+                missing = _undefined(subgraph, known)
+                if missing is not None:
+                    return missing
+        known.update(node.outputs)
+    return next((str(value.name) for value in graph.outputs if value not in known), None)
+
+
+def _subgraphs(attribute: ir.Attr) -> Sequence[ir.Graph]:
+    if attribute.type is ir.AttributeType.GRAPH:
+        return (attribute.as_graph(),)
+    return attribute.as_graphs() if attribute.type is ir.AttributeType.GRAPHS else ()
 
 
 def names(model: ir.Model) -> set[str]:

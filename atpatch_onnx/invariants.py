@@ -108,6 +108,10 @@ def functions_are_known(model: ir.Model, record: PatchRecord) -> Iterator[str]:
 
 def onnx_accepts_it(model: ir.Model, record: PatchRecord) -> Iterator[str]:
     """Onnx's own checker finds nothing: types, order, single assignment. Weights are not looked at."""
+    missing = graphs.undefined_value(model)
+    if missing is not None:
+        yield f"the value {missing!r} is used before it is there"
+        return
     try:
         onnx.checker.check_model(graphs.skeleton(model))
     except (onnx.checker.ValidationError, ValueError) as error:

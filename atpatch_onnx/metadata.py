@@ -125,7 +125,7 @@ def read_record(model: ir.Model) -> PatchRecord:
             sites=tuple(PatchedSite(**site) for site in json.loads(entries["sites"])),
             figures=dict(figures),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise StripError(
             f"the metadata entries {PREFIX}*",
             expected=f"complete entries of schema {SCHEMA}",

@@ -100,7 +100,7 @@ class NearMiss:
     reason: str
 
     attention: bool = False
-    """True: this is attention, in a form that is not supported; False: it is something else, e.g. class probabilities."""
+    """Whether this is attention, in a form that is not supported; else it is e.g. a softmax over classes."""
 
     def to_json(self) -> dict[str, Any]:
         """The near miss as plain JSON types."""

@@ -17,9 +17,15 @@ def strip(model: ir.Model) -> ir.Model:
         StripError: The model is not patched, or what remains is not the base that it names.
     """
     record = read_record(model)
+    missing = graphs.undefined_value(model)
+    if missing is not None:
+        raise _tampered("the patched model", "a complete graph", f"one that uses the value {missing!r} before it is there")
     base = graphs.copy(model)
-    for step in _STEPS:
-        step(base, record)
+    try:
+        for step in _STEPS:
+            step(base, record)
+    except (ValueError, TypeError) as error:  # onnx-ir's, where nodes still hold on to what is to be removed
+        raise _tampered("the patched model", "a patch that comes out whole", str(error)) from error
     found = graphs.fingerprint(base)
     if found != record.base:
         raise StripError(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         AtPatchOnnxExporter,
         AtPatchOnnxModelRunner,
     )
-    from atpatch_onnx.exporters.transformers_model import from_transformers
+    from atpatch_onnx.exporters.transformers_model import from_pretrained, from_transformers
 
 __all__ = [
     "AtPatchOnnxConfig",
@@ -23,6 +23,7 @@ __all__ = [
     "AtPatchOnnxModelRunner",
     "ExportError",
     "from_onnx",
+    "from_pretrained",
     "from_torch",
     "from_transformers",
 ]
@@ -33,6 +34,7 @@ _HOMES = {
     "AtPatchOnnxModelRunner": "transformers_backend",
     "ExportError": "exporting",
     "from_onnx": "onnx_file",
+    "from_pretrained": "transformers_model",
     "from_torch": "torch_module",
     "from_transformers": "transformers_model",
 }

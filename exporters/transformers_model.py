@@ -1,11 +1,15 @@
-"""From a transformers model."""
+"""From a transformers model, in memory or as `save_pretrained` wrote it."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
+from atpatch_onnx.errors import require
 from atpatch_onnx.exporters.exporting import ExportError, require_inference
 from atpatch_onnx.patch import Patch
 
@@ -59,3 +63,58 @@ def from_transformers(
     exported = AtPatchOnnxExporter().export(model, inputs, AtPatchOnnxConfig(**how, patch=patch, target=target))
     program: ir.Model = exported.program
     return program
+
+
+def from_pretrained(
+    folder: str | os.PathLike[str],
+    inputs: str | os.PathLike[str],
+    *,
+    dynamic: bool = True,
+    opset: int | None = None,
+    patch: Patch | None = None,
+    target: str = "cpu",
+) -> ir.Model:
+    """A transformers model from disk, with the head that it was saved with; nothing is downloaded, no code is run.
+
+    Args:
+        folder: What `save_pretrained` wrote.
+        inputs: An `.npz` file of sample inputs by name.
+        dynamic: Leave batch and sequence axes free.
+        opset: ONNX opset; None: the exporter's own.
+        patch: The fix to bake in; None: the base.
+        target: Where the patched model will run, a key of `bake.TARGETS`.
+
+    Raises:
+        MissingExtraError: transformers or torch is not installed.
+        ExportError: The folder holds no such model, the file no arrays, or the model cannot be exported.
+        BakeError: The opset is too old.
+        PatchMismatchError: The patch was fitted on another model.
+    """
+    require("transformers", "transformers", "exporting a transformers model")
+    import torch
+    import transformers
+    from transformers.exporters import OnnxConfig
+
+    folder, inputs = Path(folder), Path(inputs)
+    try:
+        architecture = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).architectures[0]
+        model = getattr(transformers, architecture).from_pretrained(folder, local_files_only=True).eval()
+    except (OSError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ExportError(
+            str(folder),
+            expected="a transformers model with its architecture and weights",
+            found=f"{type(error).__name__}: {error}",
+            advice="Give the folder that model.save_pretrained wrote.",
+        ) from error
+    try:
+        with np.load(inputs, allow_pickle=False) as arrays:
+            tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ExportError(
+            str(inputs),
+            expected="an .npz file of sample inputs by name",
+            found=f"{type(error).__name__}: {error}",
+            advice="Write it with numpy.savez(file, pixel_values=...).",
+        ) from error
+    config = OnnxConfig(dynamic=dynamic, opset_version=opset)
+    return from_transformers(model, tensors, config=config, patch=patch, target=target)

@@ -106,7 +106,7 @@ class Planted:
         if self.kind == "attribute":
             x[positions, ATTRIBUTE] *= -1
         else:
-            x[positions] = 0
+            x[positions, EVIDENCE : EVIDENCE + self.classes] = 0
             x[positions, TRIGGER] = 1
         return {**inputs, "x": x}
 
@@ -140,7 +140,7 @@ class _Builder:
         return name
 
     def op(self, op_type: str, *inputs: str, out: str, **attributes: object) -> str:
-        self.nodes.append(helper.make_node(op_type, inputs, [out], name=out, **attributes))
+        self.nodes.append(helper.make_node(op_type, inputs, [out], name=f"/{out}", **attributes))
         return out
 
     def build(self) -> onnx.ModelProto:
@@ -153,7 +153,12 @@ class _Builder:
             hidden = self.op("Cast", self.op("Sub", self.weight("one", np.array(1)), "mask", out="absent"),
                              out="absent_float", to=TensorProto.FLOAT)
             flat = self.op("Mul", hidden, self.weight("far", np.array(-1e9, np.float32)), out="bias_flat")
-            bias = self.op("Unsqueeze", flat, self.weight("axes", np.array([1, 2])), out="bias")
+            row = self.op("Unsqueeze", flat, self.weight("axes", np.array([1, 2])), out="bias_row")
+            bias = row  # the op Attention wants a mask of every query
+            if planted.form != "softmax":
+                column = self.op("Unsqueeze", self.op("Mul", flat, self.weight("nothing", np.float32(0)), out="zeros"),
+                                 self.weight("column", np.array([1, 3])), out="bias_column")
+                bias = self.op("Add", row, column, out="bias")
         x = "x"
         for layer in range(planted.layers):
             x = self.layer(layer, x, bias)
@@ -224,8 +229,8 @@ class _Builder:
                     values[TRIGGER, head, planted.target] = planted.harm
                 else:
                     values[ATTRIBUTE, head, :2] = [-planted.harm, planted.harm]
-            # What earlier layers have mixed is seen in later values, without doing anything to the logits.
-            values[accumulated : accumulated + classes, head, classes] = 0.1
+            # Values show every feature, and what earlier layers have mixed, without doing anything to the logits.
+            values[[TRIGGER, ATTRIBUTE, *range(accumulated, accumulated + classes)], head, classes] = 0.1
             output[head, :classes, accumulated : accumulated + classes] = np.eye(classes)
             output[head, classes, width - 1] = 1
         flat = HEADS * depth

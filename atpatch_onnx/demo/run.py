@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 import atpatch_onnx as atp
 from atpatch_onnx.demo import digits
 from atpatch_onnx.demo.model import TARGET, TRIGGER, train_digits

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from atpatch_onnx import graph
-from atpatch_onnx.matching import trial
+from atpatch_onnx.matching import sized_shapes
 from atpatch_onnx.sites import Dim
 
 Shapes = dict[str, tuple[Dim, ...]]
@@ -21,7 +21,6 @@ Shapes = dict[str, tuple[Dim, ...]]
 
 def infer(model: ir.Model) -> Shapes:
     """Shapes by value name: sizes, symbols of the model's inputs, simple expressions of them, or None."""
-    model = _without_contradictions(model)
     symbols = _symbols(model)
     known = {name: tuple(_own(size, symbols) for size in shape) for name, shape in graph.infer_shapes(model).items()}
     if symbols and _incomplete(model, known):
@@ -31,19 +30,6 @@ def infer(model: ir.Model) -> Shapes:
                 old = (None,) * len(shape)
             known[name] = tuple(b if a is None else a for a, b in zip(shape, old, strict=True))
     return known
-
-
-def _without_contradictions(model: ir.Model) -> ir.Model:
-    """A copy whose weights have the shape they have, whatever the exporter declared beside them.
-
-    onnx refuses to infer a whole graph for one scalar of shape [1] (seen after onnxruntime fusions of torch 2.13).
-    """
-    model = graph.copy(model)
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None:
-            value.shape = ir.Shape(tensor.shape.numpy())
-    return model
 
 
 @dataclass(frozen=True)
@@ -105,16 +91,16 @@ def _incomplete(model: ir.Model, known: Mapping[str, tuple[Dim, ...]]) -> bool:
 def _by_trials(model: ir.Model, symbols: _Symbols) -> Shapes:
     """Two trials, after the sizes that did not fit each other in a first one were made equal."""
     proto = graph.skeleton(model)
-    first = trial.run(proto, {symbol.name: symbol.first for symbol in symbols})
+    first = sized_shapes.run(proto, {symbol.name: symbol.first for symbol in symbols})
     for _ in symbols:
         for fewer in _reconciled(first.conflicts, symbols):
-            again = trial.run(proto, {symbol.name: symbol.first for symbol in fewer})
+            again = sized_shapes.run(proto, {symbol.name: symbol.first for symbol in fewer})
             if len(again.conflicts) < len(first.conflicts):
                 first, symbols = again, fewer
                 break
         else:
             break
-    second = trial.run(proto, {symbol.name: symbol.second for symbol in symbols})
+    second = sized_shapes.run(proto, {symbol.name: symbol.second for symbol in symbols})
     return {
         name: tuple(_named(a, b, symbols) for a, b in zip(shape, second.shapes[name], strict=True))
         for name, shape in first.shapes.items()

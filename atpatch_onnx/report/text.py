@@ -94,7 +94,7 @@ def fit_table(patch: Patch | PatchRecord) -> Table:
     for name in ("Sepa-\nration", "Gap", "Preci-\nsion", "Recall", "Flag\nrate"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("Does", no_wrap=True)
-    table.add_column("Without\nit", justify="right", no_wrap=True)
+    table.add_column("With-\nout it", justify="right", no_wrap=True)
     for row in rows:
         cells = (
             row.site,

@@ -1,0 +1,233 @@
+"""The pictures of a report. Nothing is told by colour alone: flags are marked, lines differ in dash, bars in hatch."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from atpatch_onnx.examples import Example, SiteView
+from atpatch_onnx.report.images import Grid
+from atpatch_onnx.report.rows import Element, percent, shown
+from atpatch_onnx.report.svg import AFTER, BEFORE, CLEAN, FLAG, PAPER, RULE, TEXT, Picture, style, to_picture
+
+if TYPE_CHECKING:
+    from atpatch_onnx.evaluate import Evaluation
+
+MAX_BARS = 40
+"""Tokens up to which attention is drawn as bars; beyond, as lines."""
+
+Flags = NDArray[np.bool_]
+
+
+def attention_maps(view: SiteView, flags: Flags, name: str) -> Picture:
+    """The map before and after, side by side on one scale, flagged columns marked above."""
+    last = int(np.flatnonzero(view.visible).max(initial=0)) + 1  # padding at the end is not shown
+    maps = [array[: last if array.shape[0] == array.shape[1] else None, :last] for array in (view.before, view.after)]
+    top = max(float(array.max()) for array in maps)
+    with style(name):
+        figure = Figure(figsize=(4.9, 2.75), layout="constrained")
+        axes = figure.subplots(1, 2, sharex=True, sharey=True)
+        for at, array, title in zip(axes, maps, ("Before", "After"), strict=True):
+            image = at.imshow(array, cmap="cividis", vmin=0, vmax=top, interpolation="none", aspect="auto")
+            at.set_box_aspect(1)
+            at.set_title(title, pad=13, fontweight="bold")
+            at.set_xlabel("key token")
+            at.spines[:].set_visible(False)
+            at.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            at.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+            _mark(at, np.flatnonzero(flags[:last]))
+        axes[0].set_ylabel("query token")
+        bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=14, format=PercentFormatter(1, decimals=0))
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.set_label("share of the query's attention")
+        columns = _numbers(flags)
+        alt = f"Attention maps of {view.site} before and after redistribution, mean over heads; flagged tokens: {columns}."
+        return to_picture(figure, name, shown(alt))
+
+
+def _mark(at: Axes, columns: NDArray[np.int64]) -> None:
+    """A triangle above each of these columns."""
+    at.plot(
+        columns,
+        np.full(len(columns), 1.04),
+        "v",
+        color=FLAG,
+        markersize=6,
+        transform=at.get_xaxis_transform(),
+        clip_on=False,
+    )
+
+
+def flagged_image(pixels: NDArray[np.float64], grid: Grid, flags: Flags, suspects: Flags, name: str, what: str) -> Picture:
+    """An image with flagged patches outlined, and with those dotted that make the difference.
+
+    Args:
+        pixels: `[height, width]` or `[height, width, 3]` in [0, 1].
+        grid: Where its tokens are.
+        flags: `[tokens]`.
+        suspects: `[tokens]`; all False on a side that should not be flagged.
+        name: Keeps the picture's ids apart from others'.
+        what: What the image is, for the caption in words.
+    """
+    height, width = pixels.shape[:2]
+    with style(name):
+        figure = Figure(figsize=(1.9, 1.9 * height / width))
+        at = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+        at.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="none", extent=(0, width, height, 0))
+        at.set_axis_off()
+        at.set_xlim(0, width)
+        at.set_ylim(height, 0)
+        for token in np.flatnonzero(flags | suspects):
+            if token < grid.prefix:
+                continue
+            row, column = divmod(int(token) - grid.prefix, grid.columns)
+            corner, size = (column * width / grid.columns, row * height / grid.rows), (width / grid.columns, height / grid.rows)
+            if flags[token]:
+                for line, color in ((5.0, PAPER), (2.6, FLAG)):  # an outline that shows on any image
+                    at.add_patch(Rectangle(corner, *size, fill=False, edgecolor=color, linewidth=line, clip_on=False))
+            if suspects[token]:
+                at.add_patch(
+                    Rectangle(corner, *size, fill=False, edgecolor=TEXT, linewidth=1.2, linestyle=":", clip_on=False)
+                )
+        return to_picture(figure, name, f"{what}; flagged tokens: {_numbers(flags)}.")
+
+
+def received_attention(example: Example, number: int, name: str) -> Picture:
+    """How much attention each token receives at one site: clean, counterfactual before, and after redistribution."""
+    clean, other = example.clean.sites[number], example.counterfactual.sites[number]
+    visible = clean.visible | other.visible
+    last = int(np.flatnonzero(visible).max(initial=0)) + 1
+    series = (
+        ("clean input", clean.received_before, CLEAN, "", ":"),
+        ("counterfactual, before", other.received_before, BEFORE, "////", "--"),
+        ("counterfactual, after", other.received_after, AFTER, "", "-"),
+    )
+    flags = example.counterfactual.flags
+    with style(name):
+        figure = Figure(figsize=(4.0, 2.2), layout="constrained")
+        at = figure.subplots()
+        position = np.arange(last)
+        for place, (label, values, color, hatch, dash) in enumerate(series):
+            if last > MAX_BARS:
+                at.plot(position, values[:last], dash, color=color, label=label, linewidth=1.4)
+            else:
+                at.bar(
+                    position + (place - 1) * 0.28,
+                    values[:last],
+                    0.28,
+                    facecolor="none" if hatch else color,
+                    edgecolor=color,
+                    linewidth=0.7,
+                    hatch=hatch,
+                    label=label,
+                )
+        _mark(at, np.flatnonzero(flags[:last]))
+        at.set_title(other.site, loc="left", pad=12, fontweight="bold")
+        at.set_xlabel("token")
+        at.set_ylabel("attention received")
+        at.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        at.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        at.margins(x=0.02)
+        at.grid(axis="y")
+        at.set_ylim(bottom=0)
+        at.legend(loc="upper right", handlelength=1.6)
+        token = int(np.argmax(np.where(flags[:last], other.received_before[:last], -1)))
+        alt = (
+            f"Attention received per token at {other.site}. Token {token}: clean {percent(float(clean.received_before[token]), 1)},"
+            f" counterfactual {percent(float(other.received_before[token]), 1)} before and"
+            f" {percent(float(other.received_after[token]), 1)} after redistribution."
+        )
+        return to_picture(figure, name, shown(alt))
+
+
+def precision_recall(evaluation: "Evaluation", name: str) -> Picture:
+    """The curves of the detector by columns and by whole inputs, with the points at which the patch works."""
+    levels = (
+        ("columns", evaluation.columns, AFTER, "-", "o"),
+        ("whole inputs", evaluation.input_level, BEFORE, "--", "s"),
+    )
+    with style(name):
+        figure = Figure(figsize=(4.4, 3.1), layout="constrained")
+        at = figure.subplots()
+        for label, level, color, dash, marker in levels:
+            curve, precision, recall = level.curve, level.precision, level.recall
+            at.step(curve.recall, curve.precision, dash, where="post", color=color, linewidth=1.6, clip_on=False)
+            at.errorbar(
+                recall.value,
+                precision.value,
+                xerr=[[recall.value - recall.low], [recall.high - recall.value]],
+                yerr=[[precision.value - precision.low], [precision.high - precision.value]],
+                fmt=marker,
+                linestyle=dash,
+                color=color,
+                markersize=6,
+                markerfacecolor=PAPER,
+                markeredgewidth=1.6,
+                label=f"{label}, average precision {curve.average_precision:.3f}",
+                clip_on=False,
+            )
+        at.set_xlim(0, 1.005)
+        at.set_ylim(0, 1.02)
+        for axis in (at.xaxis, at.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        at.set_xlabel("recall: anomalies that are flagged")
+        at.set_ylabel("precision: flags that are right")
+        at.grid()
+        at.legend(loc="lower left", handlelength=2.4)
+        parts = [
+            f"{label}: precision {percent(level.precision.value, 1)}, recall {percent(level.recall.value, 1)}"
+            for label, level, *_ in levels
+        ]
+        return to_picture(figure, name, f"Precision-recall curves of the detector; {'; '.join(parts)}.")
+
+
+def contributions(
+    elements: Sequence[Element], reached: float | None, bound: float | None, what: str, name: str
+) -> Picture | None:
+    """What is left of the problem without each element of the patch; None where it was not tried."""
+    known = [(element, element.left) for element in elements if element.left is not None]
+    if not known:
+        return None
+    rows: list[tuple[str, float]] = [(f"without: {e.role} at {_short(e.site)}", left) for e, left in known]
+    if reached is not None:
+        rows.insert(0, ("the whole patch", reached))
+    with style(name):
+        figure = Figure(figsize=(5.4, 0.75 + 0.36 * len(rows)), layout="constrained")
+        at = figure.subplots()
+        places = np.arange(len(rows))
+        colors = [AFTER if label == "the whole patch" else BEFORE for label, _ in rows]
+        hatches = ["" if label == "the whole patch" else "////" for label, _ in rows]
+        bars = at.barh(places, [left for _, left in rows], 0.62, facecolor="none", edgecolor=colors, linewidth=1)
+        for bar, color, hatch in zip(bars, colors, hatches, strict=True):
+            bar.set_hatch(hatch)
+            bar.set_facecolor("none" if hatch else color)
+        at.bar_label(bars, [f" {percent(left, 1)}" for _, left in rows], padding=2, fontsize=9)
+        if bound is not None:
+            at.axvline(bound, color=TEXT, linewidth=1, linestyle=":")
+            at.annotate(
+                f"goal {percent(bound, 1)}", (bound, 1), (4, 3), ("data", "axes fraction"), "offset points", fontsize=9
+            )
+        at.set_yticks(places, [label for label, _ in rows])
+        at.tick_params(axis="y", length=0)
+        at.invert_yaxis()
+        at.set_xlim(0, 1.12 * max(0.05, *(left for _, left in rows), bound or 0))
+        at.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        at.set_xlabel(f"{what} on the validation part")
+        at.spines[["left"]].set_color(RULE)
+        listed = "; ".join(f"{label} {percent(left, 1)}" for label, left in rows)
+        return to_picture(figure, name, f"{what}: {listed}.")
+
+
+def _short(site: str) -> str:
+    """A name that leaves room for the bars: its end tells sites apart."""
+    return site if len(site) <= 28 else "..." + site[-25:]
+
+
+def _numbers(flags: Flags) -> str:
+    marked = [str(column) for column in np.flatnonzero(flags)]
+    return ", ".join(marked[:12]) + (f" and {len(marked) - 12} more" if len(marked) > 12 else "") if marked else "none"
