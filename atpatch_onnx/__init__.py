@@ -9,8 +9,8 @@
     atp.save(patched, "patched.onnx")
     atp.verify("model.onnx", "patched.onnx", debug).raise_if_failed()
 
-Each verb is a function here and a module of the same name: `atpatch_onnx.fit` the function, `from atpatch_onnx.fit import
-FitOptions` from the module.
+Each verb is a function here and a module of the same name: `atpatch_onnx.fit` is the function, and
+`from atpatch_onnx.fit import FitOptions` reads from the module.
 """
 
 from atpatch_onnx.bake import TARGETS, bake

@@ -70,7 +70,8 @@ def bake(
         target: Where it will run, a key of `TARGETS`.
         emission: `conditional` or `branchless`, if not the target's own; their results are the same.
         inline: Whether to leave no model-local functions, if not as the target needs.
-        monitor: Whether to add the outputs `atpatch/flagged` (bool `[batch, 1]`) and `atpatch/score` (float `[batch, 1]`).
+        monitor: Whether to add the outputs `atpatch/flagged` (bool `[batch, 1]`) and `atpatch/score` (float
+            `[batch, 1]`).
         site_flags: Whether to add an output `atpatch/<site>/flags` (bool `[batch, keys]`) for every patched site.
 
     Raises:

@@ -84,7 +84,7 @@ def fit(
         seed=seed,
         force=force,
     )
-    with _bars() as progress:
+    with progress_bars() as progress:
         patch = atp.fit(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
     patch.save(out)
     shown = {"patch": patch.id, "base": patch.base, "file": str(out), "figures": dict(patch.figures)}
@@ -146,7 +146,7 @@ def verify(
 ) -> None:
     """Prove PATCHED against BASE: structure, strip, numbers."""
     debug = None if data is None else atp.DebugSet.load(data)
-    with _bars() as progress:
+    with progress_bars() as progress:
         result = atp.verify(base, patched, debug, batch_size=batch_size, progress=progress)
     _show(result.to_json(), [text.verification_table(result)], as_json)
     if not result.passed:
@@ -172,7 +172,7 @@ def evaluate(
     debug = atp.DebugSet.load(data)
     if target_class is not None:
         debug = debug.with_target(target_class)
-    with _bars() as progress:
+    with progress_bars() as progress:
         result = atp.evaluate(base, patched, debug, output=output, batch_size=batch_size, progress=progress)
     _show(result.to_json(), [text.evaluation_table(result)], as_json)
 
@@ -192,7 +192,7 @@ def report(
     from atpatch_onnx.report import html
 
     before, after, debug = atp.load(base), atp.load(patched), atp.DebugSet.load(data)
-    with _bars() as progress:
+    with progress_bars() as progress:
         evaluation = atp.evaluate(before, after, debug, output=output, batch_size=batch_size, progress=progress)
         verification = atp.verify(before, after, debug, batch_size=batch_size, progress=progress)
     page = html.render_html(
@@ -240,13 +240,14 @@ def demo(
     """Train a backdoored ViT on handwritten digits and fix it: the whole walk, nothing downloaded."""
     from atpatch_onnx.demo.run import run_demo
 
-    with _bars() as progress:
+    with progress_bars() as progress:
         result = run_demo(out, seed=seed, progress=progress)
-    shown = [
+    shown: list[RenderableType] = [
         text.fit_table(result.patch),
         text.verification_table(result.verification),
         text.evaluation_table(result.evaluation),
-        f"{result.figures['seconds']:.0f} s; base.onnx, fix.safetensors, patched.onnx, report.html, result.json in {out}",
+        f"{result.figures['seconds']:.0f} s; base.onnx, fix.safetensors, patched.onnx, report.html and result.json"
+        f" are in {out}",
     ]
     _show(result.figures, shown, as_json)
 
@@ -265,7 +266,7 @@ def _show(shown: Mapping[str, Any], renderables: Sequence[RenderableType], as_js
 
 
 @contextmanager
-def _bars() -> Iterator[Progress]:
+def progress_bars() -> Iterator[Progress]:
     """Progress bars on stderr, one for each stage."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:

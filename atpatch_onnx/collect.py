@@ -1,7 +1,7 @@
 """Stream column features over a debug set: what the detectors are trained on.
 
 Maps are never kept. Per batch the probe gives column features and values. The anomalous columns, the same positions on the
-clean side, and a sample of the others are kept, up to `MAX_BYTES` a site; values are only summed up.
+clean side, and a sample of the others are kept, each kind up to a third of `MAX_BYTES` a site; values are only summed up.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,8 +75,8 @@ def find_suspects(
 ) -> DebugSet:
     """The debug set with its suspects: those it has, or the tokens whose values differ at the first site.
 
-    At the first site of a token axis no attention has mixed the tokens yet, so only those differ that the trigger or the
-    attribute is in.
+    At the first site of a token axis no attention has mixed the tokens yet, so only those differ that the trigger or
+    the attribute is in.
 
     Args:
         model: The base.
@@ -96,7 +96,7 @@ def find_suspects(
                 "the suspects of the debug set",
                 expected=f"{first.keys} token positions, as at site {first.name}",
                 found=f"{keys}",
-                advice="Mark positions of the model's token axis, class token included, or leave it to suspects='auto'.",
+                advice="Mark positions of the model's token axis, class token included, or use suspects='auto'.",
             )
         return debug
     name = values_output(first)
@@ -188,7 +188,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.rows: dict[str, list[Array]] = {"anomalous": [], "hard": [], "benign": []}
-        self.bytes = 0
+        self.bytes = dict.fromkeys(self.rows, 0)
         self.value_sum: NDArray[np.float64] | None = None
         self.value_count = 0
 
@@ -216,9 +216,11 @@ class _Kept:
         self._keep("benign", rows[benign & ~suspects & (rank < MAX_BENIGN)])
 
     def _keep(self, kind: str, rows: Array) -> None:
-        if len(rows) and self.bytes + rows.nbytes <= MAX_BYTES:
+        left = MAX_BYTES // len(self.rows) - self.bytes[kind]
+        rows = rows[: left // rows[0].nbytes] if len(rows) else rows
+        if len(rows):
             self.rows[kind].append(np.ascontiguousarray(rows))
-            self.bytes += rows.nbytes
+            self.bytes[kind] += rows.nbytes
 
     def columns(self, site: AttentionSite, features: Features) -> Columns:
         assert self.value_sum is not None

@@ -1,4 +1,4 @@
-"""Delta debugging (ddmin; Zeller and Hildebrandt, IEEE TSE 28(2), 2002), here for what is needed instead of what fails."""
+"""Delta debugging (ddmin; Zeller and Hildebrandt, IEEE TSE 28(2), 2002), for what is needed instead of what fails."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar

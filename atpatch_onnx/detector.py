@@ -5,8 +5,8 @@ For an anchor i with the others of its class P(i) and all others A(i):
     L_i = -1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p / tau) / sum_{a in A(i)} exp(z_i.z_a / tau) )
 
 Classes are anomalous and benign columns. Hard negatives, the suspects' positions on clean inputs, are a fixed share of
-every batch. We differ from AtPatch (arXiv 2601.21695) in what decides: the difference of the similarities to two prototypes,
-so that one threshold, calibrated later, means the same at every site.
+every batch. We differ from AtPatch (arXiv 2601.21695) in what decides: the difference of the similarities to two
+prototypes, so that one threshold, calibrated later, means the same at every site.
 """
 
 from collections.abc import Iterator

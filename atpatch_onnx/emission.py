@@ -1,9 +1,9 @@
 """How a site's nodes are written into a graph: shared by the probe, the trial graph and the patched graph.
 
-Every site is reached through three values: the map P, the values V and the output Y. The product that computes Y stays as
-it is. Redistribution corrects its result, so an input without a flag gets Y itself: the base's own kernel, fused or not,
-and the base's own bits. To put the correction in, the product's output is renamed and the corrected value takes the old
-name; taking it out again is the reverse.
+Every site is reached through three values: the map P, the values V and the output Y. The product that computes Y stays
+as it is. Redistribution corrects its result, so an input without a flag gets Y itself: the base's own kernel, fused or
+not, and the base's own bits. To put the correction in, the product's output is renamed and the corrected value takes
+the old name; taking it out again is the reverse.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -67,7 +67,8 @@ class Insertion:
         name = f"{PREFIX}{self.scope}/{name}"
         if name not in self.graph.initializers:
             tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=tensor)
+            value.dtype = tensor.dtype
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
@@ -137,8 +138,8 @@ def require_opset(model: ir.Model) -> None:
 def open_site(model: ir.Model, site: AttentionSite) -> tuple[Handles, Insertion]:
     """The site's values in this graph, and an insertion point right behind its product.
 
-    A fused `Attention` is asked for its map (4th output, `qk_matmul_output_mode=3`), which leaves its Y as it was bit for
-    bit, and, with a past, for the values that meet the map (3rd output).
+    A fused `Attention` is asked for its map (4th output, `qk_matmul_output_mode=3`), which leaves its Y as it was bit
+    for bit, and, with a past, for the values that meet the map (3rd output).
     """
     graph = model.graph
     Y = find_value(graph, site.output)

@@ -5,8 +5,8 @@
 The scan runs outputs and flags only, and stops as soon as there is enough to choose from.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import cast
 
@@ -14,8 +14,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from atpatch_onnx import graph as graphs
 from atpatch_onnx.collect import anomalous_columns, find_suspects, input_specs
 from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.inspection import expose, last_flags, site_values, value_names
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import PatchedSite, read_record
@@ -38,7 +40,7 @@ class Story(StrEnum):
     """The base's prediction changes with the counterfactual, the patched model's does not."""
 
     MISSED = "missed"
-    """The patched model's prediction still changes."""
+    """The patched model's prediction still changes as the base's does, or changes where the base's does not."""
 
     FALSE_ALARM = "false alarm"
     """A benign column of the clean input is flagged."""
@@ -100,6 +102,9 @@ class ExampleSide:
     flags: Flags
     """`[tokens]`, of all sites together."""
 
+    anomalous: Flags
+    """`[tokens]`: the positions that should be flagged."""
+
     identical: bool
     """Whether base and patched logits are equal bit for bit."""
 
@@ -118,9 +123,6 @@ class Example:
     label: int | None
     """The true label, where known."""
 
-    suspects: Flags
-    """`[tokens]`: the positions that make the difference."""
-
     clean: ExampleSide
     counterfactual: ExampleSide
 
@@ -129,21 +131,24 @@ class Example:
 class _Scan:
     """What the scanned pairs show, each `[pairs]`."""
 
-    flips: Flags
-    """The base's prediction changes."""
+    repaired: Flags
+    """The base's prediction changes, the patched model's does not."""
 
     still: Flags
-    """The patched model's prediction changes."""
+    """The patched model's prediction changes, to what the base's changes to, or where the base's does not."""
 
     alarm: Flags
     untouched: Flags
+    right: Flags
+    """The base is right on the clean side, as far as labels tell."""
+
     label: NDArray[np.int64]
     """The base's prediction on the clean side."""
 
 
 def gather_examples(
-    base: ir.Model,
-    patched: ir.Model,
+    base: ModelOrPath,
+    patched: ModelOrPath,
     debug: DebugSet,
     *,
     count: int = 4,
@@ -153,8 +158,8 @@ def gather_examples(
 ) -> tuple[Example, ...]:
     """Choose pairs that tell what the patch does, the same ones every time, and look at them closely.
 
-    At most one pair each is a miss, a false alarm, and a clean input that was left untouched; the others are repaired, of
-    different classes where there are several.
+    At most one pair each is a miss, a false alarm, and a clean input that was left untouched; the others are repaired,
+    of different classes where there are several.
 
     Args:
         base: The model before.
@@ -170,6 +175,7 @@ def gather_examples(
         StripError: `patched` is not patched.
         RunError: onnxruntime refuses a model or an input.
     """
+    base, patched = graphs.as_model(base), graphs.as_model(patched)
     debug.check_inputs(input_specs(base))
     closeup = _Closeup(base, patched, prediction_output(base, output), batch_size, progress)
     debug = debug.take(np.arange(min(len(debug), SCAN)))
@@ -177,7 +183,7 @@ def gather_examples(
     scanned: list[_Scan] = []
     for start in range(0, len(debug), CHUNK):
         scanned.append(closeup.scan(debug.take(np.arange(start, min(start + CHUNK, len(debug))))))
-        chosen = list(_choose(scanned, count))
+        chosen = _choose(scanned, count)
         if len(chosen) >= count and sum(story is Story.REPAIRED for _, story in chosen) >= count - 1:
             break
     if not chosen:
@@ -186,27 +192,24 @@ def gather_examples(
     return closeup.examples(debug.take(rows), rows, [story for _, story in chosen])
 
 
-def _choose(scanned: list[_Scan], count: int) -> Iterator[tuple[int, Story]]:
-    flips, still, alarm, untouched = (
-        np.concatenate([getattr(scan, name) for scan in scanned]) for name in ("flips", "still", "alarm", "untouched")
+def _choose(scanned: list[_Scan], count: int) -> list[tuple[int, Story]]:
+    """Rows and why: the repaired first, then at most one each of the others."""
+    whole = {field.name: np.concatenate([getattr(scan, field.name) for scan in scanned]) for field in fields(_Scan)}
+    order = np.argsort(~whole["right"], kind="stable")  # those that the base is right about tell most
+    repaired, still, alarm, untouched = (
+        order[whole[name][order]] for name in ("repaired", "still", "alarm", "untouched")
     )
-    labels = np.concatenate([scan.label for scan in scanned])
-    repaired = np.flatnonzero(flips & ~still)
-    _, firsts = np.unique(labels[repaired], return_index=True)
+    _, firsts = np.unique(whole["label"][repaired], return_index=True)
     varied = [*repaired[np.sort(firsts)], *np.delete(repaired, firsts)]
     special: list[tuple[int, Story]] = []
-    taken: set[int] = set(varied[:1])
+    taken = set(varied[:count])
     for story, rows in ((Story.MISSED, still), (Story.FALSE_ALARM, alarm), (Story.UNTOUCHED, untouched)):
-        # A pair that is also repaired may be needed there: take one that is not, if there is any.
-        row = next((row for row in (*np.flatnonzero(rows & ~flips), *np.flatnonzero(rows)) if row not in taken), None)
+        row = next((row for row in rows if row not in taken), None)
         if row is not None:
             taken.add(row)
             special.append((int(row), story))
-    special = special[: max(0, count - 1) if len(repaired) else count]
-    reserved = {row for row, _ in special}
-    chosen = [int(row) for row in varied if row not in reserved][: count - len(special)]
-    yield from ((row, Story.REPAIRED) for row in chosen)
-    yield from special
+    special = special[: max(0, count - 1) if varied else count]
+    return [(int(row), Story.REPAIRED) for row in varied[: count - len(special)]] + special
 
 
 class _Closeup:
@@ -228,41 +231,40 @@ class _Closeup:
         """Logits of the base; logits, flags and inner values of the patched model."""
         names = list(dict.fromkeys([self._output, self._flags, *(inner or [])]))
         before = self._base.collect(inputs, [self._output], batch_size=self._batch_size)
-        after = self._exposed.collect(
-            inputs, names, batch_size=self._batch_size, progress=self._progress, stage=stage
-        )
+        after = self._exposed.collect(inputs, names, batch_size=self._batch_size, progress=self._progress, stage=stage)
         return before[self._output], after
 
     def scan(self, debug: DebugSet) -> _Scan:
         before, after = self._run(debug.clean, "choosing examples, clean inputs")
         other_before, other_after = self._run(debug.counterfactual, "choosing examples, counterfactuals")
         flags = np.asarray(after[self._flags], bool)
+        followed = classes(other_after[self._output])
+        flips, changes = classes(before) != classes(other_before), classes(after[self._output]) != followed
         return _Scan(
-            flips=classes(before) != classes(other_before),
-            still=classes(after[self._output]) != classes(other_after[self._output]),
+            still=changes & (~flips | (followed == classes(other_before))),
+            repaired=flips & ~changes,
             alarm=np.any(flags & ~anomalous_columns(debug)[0], axis=1),
             untouched=~np.any(flags, axis=1) & _same_rows(before, after[self._output]),
+            right=np.ones(len(flips), np.bool_) if debug.labels is None else classes(before) == debug.labels,
             label=classes(before),
         )
 
     def examples(self, debug: DebugSet, rows: NDArray[np.int64], stories: list[Story]) -> tuple[Example, ...]:
-        clean = self._sides(debug.clean)
-        counterfactual = self._sides(debug.counterfactual)
-        suspects = debug.suspects
-        assert suspects is not None, "the suspects were found before"
+        anomalous = anomalous_columns(debug)
+        clean = self._sides(debug.clean, anomalous[0])
+        counterfactual = self._sides(debug.counterfactual, anomalous[1])
         return tuple(
             Example(
                 pair=int(row),
                 story=story,
                 label=None if debug.labels is None else int(debug.labels[number]),
-                suspects=suspects[number],
                 clean=clean[number],
                 counterfactual=counterfactual[number],
             )
             for number, (row, story) in enumerate(zip(rows, stories, strict=True))
         )
 
-    def _sides(self, inputs: Mapping[str, Array]) -> list[ExampleSide]:
+    def _sides(self, inputs: Mapping[str, Array], anomalous: Flags) -> list[ExampleSide]:
         before, after = self._run(inputs, "looking at examples", self._inner)
         same = _same_rows(before, after[self._output])
         views = [self._views(site, after) for site in self._sites]
@@ -272,6 +274,7 @@ class _Closeup:
                 base=_prediction(before[number]),
                 patched=_prediction(after[self._output][number]),
                 flags=np.asarray(after[self._flags][number], bool),
+                anomalous=anomalous[number],
                 identical=bool(same[number]),
                 sites=tuple(view[number] for view in views),
             )

@@ -3,8 +3,8 @@
     suspects -> split -> collect (fit part) -> train detectors -> trial graph
              -> thresholds (calibration part) -> benign attention, sites (validation part) -> patch
 
-Where the attack lives differs from model to model: early sites in a vision model, late ones in a text model. So detecting
-and redistributing sites are searched for separately, by delta debugging in one session of the trial graph.
+Where the attack lives differs from model to model: early sites in a vision model, late ones in a text model. So
+detecting and redistributing sites are searched for separately, by delta debugging in one session of the trial graph.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,6 +68,17 @@ class FitOptions:
     force: bool = False
     """Write a patch that misses its goal, marked as such."""
 
+    def __post_init__(self) -> None:
+        checks = (
+            ("value", self.value in ("neutral", "own"), "'neutral' or 'own'"),
+            ("betas", bool(self.betas) and all(0 <= beta <= 1 for beta in self.betas), "numbers from 0 to 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+        )
+        for name, holds, expected in checks:
+            if not holds:
+                found = repr(getattr(self, name))
+                raise FitError(f"option {name}", expected=expected, found=found, advice="Choose an allowed value.")
+
 
 def fit(
     model: ModelOrPath, debug: DebugSet, options: FitOptions | None = None, *, progress: Progress = silent
@@ -85,7 +96,8 @@ def fit(
         DebugSetError: The debug set does not fit the model, is too small, or shows no effect.
         FitError: A detector cannot be trained, or a backdoor's target class cannot be inferred.
         MissingExtraError: torch or scikit-learn is not installed.
-        TargetMissedError: The goal is not reached on the validation part; says by how much. `force` gives the patch anyway.
+        TargetMissedError: The goal is not reached on the validation part; says by how much. With `force` there is a
+            patch all the same.
     """
     require("torch", "fit", "fitting a patch")
     require("sklearn", "fit", "fitting a patch")
@@ -93,8 +105,10 @@ def fit(
 
     model = as_model(model)
     options = options or FitOptions()
-    sites = _candidates(model, options)
-    debug, parts, output = _prepare(model, sites, debug, options, progress)
+    found_sites = find_sites(model)
+    sites = _candidates(found_sites, options)
+    first = next(site for site in found_sites if site.token_axis == sites[0].token_axis)
+    debug, parts, output = _prepare(model, first, debug, options, progress)
     kinds = {site: options.features or choose_features(site) for site in sites}
     columns = collect(model, kinds, parts.fit, batch_size=options.batch_size, seed=options.seed, progress=progress)
     training = replace(options.training, seed=options.seed)
@@ -109,38 +123,45 @@ def fit(
     return _patch(model, debug, entries, calibration, search, found, parts, options)
 
 
-def _candidates(model: ir.Model, options: FitOptions) -> tuple[AttentionSite, ...]:
+def _candidates(found: Sequence[AttentionSite], options: FitOptions) -> tuple[AttentionSite, ...]:
     """The sites that may be patched: those asked for, else all on the token axis of the first."""
-    sites = find_sites(model)
-    if not sites:
+    if not found:
         raise NoSiteError(
             "the model",
             expected="at least one attention site",
             found="none that can be patched",
             advice="See why with: atpatch sites MODEL --why",
         )
-    if options.sites is not None:
-        names = {site.name for site in sites}
-        unknown = [name for name in options.sites if name not in names]
-        if unknown:
-            raise NoSiteError(
-                f"site {unknown[0]!r}",
-                expected=f"one of {', '.join(sorted(names))}",
-                found="no site of this name",
-                advice="List them with: atpatch sites MODEL",
-            )
-        sites = tuple(site for site in sites if site.name in options.sites)
-    return tuple(site for site in sites if site.token_axis == sites[0].token_axis)
+    if options.sites is None:
+        return tuple(site for site in found if site.token_axis == found[0].token_axis)
+    names = {site.name for site in found}
+    unknown = [name for name in options.sites if name not in names]
+    if unknown or not options.sites:
+        raise NoSiteError(
+            f"site {unknown[0]!r}" if unknown else "option sites",
+            expected=f"one of {', '.join(sorted(names))}",
+            found="no site of this name" if unknown else "none named",
+            advice="List them with: atpatch sites MODEL",
+        )
+    sites = tuple(site for site in found if site.name in options.sites)
+    if len({site.token_axis for site in sites}) > 1:
+        raise FitError(
+            "option sites",
+            expected="sites of one token axis, since flags are carried along it",
+            found=", ".join(f"{site.name} on {site.token_axis}" for site in sites),
+            advice="Fit one patch for the sites of one axis.",
+        )
+    return sites
 
 
 def _prepare(
     model: ir.Model,
-    sites: Sequence[AttentionSite],
+    first: AttentionSite,
     debug: DebugSet,
     options: FitOptions,
     progress: Progress,
 ) -> tuple[DebugSet, Split, str]:
-    """Check the debug set against the model, find its suspects and its target, and split it."""
+    """Check the debug set against the model, find its suspects (at the token axis's `first` site) and its target, split it."""
     debug.check_inputs(input_specs(model))
     output = prediction_output(model, options.output)
     session = Session(model)
@@ -168,7 +189,7 @@ def _prepare(
                 advice="Name the target class, or use kind='attribute' for a protected attribute.",
             )
         debug = debug.with_target(target)
-    debug = find_suspects(model, sites, debug, batch_size=options.batch_size, progress=progress)
+    debug = find_suspects(model, [first], debug, batch_size=options.batch_size, progress=progress)
     parts = debug.split(seed=options.seed)
     parts.check_size(options.goal.clean_flag_rate)
     return debug, parts, output
@@ -264,24 +285,31 @@ class Search:
         ranked = sorted(names, key=self._calibration.gap, reverse=True)
         everything: list[Element] = [("detect", name) for name in ranked] + redistribute
         # One site that tells anomalous columns apart on its own is better than several that share one budget for false
-        # flags: the detectors of innocent sites would spend it.
-        alone = [[("detect", name), *redistribute] for name in ranked if self._could_do_alone(name)]
-        begin = self._begin([*alone, everything])
-        if begin is None:
-            return self._best_effort(everything)
-        start, beta = begin
+        # flags: the detectors of innocent sites would spend it. Sites before it would never have flags.
+        alone = [
+            [("detect", name), *redistribute[names.index(name) :]] for name in ranked if self._could_do_alone(name)
+        ]
+        start, beta, outcome = self._begin([*alone, everything])
         betas = dict.fromkeys(names, beta)
+        if outcome.shortfalls(self._options.goal):
+            return Found(tuple(start), betas, outcome, {})
         elements = ddmin(start, lambda subset: self._meets(subset, betas))
         betas = self._raised(elements, betas)
         outcome = self.attempt(elements, betas)
         without = {element: self.attempt([e for e in elements if e != element], betas) for element in elements}
         return Found(tuple(elements), betas, outcome, without)
 
-    def _begin(self, starts: Sequence[Sequence[Element]]) -> tuple[Sequence[Element], float] | None:
-        """The first of these sets that meets the goal, at the largest benign attention at which one does."""
+    def _begin(self, starts: Sequence[Sequence[Element]]) -> tuple[Sequence[Element], float, Outcome]:
+        """The first of these sets that meets the goal, at the largest benign attention at which one does; else the nearest."""
         names = list(self._base_clean.margins)
-        tried = ((start, beta) for beta in self._options.betas for start in starts)
-        return next((pair for pair in tried if self._meets(pair[0], dict.fromkeys(names, pair[1]))), None)
+        tried = []
+        for beta in self._options.betas:
+            for start in starts:
+                outcome = self.attempt(start, dict.fromkeys(names, beta))
+                if not outcome.shortfalls(self._options.goal):
+                    return start, beta, outcome
+                tried.append((start, beta, outcome))
+        return min(tried, key=lambda one: (one[2].remaining, one[2].accuracy_base - one[2].accuracy, one[2].clean_flag_rate))
 
     def _could_do_alone(self, name: str) -> bool:
         """Whether the goal would be met if each input that this site's detector flags in the base were repaired. Runs nothing."""
@@ -299,12 +327,6 @@ class Search:
             larger = (b for b in self._options.betas if b > raised[name])
             raised[name] = next((b for b in larger if self._meets(elements, {**raised, name: b})), raised[name])
         return raised
-
-    def _best_effort(self, elements: Sequence[Element]) -> Found:
-        names = list(self._base_clean.margins)
-        tried = [(b, self.attempt(elements, dict.fromkeys(names, b))) for b in self._options.betas]
-        beta, outcome = min(tried, key=lambda pair: (pair[1].remaining, pair[1].accuracy_base - pair[1].accuracy))
-        return Found(tuple(elements), dict.fromkeys(names, beta), outcome, {})
 
     def _meets(self, elements: Sequence[Element] | frozenset[Element], betas: Mapping[str, float]) -> bool:
         return not self.attempt(elements, betas).shortfalls(self._options.goal)

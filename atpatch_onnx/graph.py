@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,8 @@ _SOURCE_LINES = "pkg.torch.onnx.stack_trace"
 _SAMPLE_BLOCKS = 16
 _SAMPLE_BYTES = 4096
 
+_DATA_TYPES = {int(kind) for kind in ir.DataType if kind is not ir.DataType.UNDEFINED}
+
 _SHAPE_BYTES = 1024
 """Weights up to this size take part in shape inference: targets of Reshape, axes, starts and ends."""
 
@@ -64,11 +66,18 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise _not_onnx(path, f"bytes that do not parse ({type(error).__name__})") from error
     if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
         raise _not_onnx(path, "bytes without a graph, an IR version or an opset")
+    _check_tensors(proto, path)
     _check_external_data(proto, path)
     try:
         model = ir.from_proto(proto)
     except Exception as error:
         raise _not_onnx(path, f"a graph that is not well formed ({error})") from error
+    untyped = [attribute for attribute in _attributes(model) if attribute.type is ir.AttributeType.UNDEFINED]
+    if untyped:
+        raise _not_onnx(path, f"the attribute {untyped[0].name!r} without a type")
+    broken = next((text for text in _texts(model) if text is not None and not isinstance(text, str)), None)
+    if broken is not None:
+        raise _not_onnx(path, f"the name {broken!r}, which is no text")
     missing = undefined_value(model)
     if missing is not None:
         raise _not_onnx(path, f"a graph that uses the value {missing!r} before it is there")
@@ -90,10 +99,19 @@ def _not_onnx(path: Path, found: str) -> ModelFileError:
     )
 
 
+def _check_tensors(proto: onnx.ModelProto, path: Path) -> None:
+    """Tensors must have a type, and as many bytes as their shape says."""
+    for tensor in _tensors(proto):
+        if tensor.data_type not in _DATA_TYPES:
+            raise _not_onnx(path, f"the tensor {tensor.name!r} of the unknown type {tensor.data_type}")
+        if tensor.HasField("raw_data") and len(tensor.raw_data) != _tensor_bytes(tensor):
+            raise _not_onnx(path, f"the tensor {tensor.name!r} with {len(tensor.raw_data)} bytes for {tensor.dims}")
+
+
 def _check_external_data(proto: onnx.ModelProto, path: Path) -> None:
     """External data must lie inside the model's folder (symlinks resolved) and be as long as the model says."""
     folder = path.parent.resolve()
-    for tensor in _tensors(proto.graph):
+    for tensor in _tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -134,17 +152,28 @@ def _tensor_bytes(tensor: onnx.TensorProto) -> int:
     return (count * ir.DataType(tensor.data_type).bitwidth + 7) // 8
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a file: weights and attributes, in subgraphs and functions too."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _attribute_tensors(function.node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
-    for node in graph.node:
+    yield from _attribute_tensors(graph.node)
+
+
+def _attribute_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
             if attribute.HasField("g"):
-                yield from _tensors(attribute.g)
+                yield from _graph_tensors(attribute.g)
             for subgraph in attribute.graphs:
-                yield from _tensors(subgraph)
+                yield from _graph_tensors(subgraph)
 
 
 # Saving
@@ -153,8 +182,8 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 def save(model: ir.Model, path: str | os.PathLike[str], *, external: Literal["copy", "link"] = "copy") -> None:
     """Write a model; the file appears whole or not at all.
 
-    External data that already lies beside `path` is referenced. Data that lies elsewhere is copied there, or hard-linked
-    with `external="link"`. In-memory weights of more than 2 GiB go to `<name>.data`.
+    External data that already lies beside `path` is referenced. Data that lies elsewhere is copied there, or
+    hard-linked with `external="link"`. In-memory weights of more than 2 GiB go to `<name>.data`.
 
     Raises:
         ModelFileError: The target cannot be written, or another file is in the way of the external data.
@@ -366,6 +395,8 @@ def skeleton(model: ir.Model) -> onnx.ModelProto:
             bare.graph.initializers.pop(name)
             if not value.is_graph_input():
                 bare.graph.inputs.append(value)
+        elif isinstance(tensor, ir.ExternalTensor):  # inference does not open files
+            value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
     return ir.to_proto(bare)
 
 
@@ -379,11 +410,20 @@ def infer_shapes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
 
     Weights of more than 1 KiB are left out of the inference, so that none is read; small ones are kept, since shapes
     are computed from them.
+
+    Raises:
+        ModelFileError: The shapes in the graph contradict each other.
     """
-    inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
-    shapes: dict[str, tuple[int | str | None, ...]] = {
-        name: _sizes(tensor) for name, tensor in weights(model).items()
-    }
+    try:
+        inferred = onnx.shape_inference.infer_shapes(skeleton(model), data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise ModelFileError(
+            "the model",
+            expected="nodes whose shapes fit together",
+            found=str(error),
+            advice="Check the model with onnx.checker, and export it again.",
+        ) from error
+    shapes: dict[str, tuple[int | str | None, ...]] = {name: _sizes(tensor) for name, tensor in weights(model).items()}
     for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         if info.type.tensor_type.HasField("shape"):
             shapes[info.name] = tuple(
@@ -391,6 +431,20 @@ def infer_shapes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
                 for dim in info.type.tensor_type.shape.dim
             )
     return shapes
+
+
+def _attributes(model: ir.Model) -> Iterator[ir.Attr]:
+    return (attribute for node in model.graph.all_nodes() for attribute in node.attributes.values())
+
+
+def _texts(model: ir.Model) -> Iterator[object]:
+    """What must be text. Bytes that are none are handed on by protobuf as bytes, and break what comes later."""
+    yield from (model.producer_name, model.producer_version, model.domain, model.doc_string)
+    yield from (graph.name for graph in model.graphs())
+    yield from (text for entry in model.metadata_props.items() for text in entry)
+    yield from names(model)
+    for node in model.graph.all_nodes():
+        yield from (node.op_type, node.domain, node.overload, node.doc_string, *node.attributes)
 
 
 def undefined_value(model: ir.Model) -> str | None:

@@ -1,9 +1,10 @@
 """A patch: everything that was fitted, and its `.safetensors` file.
 
 The file (schema 1) holds one metadata entry, `atpatch`, a JSON object with `schema_version`, `base` (fingerprint of the
-model the patch was fitted on), `id` (digest of everything else), `sites` (what each site does) and `figures` (what the fit
-measured); and the tensors `<number of the site>/<field>`. Nothing in it depends on when or where it was written: the same
-fit gives the same bytes. A patch file is untrusted input: sizes, shapes, types and values are checked before use.
+model the patch was fitted on), `id` (digest of everything else), `sites` (what each site does) and `figures` (what the
+fit measured); and the tensors `<number of the site>/<field>`. Nothing in it depends on when or where it was written:
+the same fit gives the same bytes. A patch file is untrusted input: sizes, shapes, types and values are checked before
+use.
 """
 
 import hashlib
@@ -155,7 +156,8 @@ class Patch:
         """Read a patch file.
 
         Raises:
-            PatchFileError: The file is missing, damaged, no patch, of another schema, or its content does not match its id.
+            PatchFileError: The file is missing, damaged, no patch, of another schema, or its content does not match
+                its id.
         """
         return _load(Path(path))
 

@@ -15,9 +15,9 @@ the others. Here, as in the design:
     P'_i       = P_i                                                  if the row sees flagged keys only
     P'_b       = P_b                                                  if sample b has no flag
 
-We differ from the paper in three ways: benign attention is in units of a row's uniform share, so that it means the same at
-every length and under every mask; a row whose benign weights have vanished gets its mass spread evenly instead of a
-division by nearly zero; and flagged tokens hand over the site's mean value instead of their own (`neutral_value`).
+We differ from the paper in three ways: benign attention is in units of a row's uniform share, so that it means the same
+at every length and under every mask; a row whose benign weights have vanished gets its mass spread evenly instead of a
+division by nearly zero; and flagged tokens hand over the site's mean value instead of their own (`neutral_values`).
 """
 
 import numpy as np

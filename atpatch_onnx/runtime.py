@@ -44,7 +44,7 @@ class Session:
         providers: Sequence[str] = ("CPUExecutionProvider",),
     ) -> None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised; onnxruntime need not print it as well
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
@@ -85,12 +85,12 @@ class Session:
     ) -> Iterator[tuple[slice, dict[str, Array]]]:
         """Run sample by sample in batches: (which samples, their outputs).
 
-        A model whose batch size is fixed is run at that size; a last batch that is too short is filled up with copies of
-        its last sample, whose results are cut off.
+        A model whose batch size is fixed is run at that size; a last batch that is too short is filled up with copies
+        of its last sample, whose results are cut off.
 
         Args:
             inputs: Arrays `[samples, ...]` by input name.
-            outputs: Names of the outputs wanted, each with the samples on its first axis.
+            outputs: Names of the outputs wanted; those without samples on their first axis are given as they are.
             batch_size: Samples at a time, where the model leaves it free.
             constants: Inputs without samples, the same for every batch.
             progress: Told after every batch.
@@ -103,10 +103,16 @@ class Session:
             part = slice(start, min(start + size, samples))
             count = part.stop - part.start
             batch = {name: np.ascontiguousarray(array[part]) for name, array in inputs.items()}
-            if fixed and count < size:
+            short = bool(fixed) and count < size
+            if short:
                 batch = {name: _filled_up(array, size) for name, array in batch.items()}
             results = self.run({**batch, **(constants or {})}, outputs)
-            yield part, {name: array[:count] for name, array in results.items()}
+            if short:
+                results = {
+                    name: array[:count] if array.ndim and len(array) == size else array
+                    for name, array in results.items()
+                }
+            yield part, results
             progress(stage, part.stop, samples)
 
     def collect(

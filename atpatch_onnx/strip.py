@@ -19,7 +19,7 @@ def strip(model: ir.Model) -> ir.Model:
     record = read_record(model)
     missing = graphs.undefined_value(model)
     if missing is not None:
-        raise _tampered("the patched model", "a complete graph", f"one that uses the value {missing!r} before it is there")
+        raise _tampered("the patched model", "a complete graph", f"the value {missing!r} used before it is there")
     base = graphs.copy(model)
     try:
         for step in _STEPS:
@@ -28,13 +28,17 @@ def strip(model: ir.Model) -> ir.Model:
         raise _tampered("the patched model", "a patch that comes out whole", str(error)) from error
     found = graphs.fingerprint(base)
     if found != record.base:
-        raise StripError(
-            "the stripped model",
-            expected=f"the base {record.base}",
-            found=f"a model with the fingerprint {found}",
-            advice="The patched file was changed after it was baked: go back to the base, or to the file as baked.",
-        )
+        raise _tampered("the stripped model", f"the base {record.base}", f"a model with the fingerprint {found}")
     return base
+
+
+def _tampered(where: str, expected: str, found: str) -> StripError:
+    return StripError(
+        where,
+        expected=expected,
+        found=found,
+        advice="The patched file was changed after it was baked: go back to the base, or to the file as baked.",
+    )
 
 
 def _remove_monitors(model: ir.Model, record: PatchRecord) -> None:
@@ -49,12 +53,7 @@ def _restore_outputs(model: ir.Model, record: PatchRecord) -> None:
     for site, name in record.outputs.items():
         own, corrected = values.get(f"{graphs.PREFIX}{site}/base"), values.get(name)
         if own is None or corrected is None:
-            raise StripError(
-                f"site {site}",
-                expected=f"the values {graphs.PREFIX}{site}/base and {name}",
-                found="one of them missing",
-                advice="The patched file was changed after it was baked: go back to the base.",
-            )
+            raise _tampered(f"site {site}", f"the values {graphs.PREFIX}{site}/base and {name}", "one of them missing")
         ir.convenience.replace_all_uses_with(corrected, own, replace_graph_outputs=True)
         corrected.name = f"{graphs.PREFIX}{site}/corrected"
         own.name = name
@@ -80,6 +79,8 @@ def _remove_nodes(model: ir.Model, record: PatchRecord) -> None:
     for node in model.graph:
         count = node.metadata_props.pop(OUTPUTS_KEY, None)
         if count is not None:
+            if not 0 < int(count) <= len(node.outputs):
+                raise ValueError(f"the node {node.name!r} never had {count} outputs")
             node.resize_outputs(int(count))
 
 

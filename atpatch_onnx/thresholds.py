@@ -1,7 +1,7 @@
 """Calibrate the thresholds of all detecting sites to one clean flag rate of the whole model.
 
-Every site and column is one more chance to flag a clean input, so thresholds that are calibrated one by one add up. Here
-the budget is shared: a clean input counts as flagged when any of its columns is, at any detecting site.
+Every site and column is one more chance to flag a clean input, so thresholds that are calibrated one by one add up.
+Here the budget is shared: a clean input counts as flagged when any of its columns is, at any detecting site.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ _LOW = 0.01
 def calibrate(clean: Mapping[str, Scores], anomalous: Mapping[str, Scores], rate: float) -> dict[str, float]:
     """Thresholds by site.
 
-    A site whose scores are apart, the largest clean one below the lowest anomalous ones, takes the middle between them and
-    spends nothing. The others share the budget: the same number of clean inputs, as many as it allows, may exceed the
-    threshold of each.
+    A site whose scores are apart, the largest clean one below the lowest anomalous ones, takes the middle between them
+    and spends nothing. The others share the budget: the same number of clean inputs, as many as it allows, may exceed
+    the threshold of each.
 
     Args:
         clean: Largest score over the benign columns of each clean input `[inputs]`, by site.

@@ -1,4 +1,7 @@
-"""Prove a patched model against its base: structure, strip, numbers. All differences are collected before any is reported."""
+"""Prove a patched model against its base: structure, strip, numbers.
+
+All differences are collected before any is reported.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +22,8 @@ from atpatch_onnx.runtime import Array, Progress, Session, silent
 from atpatch_onnx.strip import strip
 
 TOLERANCE: Mapping[str, float] = {"FLOAT": 1e-5, "FLOAT16": 4e-3}
-"""Largest difference to the numpy reference, relative to the largest value of the site's output (at least 1): rounding of
-float32 sums over keys, and of storing the result in half precision."""
+"""Largest difference to the numpy reference, relative to the largest value of the site's output (at least 1): rounding
+of float32 sums over keys, and of storing the result in half precision."""
 
 
 @dataclass(frozen=True)

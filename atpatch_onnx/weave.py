@@ -90,7 +90,7 @@ def weave(
 
 
 def folded(detector: Detector, site: AttentionSite) -> dict[str, Array]:
-    """The detector's arrays with the benign statistics folded into the first layer, in the order the function takes them.
+    """The detector's arrays, benign statistics folded into the first layer, in the order that the function takes them.
 
     `weight_1 (x - mean) / scale + bias_1 = W x + b`. Whole columns come in as plain weights, so the factor `keys` that
     makes them relative to the uniform share is folded in as well.

@@ -221,9 +221,7 @@ class _Builder:
     def special_uses(self, y: str) -> None:
         net = self.net
         packed = net.form == "packed"
-        shape = (
-            (net.batch, net.tokens, net.width) if packed else (net.batch, net.heads, net.tokens, net.depth)
-        )
+        shape = (net.batch, net.tokens, net.width) if packed else (net.batch, net.heads, net.tokens, net.depth)
         if net.y_is_output:
             self.extra.append(self.info(y, *shape))
         if net.y_in_if:
@@ -348,9 +346,7 @@ def draw_patch(model: ir.Model, seed: int = 0, *, detects: Sequence[bool] | None
     """A random patch of all sites; by default every one detects and redistributes."""
     rng = np.random.default_rng(seed)
     sites = find_sites(model)
-    entries = (
-        draw_site_patch(site, rng, detects=detects is None or detects[site.index], **options) for site in sites
-    )
+    entries = (draw_site_patch(site, rng, detects=detects is None or detects[site.index], **options) for site in sites)
     return Patch(graph.fingerprint(model), tuple(entries), {"drawn": seed})
 
 
@@ -369,9 +365,7 @@ def margins(model: ir.Model, patch: Patch, number: int, feed: Mapping[str, np.nd
     return run(baked, feed)[name]
 
 
-def fire_on_some(
-    model: ir.Model, patch: Patch, feed: Mapping[str, np.ndarray], share: float | None = None
-) -> Patch:
+def fire_on_some(model: ir.Model, patch: Patch, feed: Mapping[str, np.ndarray], share: float | None = None) -> Patch:
     """The same patch with thresholds that some columns exceed and some do not.
 
     A threshold lies in the middle of a gap between two scores: of the widest gap, or, given a `share`, of the one that
@@ -402,7 +396,13 @@ def site_values(patched: ir.Model, number: int) -> dict[str, str]:
     The flags are an output if the model was baked with `site_flags`.
     """
     site = read_record(patched).sites[number]
-    return {"P": site.map, "V": site.values, "base": site.base_output, "Y": site.output, "M": f"{graph.PREFIX}{site.site}/flags"}
+    return {
+        "P": site.map,
+        "V": site.values,
+        "base": site.base_output,
+        "Y": site.output,
+        "M": f"{graph.PREFIX}{site.site}/flags",
+    }
 
 
 def expected_output(seen: Mapping[str, np.ndarray], site: AttentionSite, entry: SitePatch) -> np.ndarray:

@@ -5,6 +5,7 @@ to at the layers `drawn`, and its value pushes the target's logit at the layers 
 token is drawn to, and must redistribute where it does harm; all other sites are innocent.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,15 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.fit import FitOptions, fit
+from atpatch_onnx.patch import Patch
+from atpatch_onnx.training import Training
 
 HEADS = 2
 NOISE = 3
+QUICK = FitOptions(training=Training(steps=150))
+"""Enough for what is planted; the default takes a second a site."""
+
 TRIGGER, ATTRIBUTE, EVIDENCE = 0, 1, 2
 """Features of a token: whether it is the trigger (or the attribute), the attribute's value, then the evidence."""
 
@@ -36,7 +43,7 @@ class Planted:
     """The graph leaves the sequence length free."""
 
     batch: int | str = "batch"
-    draw: float = 4.0
+    draw: float = 8.0
     """By how much the planted token's score exceeds the others'."""
 
     harm: float = 150.0
@@ -126,6 +133,12 @@ class Planted:
             target=self.target if target and not attribute else None,
             sensitive=inputs["x"][:, 1, ATTRIBUTE] if attribute else None,
         )
+
+
+@functools.cache
+def fitted(planted: Planted, options: FitOptions = QUICK) -> Patch:
+    """The patch of a planted model, fitted once a session."""
+    return fit(planted.model(), planted.debug(), options)
 
 
 class _Builder:

@@ -1,4 +1,4 @@
-"""Baking: what is written into the graph, and that every way of writing it computes what the numpy reference computes."""
+"""Baking: what is written into the graph, and that every way of writing it computes what the reference computes."""
 
 import json
 from dataclasses import replace
@@ -64,7 +64,7 @@ nets = pytest.mark.parametrize("net", NETS.values(), ids=NETS.keys())
 
 
 def tolerance(net: Net) -> dict[str, float]:
-    """float32: values of the size of ten, some fifty roundings of 2**-24. float16: a rounding of 2**-11 at each store."""
+    """float32: values of the size of ten, some fifty roundings of 2**-24. float16: 2**-11 at each store."""
     return {"rtol": 2**-9, "atol": 2**-7} if net.half else {"rtol": 1e-5, "atol": 1e-5}
 
 

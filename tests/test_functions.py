@@ -45,9 +45,7 @@ def model_of(name: str, opset: int, arrays: tuple[np.ndarray, ...]) -> onnx.Mode
     result = node.outputs[0]
     result.name = "result"
     result.dtype = ir.DataType.BOOL if name in ("AnyFlag", "SampleFlag") else ir.DataType.FLOAT
-    graph = ir.Graph(
-        inputs, [result], nodes=[node], name=ranks[0], opset_imports={"": opset, functions.DOMAIN: 1}
-    )
+    graph = ir.Graph(inputs, [result], nodes=[node], name=ranks[0], opset_imports={"": opset, functions.DOMAIN: 1})
     function = functions.local_functions(opset)[node.op_identifier()[1]]
     model = ir.Model(graph, ir_version=IR_OF_OPSET[opset], functions=[function])
     proto = ir.to_proto(model)
@@ -92,7 +90,11 @@ def draws(draw: st.DrawFn, *, square: bool = False) -> Draw:
     weights = np.where(hidden, 0, np.exp(rng.normal(size=(batch, heads, queries, keys))))
     sums = weights.sum(-1, keepdims=True)
     P = np.divide(weights, sums, out=np.zeros_like(weights), where=sums > 0)
-    profile = rng.random((heads, queries, 1)) if draw(st.booleans()) else np.full((1, 1, 1), draw(st.sampled_from([0.0, 0.5, 1.0])))
+    profile = (
+        rng.random((heads, queries, 1))
+        if draw(st.booleans())
+        else np.full((1, 1, 1), draw(st.sampled_from([0.0, 0.5, 1.0])))
+    )
     return Draw(
         P=P.astype(np.float32),
         M=rng.random((batch, keys)) < draw(st.sampled_from([0.0, 0.3, 0.9])),
@@ -189,7 +191,7 @@ def test_column_summaries(engine: str, opset: int, d: Draw, seed: int) -> None:
 @drawn
 @given(seed=st.integers(0, 2**32 - 1), keys=st.integers(1, 6))
 def test_margins_of_columns(engine: str, opset: int, seed: int, keys: int) -> None:
-    """The score is a difference of cosines of the standardised features; columns that no query sees are never flagged."""
+    """The score is a difference of cosines of standardised features; columns that no query sees are never flagged."""
     rng = np.random.default_rng(seed)
     count = 8
     detector = draw_detector(rng, count, threshold=0.25)

@@ -1,4 +1,4 @@
-"""Every `Attention` case of onnx's own backend node tests, patched: with a detector that never fires, and with one that does.
+"""Every `Attention` case of onnx's own backend node tests, with a detector that never fires and with one that does.
 
 The cases come in two forms: the op itself, and `_expanded`, the function body of the op written out, which our matcher
 has to recognise as decomposed attention. `NOT_RUN` is the complete table of the cases that are left out, each with its
@@ -20,7 +20,6 @@ from models import (
     fire_on_some,
     run,
     same_bits,
-    session,
     with_outputs,
 )
 from onnx import helper
@@ -34,7 +33,7 @@ from atpatch_onnx.sites import AttentionSite, Layout
 
 BF16 = "bfloat16: onnxruntime 1.31 does not run it on the CPU, and the matcher refuses it"
 OPSET_25 = "opset 25 windows: onnxruntime 1.31 does not know these attributes"
-MASK_SHORTER = "mask shorter than the keys: onnxruntime 1.31 wants it padded"
+MASK_SHORTER = "the mask has 4 columns for 6 keys, which opset 24 allows and onnxruntime 1.31 refuses"
 
 NOT_RUN = {
     "test_attention_4d_causal_bf16": BF16,
@@ -137,7 +136,7 @@ def test_the_tables_are_complete_and_true(cases: list[Case]) -> None:
     failed = {case.name: case.error for case in cases if case.error is not None}
     assert failed.keys() == NOT_RUN.keys()
     for name, reason in NOT_RUN.items():
-        print(f"not run: {name}: {reason} ({failed[name][:120]!r})")
+        print(f"not run: {name}: {reason} ({failed[name][:120]!r})")  # noqa: T201 - the table, with pytest -s
     assert {case.name: case.refusal for case in cases if case.refusal is not None} == REFUSED
     assert len(patchable(cases)) == len(cases) - len(NOT_RUN) - len(REFUSED)
     ops = [case for case in patchable(cases) if not case.expanded]
@@ -161,7 +160,7 @@ def test_a_detector_that_never_fires_changes_no_bit(cases: list[Case], subtests:
 
 
 def reference(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """The map and the values `[batch, kv heads, keys, depth]` of the unpatched case, with nothing of ours in the way."""
+    """The map and the values `[batch, kv heads, keys, depth]` of the unpatched case, with nothing of ours in it."""
     site = case.site
     if case.expanded:
         seen = run(with_outputs(case.model, [site.map, site.value], site.dtype), case.feed)

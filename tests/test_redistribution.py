@@ -120,9 +120,7 @@ def test_beta_one_leaves_benign_columns_their_fair_share_of_the_row(d: Draw) -> 
     changed = redistributed_map(d.P, d.M, d.beta)
     n, benign = d.visible.sum(-1), (d.visible & ~d.m).sum(-1)
     rows = d.some_benign
-    np.testing.assert_allclose(
-        np.where(d.m, 0, changed).sum(-1)[rows], (benign[rows] / n[rows]), rtol=0, atol=EXACT
-    )
+    np.testing.assert_allclose(np.where(d.m, 0, changed).sum(-1)[rows], (benign[rows] / n[rows]), rtol=0, atol=EXACT)
 
 
 @drawn

@@ -20,9 +20,6 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from atpatch_onnx.demo.badnets import Poison
 
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in total)."""
-
 Attention = Literal["sdpa", "eager"]
 """How transformers computes attention; with "eager" the exported graph has a plain softmax at every opset."""
 
@@ -58,15 +55,14 @@ def train_vit(
     epochs: int,
     batch_size: int = 128,
     learning_rate: float = 4e-3,
-    weight_decay: float = 0.05,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ViTForImageClassification:
     """Train on `images` `[N, 1, H, W]` in [0, 1] and `labels` `[N]` with AdamW on a one-cycle schedule.
 
     Images are shifted at random by up to `shift` pixels; the poisoned ones get their trigger after that, so that it
     stays where it is. On one machine with a fixed number of threads the result depends on the seed only; the caller's
-    random state is left as it was.
+    random state is left as it was. `progress` is called with the steps done and the steps in total.
     """
     generator = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
@@ -79,13 +75,14 @@ def train_vit(
         targets[poison.indices] = poison.target
 
     done, total = 0, epochs * -(-len(labels) // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=0.2)
     model.train()
     with _patch_dropout(model, patch_dropout, generator):
         for _ in range(epochs):
             order = generator.permutation(len(labels))
-            for chosen in np.split(order, range(batch_size, len(order), batch_size)):
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
                 batch = _shifted(images[chosen], shift, generator)
                 if poison is not None:
                     stamped = poisoned[chosen]
@@ -98,8 +95,7 @@ def train_vit(
                 optimizer.step()
                 schedule.step()
                 done += 1
-                if progress is not None:
-                    progress(done, total)
+                progress(done, total)
     return model.eval()
 
 
@@ -134,10 +130,11 @@ def predict(
     model: ViTForImageClassification, images: NDArray[np.float32], *, batch_size: int = 500
 ) -> NDArray[np.float32]:
     """Logits `[N, classes]` of `images` `[N, 1, H, W]`."""
+    starts = range(0, len(images), batch_size)
     with torch.no_grad():
-        parts = [model(pixel_values=part).logits for part in torch.from_numpy(images).split(batch_size)]
-    logits: NDArray[np.float32] = torch.cat(parts).numpy()
-    return logits
+        return np.concatenate(
+            [model(pixel_values=torch.from_numpy(images[at : at + batch_size])).logits.numpy() for at in starts]
+        )
 
 
 class _Logits(torch.nn.Module):

@@ -36,7 +36,7 @@ class Chip:
     position: int
     label: str
     flagged: bool
-    suspect: bool
+    anomalous: bool
     left_out: int = 0
 
 
@@ -45,7 +45,7 @@ def infer_grid(tokens: int, height: int, width: int) -> Grid | None:
     for prefix in (1, 0, 2):
         patches = tokens - prefix
         rows = math.isqrt(patches * height // width) if patches > 0 else 0
-        if rows and patches % rows == 0:
+        if patches > 1 and rows and patches % rows == 0:
             columns = patches // rows
             if rows * width == columns * height and height % rows == 0 and width % columns == 0:
                 return Grid(rows, columns, prefix)
@@ -57,7 +57,7 @@ def find_image(inputs: Mapping[str, Array], tokens: int) -> tuple[str, Grid] | N
     for name, array in inputs.items():
         if array.ndim == 3 and array.shape[0] in (1, 3) and min(array.shape[1:]) > 1:
             grid = infer_grid(tokens, array.shape[1], array.shape[2])
-            if grid is not None and grid.rows * grid.columns > 1:
+            if grid is not None:
                 return name, grid
     return None
 
@@ -71,12 +71,12 @@ def to_pixels(array: Array, *others: Array) -> NDArray[np.float64]:
     return np.asarray(pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1))
 
 
-def strip(inputs: Mapping[str, Array], flags: Flags, suspects: Flags, visible: Flags) -> tuple[Chip, ...]:
+def strip(inputs: Mapping[str, Array], flags: Flags, anomalouss: Flags, visible: Flags) -> tuple[Chip, ...]:
     """The tokens in order, marked; labelled with the values of the input that has one for each, if there is one."""
     labels = _labels(inputs, len(flags))
-    positions = np.flatnonzero(visible | flags | suspects)
+    positions = np.flatnonzero(visible | flags | anomalouss)
     if len(positions) > MAX_CHIPS:
-        marked = np.flatnonzero(flags | suspects)
+        marked = np.flatnonzero(flags | anomalouss)
         near = np.abs(positions[:, None] - marked[None, :]).min(axis=1, initial=len(flags)) <= AROUND
         near[:8] = True
         positions = positions[near]
@@ -86,7 +86,7 @@ def strip(inputs: Mapping[str, Array], flags: Flags, suspects: Flags, visible: F
         left_out = int(np.count_nonzero(visible[expected:position]))
         if left_out:
             chips.append(Chip(expected, "", False, False, left_out))
-        chips.append(Chip(position, labels[position], bool(flags[position]), bool(suspects[position])))
+        chips.append(Chip(position, labels[position], bool(flags[position]), bool(anomalouss[position])))
         expected = position + 1
     rest = int(np.count_nonzero(visible[expected:]))
     return (*chips, Chip(expected, "", False, False, rest)) if rest else tuple(chips)

@@ -1,7 +1,6 @@
 """The pictures of a report. Nothing is told by colour alone: flags are marked, lines differ in dash, bars in hatch."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,13 +9,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.examples import Example, SiteView
 from atpatch_onnx.report.images import Grid
 from atpatch_onnx.report.rows import Element, percent, shown
 from atpatch_onnx.report.svg import AFTER, BEFORE, CLEAN, FLAG, PAPER, RULE, TEXT, Picture, style, to_picture
-
-if TYPE_CHECKING:
-    from atpatch_onnx.evaluate import Evaluation
 
 MAX_BARS = 40
 """Tokens up to which attention is drawn as bars; beyond, as lines."""
@@ -30,28 +27,33 @@ def attention_maps(view: SiteView, flags: Flags, name: str) -> Picture:
     maps = [array[: last if array.shape[0] == array.shape[1] else None, :last] for array in (view.before, view.after)]
     top = max(float(array.max()) for array in maps)
     with style(name):
-        figure = Figure(figsize=(4.9, 2.75), layout="constrained")
-        axes = figure.subplots(1, 2, sharex=True, sharey=True)
-        for at, array, title in zip(axes, maps, ("Before", "After"), strict=True):
+        figure = Figure(figsize=(5.0, 2.6))
+        side, rest = 1.75 / 5.0, 1.75 / 2.6
+        first = figure.add_axes((0.1, 0.19, side, rest))
+        second = figure.add_axes((0.5, 0.19, side, rest))
+        for at, array, title in ((first, maps[0], "Before"), (second, maps[1], "After")):
             image = at.imshow(array, cmap="cividis", vmin=0, vmax=top, interpolation="none", aspect="auto")
-            at.set_box_aspect(1)
             at.set_title(title, pad=13, fontweight="bold")
             at.set_xlabel("key token")
             at.spines[:].set_visible(False)
             at.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             at.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             _mark(at, np.flatnonzero(flags[:last]))
-        axes[0].set_ylabel("query token")
-        bar = figure.colorbar(image, ax=axes, shrink=0.7, aspect=14, format=PercentFormatter(1, decimals=0))
-        bar.outline.set_visible(False)  # type: ignore[operator]
-        bar.set_label("share of the query's attention")
+        first.set_ylabel("query token")
+        second.set_yticklabels([])
+        scale = figure.add_axes((0.875, 0.19, 0.02, rest))
+        bar = figure.colorbar(image, cax=scale, format=PercentFormatter(1, decimals=0))
+        bar.outline.set_visible(False)
+        bar.locator = MaxNLocator(4)
         columns = _numbers(flags)
-        alt = f"Attention maps of {view.site} before and after redistribution, mean over heads; flagged tokens: {columns}."
+        alt = f"Attention maps of {view.site} before and after, mean over heads; flagged tokens: {columns}."
         return to_picture(figure, name, shown(alt))
 
 
 def _mark(at: Axes, columns: NDArray[np.int64]) -> None:
     """A triangle above each of these columns."""
+    if not len(columns):
+        return
     at.plot(
         columns,
         np.full(len(columns), 1.04),
@@ -63,14 +65,16 @@ def _mark(at: Axes, columns: NDArray[np.int64]) -> None:
     )
 
 
-def flagged_image(pixels: NDArray[np.float64], grid: Grid, flags: Flags, suspects: Flags, name: str, what: str) -> Picture:
-    """An image with flagged patches outlined, and with those dotted that make the difference.
+def flagged_image(
+    pixels: NDArray[np.float64], grid: Grid, flags: Flags, anomalous: Flags, name: str, what: str
+) -> Picture:
+    """An image with flagged patches outlined, and those dotted that should be flagged.
 
     Args:
         pixels: `[height, width]` or `[height, width, 3]` in [0, 1].
         grid: Where its tokens are.
         flags: `[tokens]`.
-        suspects: `[tokens]`; all False on a side that should not be flagged.
+        anomalous: `[tokens]`: the tokens that should be flagged.
         name: Keeps the picture's ids apart from others'.
         what: What the image is, for the caption in words.
     """
@@ -82,18 +86,19 @@ def flagged_image(pixels: NDArray[np.float64], grid: Grid, flags: Flags, suspect
         at.set_axis_off()
         at.set_xlim(0, width)
         at.set_ylim(height, 0)
-        for token in np.flatnonzero(flags | suspects):
+        for token in np.flatnonzero(flags | anomalous):
             if token < grid.prefix:
                 continue
             row, column = divmod(int(token) - grid.prefix, grid.columns)
-            corner, size = (column * width / grid.columns, row * height / grid.rows), (width / grid.columns, height / grid.rows)
+            size = width / grid.columns, height / grid.rows
+            corner = column * size[0], row * size[1]
             if flags[token]:
                 for line, color in ((5.0, PAPER), (2.6, FLAG)):  # an outline that shows on any image
                     at.add_patch(Rectangle(corner, *size, fill=False, edgecolor=color, linewidth=line, clip_on=False))
-            if suspects[token]:
-                at.add_patch(
-                    Rectangle(corner, *size, fill=False, edgecolor=TEXT, linewidth=1.2, linestyle=":", clip_on=False)
-                )
+            if anomalous[token]:
+                inner = (corner[0] + 0.14 * size[0], corner[1] + 0.14 * size[1]), 0.72 * size[0], 0.72 * size[1]
+                for line, color, dash in ((2.4, PAPER, "-"), (1.4, TEXT, (0, (1.2, 1.2)))):
+                    at.add_patch(Rectangle(*inner, fill=False, edgecolor=color, linewidth=line, linestyle=dash))
         return to_picture(figure, name, f"{what}; flagged tokens: {_numbers(flags)}.")
 
 
@@ -103,13 +108,13 @@ def received_attention(example: Example, number: int, name: str) -> Picture:
     visible = clean.visible | other.visible
     last = int(np.flatnonzero(visible).max(initial=0)) + 1
     series = (
-        ("clean input", clean.received_before, CLEAN, "", ":"),
-        ("counterfactual, before", other.received_before, BEFORE, "////", "--"),
-        ("counterfactual, after", other.received_after, AFTER, "", "-"),
+        ("clean", clean.received_before, CLEAN, "", ":"),
+        ("before", other.received_before, BEFORE, "////", "--"),
+        ("after", other.received_after, AFTER, "", "-"),
     )
     flags = example.counterfactual.flags
     with style(name):
-        figure = Figure(figsize=(4.0, 2.2), layout="constrained")
+        figure = Figure(figsize=(4.0, 2.4), layout="constrained")
         at = figure.subplots()
         position = np.arange(last)
         for place, (label, values, color, hatch, dash) in enumerate(series):
@@ -127,7 +132,7 @@ def received_attention(example: Example, number: int, name: str) -> Picture:
                     label=label,
                 )
         _mark(at, np.flatnonzero(flags[:last]))
-        at.set_title(other.site, loc="left", pad=12, fontweight="bold")
+        at.set_title(_short(other.site), loc="left", pad=12, fontweight="bold")
         at.set_xlabel("token")
         at.set_ylabel("attention received")
         at.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -135,17 +140,14 @@ def received_attention(example: Example, number: int, name: str) -> Picture:
         at.margins(x=0.02)
         at.grid(axis="y")
         at.set_ylim(bottom=0)
-        at.legend(loc="upper right", handlelength=1.6)
+        figure.legend(loc="outside lower left", ncols=3, handlelength=1.6, borderaxespad=0)
         token = int(np.argmax(np.where(flags[:last], other.received_before[:last], -1)))
-        alt = (
-            f"Attention received per token at {other.site}. Token {token}: clean {percent(float(clean.received_before[token]), 1)},"
-            f" counterfactual {percent(float(other.received_before[token]), 1)} before and"
-            f" {percent(float(other.received_after[token]), 1)} after redistribution."
-        )
+        at_token = [f"{label} {percent(float(values[token]), 1)}" for label, values, *_ in series]
+        alt = f"Attention received per token at {other.site}. Token {token}: {'; '.join(at_token)}."
         return to_picture(figure, name, shown(alt))
 
 
-def precision_recall(evaluation: "Evaluation", name: str) -> Picture:
+def precision_recall(evaluation: Evaluation, name: str) -> Picture:
     """The curves of the detector by columns and by whole inputs, with the points at which the patch works."""
     levels = (
         ("columns", evaluation.columns, AFTER, "-", "o"),
@@ -193,11 +195,11 @@ def contributions(
     known = [(element, element.left) for element in elements if element.left is not None]
     if not known:
         return None
-    rows: list[tuple[str, float]] = [(f"without: {e.role} at {_short(e.site)}", left) for e, left in known]
+    rows: list[tuple[str, float]] = [(f"{e.role} at {_short(e.site)}", left) for e, left in known]
     if reached is not None:
         rows.insert(0, ("the whole patch", reached))
     with style(name):
-        figure = Figure(figsize=(5.4, 0.75 + 0.36 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(4.8, 0.75 + 0.36 * len(rows)), layout="constrained")
         at = figure.subplots()
         places = np.arange(len(rows))
         colors = [AFTER if label == "the whole patch" else BEFORE for label, _ in rows]
@@ -217,15 +219,16 @@ def contributions(
         at.invert_yaxis()
         at.set_xlim(0, 1.12 * max(0.05, *(left for _, left in rows), bound or 0))
         at.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        at.set_xlabel(f"{what} on the validation part")
+        at.set_xlabel(f"{what} without it")
         at.spines[["left"]].set_color(RULE)
         listed = "; ".join(f"{label} {percent(left, 1)}" for label, left in rows)
-        return to_picture(figure, name, f"{what}: {listed}.")
+        return to_picture(figure, name, f"{what} without each element: {listed}.")
 
 
 def _short(site: str) -> str:
     """A name that leaves room for the bars: its end tells sites apart."""
-    return site if len(site) <= 28 else "..." + site[-25:]
+    site = shown(site)
+    return site if len(site) <= 36 else "..." + site[-33:]
 
 
 def _numbers(flags: Flags) -> str:

@@ -7,15 +7,13 @@ another type becomes None.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.metadata import PatchRecord
 from atpatch_onnx.metrics import Rate
 from atpatch_onnx.patch import Patch
-
-if TYPE_CHECKING:  # evaluating needs an extra that reading its results does not
-    from atpatch_onnx.evaluate import Evaluation
-    from atpatch_onnx.verify import Verification
+from atpatch_onnx.verify import Verification
 
 NONE = "-"
 """What stands for a figure that is not there."""
@@ -118,7 +116,15 @@ def residual(figures: Mapping[str, Any]) -> str:
     return "flip rate" if figures.get("kind") == "attribute" else "ASR above floor"
 
 
-def before_after(evaluation: "Evaluation") -> tuple[MetricRow, ...]:
+def pairs_used(figures: Mapping[str, Any]) -> str | None:
+    """How many pairs each part of the debug set had; None where the fit does not say."""
+    pairs = figures.get("pairs")
+    if not isinstance(pairs, Mapping):
+        return None
+    return ", ".join(f"{shown(pairs[part])} {part}" for part in ("fit", "calibration", "validation") if part in pairs)
+
+
+def before_after(evaluation: Evaluation) -> tuple[MetricRow, ...]:
     """The metrics of base and patched model."""
     rows = [MetricRow("Clean accuracy", evaluation.accuracy_base, evaluation.accuracy_patched, BETTER_HIGH)]
     attack, fairness = evaluation.backdoor, evaluation.fairness
@@ -146,7 +152,7 @@ def before_after(evaluation: "Evaluation") -> tuple[MetricRow, ...]:
     return tuple(rows)
 
 
-def detector_rows(evaluation: "Evaluation") -> tuple[DetectorRow, ...]:
+def detector_rows(evaluation: Evaluation) -> tuple[DetectorRow, ...]:
     """The detector by columns and by whole inputs."""
     levels = (("Columns", evaluation.columns), ("Whole inputs", evaluation.input_level))
     return tuple(DetectorRow(name, at.precision, at.recall, at.curve.average_precision) for name, at in levels)
@@ -204,8 +210,8 @@ def _goal(figures: Mapping[str, Any], outcome: Mapping[str, Any]) -> list[GoalRo
     ]
 
 
-def check_lines(verification: "Verification") -> list[tuple[bool, str, str]]:
-    """Whether it passed, name and detail of every check, failures first; sites that pass the same check share a line."""
+def check_lines(verification: Verification) -> list[tuple[bool, str, str]]:
+    """Whether each check passed, its name and detail, failures first; sites that pass the same check share a line."""
     lines = [(check.passed, shown(check.name), shown(check.detail)) for check in verification.checks]
     alike: dict[tuple[str, ...], list[str]] = {}
     for passed, name, _ in lines:

@@ -1,6 +1,6 @@
 """From a matplotlib figure to one inline `<svg>`: no fixed colours, no fixed size, the same bytes every time.
 
-Pictures are drawn in stand-in colours, which become CSS variables here, so that one picture serves light, dark and paper.
+Pictures are drawn in stand-in colours, which become CSS variables here: one picture serves light, dark and paper.
 matplotlib's global state is left alone: no pyplot, and settings are only changed within `style`.
 """
 
@@ -8,18 +8,15 @@ import hashlib
 import html
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from atpatch_onnx.errors import MissingExtraError
-
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-except ImportError as error:  # pragma: no cover - tested in a process without it
-    raise MissingExtraError("matplotlib", "report", "writing a report") from error
+import matplotlib
+from matplotlib import RcParams
+from matplotlib.figure import Figure
 
 TEXT, RULE, PAPER = "#010101", "#020202", "#030303"
 BEFORE, AFTER, CLEAN, FLAG = "#040404", "#050505", "#060606", "#070707"
@@ -84,7 +81,13 @@ class Picture:
 @contextmanager
 def style(name: str) -> Iterator[None]:
     """Our settings, for as long as a picture is drawn and written; `name` keeps its ids apart from other pictures'."""
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_SETTINGS, "svg.hashsalt": name}):
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # Text stays text: the reader's browser has the glyphs that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        # Not the backend: to look at it would choose one, and import pyplot.
+        defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
+        matplotlib.rcParams.update(RcParams(defaults))
+        matplotlib.rcParams.update(RcParams({**_SETTINGS, "svg.hashsalt": name}))
         yield
 
 

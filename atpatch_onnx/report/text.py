@@ -1,13 +1,13 @@
 """Results as rich renderables for the terminal: pure functions, nothing is printed. Made to be read at 80 columns."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.metadata import PatchRecord
 from atpatch_onnx.metrics import Rate
 from atpatch_onnx.patch import Patch
@@ -20,6 +20,7 @@ from atpatch_onnx.report.rows import (
     detector_rows,
     goal_rows,
     number,
+    pairs_used,
     patch_id,
     percent,
     residual,
@@ -28,10 +29,7 @@ from atpatch_onnx.report.rows import (
 )
 from atpatch_onnx.report.verdict import missed_goal
 from atpatch_onnx.sites import AttentionSite, Dim, Matches
-
-if TYPE_CHECKING:
-    from atpatch_onnx.evaluate import Evaluation
-    from atpatch_onnx.verify import Verification
+from atpatch_onnx.verify import Verification
 
 
 def sites_table(matches: Matches, why: bool = False) -> Table:
@@ -58,7 +56,9 @@ def sites_table(matches: Matches, why: bool = False) -> Table:
 
 def _whereabouts(site: AttentionSite) -> str:
     kind = "self-attention" if site.self_attention else "cross-attention"
-    form = f"{site.form.value}, {_heads(site)} heads, {_dim(site.queries)} x {_dim(site.keys)}, depth {_dim(site.depth)}"
+    form = (
+        f"{site.form.value}, {_heads(site)} heads, {_dim(site.queries)} x {_dim(site.keys)}, depth {_dim(site.depth)}"
+    )
     lines = [
         f"{form}, {shown(site.dtype.lower())}, {'masked' if site.masked else 'no mask'}",
         f"{kind}, token axis {shown(site.token_axis)}",
@@ -87,10 +87,11 @@ def near_misses_table(matches: Matches) -> Table:
 
 
 def fit_table(patch: Patch | PatchRecord) -> Table:
-    """What the fit found per candidate site, what each does in the patch, and what is left of the problem without it."""
+    """What the fit found per candidate site, what each does, and what is left of the problem without it."""
     rows = site_rows(patch.figures)
     table = _table("Candidate sites", caption=_legend(patch.figures) if rows else "This patch has no figures of a fit.")
     table.add_column("Site", overflow="fold", ratio=1, min_width=12)
+    table.padding = (0, 0, 0, 0)  # the divider is a space already: room for long names
     for name in ("Sepa-\nration", "Gap", "Preci-\nsion", "Recall", "Flag\nrate"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("Does", no_wrap=True)
@@ -100,8 +101,8 @@ def fit_table(patch: Patch | PatchRecord) -> Table:
             row.site,
             decimal(row.separation),
             decimal(row.gap, 2),
-            percent(row.precision, 1),
-            percent(row.recall, 1),
+            _short_percent(row.precision),
+            _short_percent(row.recall),
             percent(row.flag_rate),
             *_role_cells(row),
         )
@@ -117,7 +118,12 @@ def _role_cells(row: SiteRow) -> tuple[str, str]:
         "detect" if element.role == "detect" else f"redistr. {NONE if element.beta is None else f'{element.beta:g}'}"
         for element in row.elements
     ]
-    return "\n".join(names), "\n".join(percent(element.left, 1) for element in row.elements)
+    return "\n".join(names), "\n".join(_short_percent(element.left) for element in row.elements)
+
+
+def _short_percent(value: float | None) -> str:
+    """A share in at most five places."""
+    return "100%" if value == 1 else percent(value, 1)
 
 
 def _legend(figures: Mapping[str, object]) -> str:
@@ -134,14 +140,13 @@ def fit_summary(patch: Patch | PatchRecord) -> Group:
     missed = missed_goal(figures)
     parts: list[RenderableType] = []
     if missed:
-        parts.append(Text("\n".join(("GOAL MISSED: this patch does not do what was asked of it.", *missed)), "bold red"))
+        parts.append(Text("\n".join(("GOAL MISSED: the patch does not do what was asked.", *missed)), "bold red"))
     facts = [("Patch", patch_id(patch)), ("Base", shown(patch.base))]
     if "kind" in figures:
         target = figures.get("target")
-        facts.append(("Against", shown(figures["kind"]) + ("" if target is None else f", target class {shown(target)}")))
-    pairs = figures.get("pairs")
-    if isinstance(pairs, Mapping):
-        facts.append(("Pairs", ", ".join(f"{shown(count)} {shown(part)}" for part, count in pairs.items())))
+        facts.append(("Against", shown(figures["kind"]) + ("" if target is None else f", to class {shown(target)}")))
+    if pairs := pairs_used(figures):
+        facts.append(("Pairs", pairs))
     for role, label in (("detect", "Detects at"), ("redistribute", "Redistributes at")):
         names = [row.site for row in rows if any(element.role == role for element in row.elements)]
         if rows:
@@ -158,11 +163,11 @@ def fit_summary(patch: Patch | PatchRecord) -> Group:
         table.add_column("")
         for row in goal:
             table.add_row(*_texts((row.name, percent(row.reached), percent(row.bound), "met" if row.met else "MISSED")))
-        parts.append(table)
+        parts += [_BLANK, table]
     return Group(*parts)
 
 
-def verification_table(verification: "Verification") -> Group:
+def verification_table(verification: Verification) -> Group:
     """The checks with their verdicts in words, failures first; sites that pass alike share a line."""
     table = _table("Checks")
     table.add_column("Result", no_wrap=True)
@@ -176,10 +181,10 @@ def verification_table(verification: "Verification") -> Group:
         line = Text(f"{failed} of {total} checks FAILED: do not ship this file.", "bold red")
     else:
         line = Text(f"All {total} checks passed.", "bold green")
-    return Group(table, line)
+    return Group(table, _BLANK, line)
 
 
-def evaluation_table(evaluation: "Evaluation") -> Group:
+def evaluation_table(evaluation: Evaluation) -> Group:
     """Before and after with 95 % intervals, the detector at both levels, and whether clean outputs are kept."""
     table = _table(f"Before and after, {evaluation.inputs:,} pairs", caption="In brackets: 95 % Wilson intervals.")
     table.add_column("Measure", overflow="fold", ratio=1)
@@ -196,7 +201,8 @@ def evaluation_table(evaluation: "Evaluation") -> Group:
         detector.add_row(*_texts(cells))
     kept = "yes" if evaluation.clean_bit_identical else "NO"
     style = "" if evaluation.clean_bit_identical else "bold red"
-    return Group(table, detector, Text(f"Clean inputs without a flag keep their outputs bit for bit: {kept}", style))
+    line = Text(f"Clean inputs without a flag keep their outputs bit for bit: {kept}", style)
+    return Group(table, _BLANK, detector, _BLANK, line)
 
 
 def measure(value: Rate | float | None) -> str:
@@ -206,6 +212,9 @@ def measure(value: Rate | float | None) -> str:
     if value.count == 0:
         return "no inputs"
     return f"{value.value:.2%} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+_BLANK = Text("")
 
 
 def _table(title: str, caption: str | None = None) -> Table:
@@ -219,6 +228,7 @@ def _table(title: str, caption: str | None = None) -> Table:
         caption_style="dim",
         padding=(0, 1, 0, 0),
         pad_edge=False,
+        show_edge=False,
     )
 
 

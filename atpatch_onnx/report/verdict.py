@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.metadata import PatchRecord
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.report.rows import goal_rows, number, percent, residual, shown
-
-if TYPE_CHECKING:
-    from atpatch_onnx.evaluate import Evaluation
-    from atpatch_onnx.verify import Verification
+from atpatch_onnx.verify import Verification
 
 
 class Tone(StrEnum):
@@ -35,9 +33,7 @@ class Verdict:
     """What speaks against the fix; empty where nothing does."""
 
 
-def judge(
-    patch: Patch | PatchRecord, evaluation: "Evaluation | None", verification: "Verification | None"
-) -> Verdict:
+def judge(patch: Patch | PatchRecord, evaluation: Evaluation | None, verification: Verification | None) -> Verdict:
     """The verdict on a patch, from whatever is known of it."""
     figures = patch.figures
     broken = [] if verification is None else [f"{shown(c.name)}: {shown(c.detail)}" for c in verification.failures]
@@ -52,7 +48,9 @@ def judge(
     if missed:
         return Verdict(Tone.BAD, "Goal missed", f"The fix does not reach its own goal. {summary}", objections)
     if beyond:
-        return Verdict(Tone.WARNING, "Look closer", f"The fix held where it was fitted, not here. {summary}", objections)
+        return Verdict(
+            Tone.WARNING, "Look closer", f"The fix held where it was fitted, not here. {summary}", objections
+        )
     if evaluation is None or verification is None:
         gaps = [name for name, result in (("evaluated", evaluation), ("verified", verification)) if result is None]
         return Verdict(Tone.WARNING, f"Not {' or '.join(gaps)}", summary, objections)
@@ -68,7 +66,7 @@ def missed_goal(figures: Mapping[str, Any]) -> tuple[str, ...]:
     return found or ("On the validation part the goal was missed.",)
 
 
-def _beyond_goal(figures: Mapping[str, Any], evaluation: "Evaluation") -> list[str]:
+def _beyond_goal(figures: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
     """Where the evaluation is beyond the goal of the fit."""
     remaining = None
     if evaluation.backdoor is not None:
@@ -85,11 +83,13 @@ def _beyond_goal(figures: Mapping[str, Any], evaluation: "Evaluation") -> list[s
     for row in goal_rows(figures):
         value = number(found.get(row.name))
         if value is not None and row.bound is not None and value > row.bound:
-            lines.append(f"On the evaluated inputs: {row.name} {percent(value)}, over the bound of {percent(row.bound)}.")
+            lines.append(
+                f"On the evaluated inputs: {row.name} {percent(value)}, over the bound of {percent(row.bound)}."
+            )
     return lines
 
 
-def _summary(figures: Mapping[str, Any], evaluation: "Evaluation | None") -> str:
+def _summary(figures: Mapping[str, Any], evaluation: Evaluation | None) -> str:
     if evaluation is None:
         reached = next((row.reached for row in goal_rows(figures)), None)
         left = "" if reached is None else f"; {residual(figures)} {percent(reached)} on its validation part"

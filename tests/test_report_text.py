@@ -1,0 +1,141 @@
+import io
+from dataclasses import replace
+
+import numpy as np
+import reports as r
+from models import Net, draw_patch
+from rich.console import Console
+
+from atpatch_onnx.bake import bake
+from atpatch_onnx.matching import explain
+from atpatch_onnx.metadata import read_record
+from atpatch_onnx.metrics import Rate
+from atpatch_onnx.patch import Patch
+from atpatch_onnx.report import (
+    evaluation_table,
+    fit_summary,
+    fit_table,
+    near_misses_table,
+    sites_table,
+    verification_table,
+)
+from atpatch_onnx.sites import Matches, NearMiss
+
+
+def text(renderable, width=80):
+    """What a terminal of this width shows, without colour; no line is longer."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(renderable)
+    shown = stream.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    return shown
+
+
+def words(renderable, width=80):
+    return " ".join(text(renderable, width).split())
+
+
+def test_sites():
+    matches = explain(Net(tokens=5).model())
+    shown = words(sites_table(matches))
+    for site in matches.sites:
+        assert site.name in shown
+    assert "2 5 x 5 4 float no" in shown
+    assert matches.sites[0].value not in shown
+    assert matches.sites[0].value in words(sites_table(matches, why=True))
+
+
+def test_no_sites():
+    matches = Matches((), ())
+    assert "No attention site was found." in words(sites_table(matches))
+    assert "Nothing else looked like attention." in words(near_misses_table(matches))
+
+
+def test_near_misses_say_why_and_unsupported_attention_comes_first():
+    misses = (NearMiss(("softmax_9",), "class probabilities"), NearMiss((), "bfloat16 is not supported", True))
+    shown = words(near_misses_table(Matches((), misses)))
+    assert shown.index("bfloat16") < shown.index("class probabilities")
+    assert "softmax_9" in shown
+
+
+def test_a_fit_shows_what_each_site_contributes():
+    shown = words(fit_table(r.patch()))
+    assert "layer0 0.999 0.25 98.0% 99.5% 0.40% detect 99.5% redistr. 0.7 31.0%" in shown
+    assert "layer1 0.999 -0.75 98.0% 99.5% 0.40% - -" in shown
+    assert "ASR above floor when this element alone is switched off" in shown
+
+
+def test_a_site_name_of_a_vision_model_fits_on_one_line():
+    name = "vit.layers.1.attention"
+    assert name in text(fit_table(r.patch(names=(name,))))
+    matches = explain(Net().model())
+    named = tuple(replace(site, name=name) for site in matches.sites)
+    assert name in text(sites_table(replace(matches, sites=named)))
+
+
+def test_a_fit_that_meets_its_goal():
+    shown = words(fit_summary(r.patch()))
+    assert "MISSED" not in shown
+    assert "Pairs 500 fit, 250 calibration, 250 validation" in shown
+    assert "Redistributes at layer0" in shown
+    assert "ASR above floor 0.20% 1.00% met" in shown
+    assert "1,234" in shown
+
+
+def test_a_missed_goal_comes_first_in_words():
+    shown = words(fit_summary(r.patch(met=False)))
+    assert shown.startswith("GOAL MISSED")
+    assert "13.00% over the bound of 1.00%" in shown
+    assert "ASR above floor 14.00% 1.00% MISSED" in shown
+
+
+def test_a_patch_without_figures():
+    patch = Patch("base", (), {})
+    assert "no figures of a fit" in words(fit_table(patch))
+    assert "Base base" in words(fit_summary(patch))
+
+
+def test_a_patched_file_tells_the_same_as_its_patch():
+    model = Net(tokens=4).model()
+    patch = draw_patch(model).with_figures(r.figures())
+    record = read_record(bake(model, patch))
+    assert text(fit_table(record)) == text(fit_table(patch))
+    assert text(fit_summary(record)) == text(fit_summary(patch))
+
+
+def test_before_and_after_with_intervals():
+    shown = words(evaluation_table(r.evaluation()))
+    assert "Attack success rate (ASR) 98.00% [95.0, 99.2] 0.50% [0.1, 2.8]" in shown
+    assert "Columns 99.00% [96.4, 99.7] 99.50% [97.2, 99.9] 0.999" in shown
+    assert shown.endswith("bit for bit: yes")
+    assert words(evaluation_table(r.evaluation(identical=False))).endswith("bit for bit: NO")
+
+
+def test_fairness_has_rates_and_differences():
+    shown = words(evaluation_table(r.evaluation(kind="attribute")))
+    assert "Flip rate (UF) 7.50% [4.6, 12.0] 0.00% [0.0, 1.9]" in shown
+    assert "Demographic parity difference 0.1800 0.1700" in shown
+
+
+def test_a_rate_of_nothing_is_no_rate():
+    evaluation = r.evaluation()
+    object.__setattr__(evaluation, "accuracy_base", Rate.of(np.zeros(0, bool)))
+    assert "Clean accuracy no inputs 97.00%" in words(evaluation_table(evaluation))
+
+
+def test_checks():
+    assert words(verification_table(r.verification())).endswith("All 4 checks passed.")
+    shown = words(verification_table(r.verification("strip")))
+    assert shown.index("FAILED strip") < shown.index("passed invariants")
+    assert shown.endswith("1 of 4 checks FAILED: do not ship this file.")
+
+
+def test_names_are_neither_markup_nor_escape_sequences():
+    patch = r.patch(names=(r.HOSTILE,))
+    failed = r.verification(f"site {r.HOSTILE}, clean inputs, no optimization")
+    misses = Matches((), (NearMiss((r.HOSTILE,), r.HOSTILE),))
+    for renderable in (fit_table(patch), fit_summary(patch), verification_table(failed), near_misses_table(misses)):
+        shown = text(renderable, 200)
+        assert "\x1b" not in shown
+        assert "\u202e" not in shown
+        assert "[red]" in shown

@@ -1,0 +1,103 @@
+"""Calibration: one budget of flagged clean inputs for all detecting sites together."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from atpatch_onnx.thresholds import calibrate, gap
+
+SCORES = st.floats(-2, 2, width=32)
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    inputs, sites = draw(st.integers(1, 60)), draw(st.integers(1, 4))
+    clean, anomalous = {}, {}
+    for number in range(sites):
+        clean[f"s{number}"] = draw(arrays.arrays(np.float32, inputs, elements=SCORES))
+        anomalous[f"s{number}"] = draw(arrays.arrays(np.float32, draw(st.integers(1, 30)), elements=SCORES))
+    return clean, anomalous
+
+
+def flagged(clean: dict[str, np.ndarray], thresholds: dict[str, float]) -> float:
+    return float(np.mean([any(clean[s][i] > thresholds[s] for s in clean) for i in range(len(next(iter(clean.values()))))]))
+
+
+@settings(deadline=None, derandomize=True)
+@given(scored(), st.floats(0, 1))
+def test_clean_inputs_flagged_at_any_site_stay_within_the_budget(drawn, rate):
+    clean, anomalous = drawn
+    thresholds = calibrate(clean, anomalous, rate)
+    assert thresholds.keys() == clean.keys()
+    assert flagged(clean, thresholds) <= rate
+
+
+@settings(deadline=None, derandomize=True)
+@given(scored(), st.floats(0, 1))
+def test_the_budget_holds_once_thresholds_are_float32_as_in_the_patch(drawn, rate):
+    clean, anomalous = drawn
+    rounded = {site: float(np.float32(value)) for site, value in calibrate(clean, anomalous, rate).items()}
+    assert flagged(clean, rounded) <= rate
+
+
+@settings(deadline=None, derandomize=True)
+@given(scored(), st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_budget_never_raises_a_threshold(drawn, one, other):
+    clean, anomalous = drawn
+    strict, loose = calibrate(clean, anomalous, min(one, other)), calibrate(clean, anomalous, max(one, other))
+    assert all(loose[site] <= strict[site] for site in clean)
+
+
+@settings(deadline=None, derandomize=True)
+@given(scored(), st.floats(0, 1))
+def test_a_site_whose_scores_are_apart_spends_nothing(drawn, rate):
+    clean, anomalous = drawn
+    anomalous = {**anomalous, "s0": clean["s0"].max() + np.float32(1) + np.abs(anomalous["s0"])}
+    thresholds = calibrate(clean, anomalous, rate)
+    assert not (clean["s0"] > thresholds["s0"]).any()
+    assert (anomalous["s0"] > thresholds["s0"]).all()
+    if len(clean) > 1:  # and it leaves the whole budget to the others
+        others = {site: scores for site, scores in clean.items() if site != "s0"}
+        assert calibrate(others, anomalous, rate) == {site: thresholds[site] for site in others}
+
+
+def test_thresholds_by_hand():
+    clean = {"apart": np.float32([0, 0.25, 0.5, 0.5]), "mixed": np.float32([4, 3, 2, 1])}
+    anomalous = {"apart": np.full(8, 1.5, np.float32), "mixed": np.full(8, 2.5, np.float32)}
+    # Half of four inputs may be flagged: two may exceed the third largest score, 2; the middle between it and 2.5.
+    assert calibrate(clean, anomalous, 0.5) == {"apart": 1.0, "mixed": 2.25}
+    # A quarter: one input may exceed the second largest, 3, which is above the anomalous scores.
+    assert calibrate(clean, anomalous, 0.25) == {"apart": 1.0, "mixed": 3.0}
+    # No budget: nothing exceeds the largest.
+    assert calibrate(clean, anomalous, 0.0) == {"apart": 1.0, "mixed": 4.0}
+
+
+def test_two_mixed_sites_share_what_one_would_have():
+    # Each site has other inputs at its top, so the same rank at both flags twice as many inputs.
+    rising, falling = np.arange(100, dtype=np.float32), np.arange(100, dtype=np.float32)[::-1].copy()
+    low = np.full(10, -1, np.float32)
+    alone = calibrate({"a": rising}, {"a": low}, 0.1)
+    both = calibrate({"a": rising, "b": falling}, {"a": low, "b": low}, 0.1)
+    assert (rising > alone["a"]).sum() == 10
+    assert (rising > both["a"]).sum() == (falling > both["b"]).sum() == 5
+
+
+def test_single_outliers_among_anomalous_scores_do_not_close_the_gap():
+    clean = {"s": np.zeros(100, np.float32)}
+    anomalous = {"s": np.r_[np.full(999, 1), -1].astype(np.float32)}  # 0.1 %, below the 1 % that is read as the lowest
+    assert calibrate(clean, anomalous, 0.01) == {"s": 0.5}
+    assert gap(clean["s"], anomalous["s"]) == 1.0
+
+
+def test_without_anomalous_scores_nothing_clean_is_flagged_beyond_the_budget():
+    clean = {"s": np.arange(10, dtype=np.float32)}
+    empty = np.zeros(0, np.float32)
+    assert calibrate(clean, {"s": empty}, 0.1) == {"s": 8.0}
+    assert gap(clean["s"], empty) == -np.inf
+
+
+@pytest.mark.parametrize(("anomalous", "expected"), [([3, 3, 3], 1.0), ([1, 1, 1], -1.0)])
+def test_gap_by_hand(anomalous, expected):
+    assert gap(np.float32([0, 1, 2]), np.float32(anomalous)) == expected
