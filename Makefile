@@ -3,6 +3,7 @@
 VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
+PYTEST ?= -n auto
 
 .PHONY: setup demo test check clean
 
@@ -17,7 +18,7 @@ demo: setup
 	$(VENV)/bin/atpatch demo --out demo-out
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PYTEST)
 
 check: setup
 	$(VENV)/bin/ruff check .
