@@ -206,7 +206,7 @@ def _evaluation(debug: DebugSet, clean: Side, other: Side) -> Evaluation:
 def _detection(wanted: NDArray[np.bool_], flags: NDArray[np.bool_], scores: NDArray[np.float64]) -> Detection:
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
-    precision, recall, _ = precision_recall_curve(wanted, scores)
+    precision, recall, _ = precision_recall_curve(wanted, scores, drop_intermediate=True)
     keep = np.unique(np.linspace(0, len(precision) - 1, CURVE_POINTS).astype(int))
     return Detection(
         precision=Rate.of(wanted[flags]),
