@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -74,7 +73,7 @@ def fit(
 ) -> None:
     """Fit a patch for MODEL on the pairs of DATA."""
     if value not in ("neutral", "own"):
-        raise click.BadParameter("choose neutral or own", param_hint="--value")
+        raise typer.BadParameter("choose neutral or own", param_hint="--value")
     options = atp.FitOptions(
         goal=atp.Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate),
         value="own" if value == "own" else "neutral",
@@ -267,9 +266,10 @@ def _show(shown: Mapping[str, Any], renderables: Sequence[RenderableType], as_js
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Progress bars on stderr, one for each stage."""
+    """Progress bars on stderr, one for each stage; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -283,17 +283,13 @@ def progress_bars() -> Iterator[Progress]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code is 0, 1 after an error, or 2 after wrong usage."""
     try:
-        result = app(args=arguments, standalone_mode=False)
+        app(args=arguments)
     except AtPatchError as error:
         sys.stderr.write(f"atpatch: {' '.join(str(error).split())}\n")
         return 1
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        sys.stderr.write("atpatch: interrupted\n")
-        return 130
-    return result if isinstance(result, int) else 0
+    except SystemExit as exit_:  # how typer ends, well or after wrong usage, whichever click it brings along
+        return exit_.code if isinstance(exit_.code, int) else 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx.debugset import DebugSet, InputSpec
-from atpatch_onnx.errors import DebugSetError, FitError
+from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
 from atpatch_onnx.graph import weights
 from atpatch_onnx.patch import Array, Features
 from atpatch_onnx.probe import features_output, probe, values_output
@@ -80,14 +80,22 @@ def find_suspects(
 
     Args:
         model: The base.
-        sites: Its sites.
+        sites: Its sites on one token axis, the first one first.
         debug: Pairs for it.
         batch_size: Pairs at a time.
         progress: Told after every batch.
 
     Raises:
+        NoSiteError: There are no sites.
         DebugSetError: The suspects do not fit the token axis, or no token differs in any pair.
     """
+    if not sites:
+        raise NoSiteError(
+            "the model",
+            expected="at least one attention site",
+            found="none",
+            advice="See why with: atpatch sites MODEL --why",
+        )
     first = sites[0]
     if debug.suspects is not None:
         keys = debug.suspects.shape[1]

@@ -157,14 +157,19 @@ def open_site(model: ir.Model, site: AttentionSite) -> tuple[Handles, Insertion]
 
 _MODE = "qk_matmul_output_mode"
 
+MODE_KEY = "atpatch.mode"
+"""Metadata of a base node that was asked for its map: the mode that it stated before, if it did."""
+
 
 def _fused_map(product: ir.Node, at: Insertion) -> ir.Value:
     has_output = len(product.outputs) > 3 and bool(product.outputs[3].name)
     mode = product.attributes[_MODE].as_int() if _MODE in product.attributes else None
     if has_output and mode == 3:
         return product.outputs[3]
-    if not has_output and mode is None:
-        product.attributes.add(ir.AttrInt64(_MODE, 3))
+    if not has_output:
+        if mode is not None:  # exporters write the default out
+            product.metadata_props[MODE_KEY] = str(mode)
+        product.attributes[_MODE] = ir.AttrInt64(_MODE, 3)
         P = _extra_output(product, 3, at, "map")
         P.type = product.outputs[0].type
         return P

@@ -152,7 +152,10 @@ def evaluate(
     debug.check_inputs(input_specs(base))
     output = prediction_output(base, output)
     record = read_record(patched)
-    debug = find_suspects(base, find_sites(base), debug, batch_size=batch_size, progress=progress)
+    sites, patched_names = find_sites(base), {site.site for site in record.sites}
+    axes = {site.token_axis for site in sites if site.name in patched_names}
+    sites = tuple(site for site in sites if site.token_axis in axes) or sites
+    debug = find_suspects(base, sites, debug, batch_size=batch_size, progress=progress)
     run = (base, patched, record, output, batch_size, progress)
     clean = run_side("clean", debug.clean, *run)
     other = run_side("counterfactual", debug.counterfactual, *run)
@@ -227,7 +230,7 @@ def _backdoor(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Si
             "the evaluation set",
             expected="the backdoor's target class",
             found="none named, and changed predictions that go to several classes",
-            advice="Name it: DebugSet.with_target(class), or --target.",
+            advice="Name it: DebugSet.with_target(class), or --target-class.",
         )
     repaired = classes(other.patched)
     return Backdoor(
@@ -246,7 +249,7 @@ def _fairness(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Si
 
     before, after = (classes(clean.base), classes(other.base)), (classes(clean.patched), classes(other.patched))
     groups: dict[str, float | None] = {}
-    binary = debug.sensitive is not None and set(np.unique(labels)) <= {0, 1}
+    binary = debug.sensitive is not None and all(set(np.unique(c)) <= {0, 1} for c in (labels, before[0], after[0]))
     for name, predictions in (("base", before[0]), ("patched", after[0])):
         for metric in (demographic_parity_difference, equalized_odds_difference):
             value = metric(labels, predictions, sensitive_features=debug.sensitive) if binary else None

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.emission import find_value
+from atpatch_onnx.errors import StripError
 from atpatch_onnx.metadata import PatchedSite
 from atpatch_onnx.redistribution import redistributed_map, redistributed_output, unpack_heads
 from atpatch_onnx.runtime import Array
@@ -25,7 +26,18 @@ def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
 
 
 def last_flags(sites: Sequence[PatchedSite]) -> str:
-    """The value that holds the flags of all sites: they are carried along, so the last site has them all."""
+    """The value that holds the flags of all sites: they are carried along, so the last site has them all.
+
+    Raises:
+        StripError: The file names no patched site.
+    """
+    if not sites:
+        raise StripError(
+            "the metadata entry atpatch.sites",
+            expected="at least one patched site",
+            found="none",
+            advice="The file was edited after it was baked: bake the patch into the base again.",
+        )
     return sites[-1].flags
 
 
@@ -72,12 +84,31 @@ def site_values(model: ir.Model, site: PatchedSite, outputs: dict[str, Array]) -
         Y=results[0],
         corrected=results[1],
         flags=np.asarray(outputs[site.flags], bool),
-        beta=_weight(model, site, "beta"),
-        neutral=_weight(model, site, "neutral") if site.value == "neutral" else None,
+        beta=baked_weight(model, site, "beta"),
+        neutral=baked_weight(model, site, "neutral") if site.value == "neutral" else None,
     )
 
 
-def _weight(model: ir.Model, site: PatchedSite, name: str) -> Array:
-    tensor = find_value(model.graph, f"{graphs.PREFIX}{site.site}/{name}").const_value
-    assert tensor is not None, "a baked weight is a constant"
-    return tensor.numpy()
+def weight_names(site: PatchedSite) -> list[str]:
+    """The weights that decide what a site does, besides its detector's."""
+    names = ["threshold"] if site.threshold is not None else []
+    if site.value is not None:
+        names += ["beta", "neutral"] if site.value == "neutral" else ["beta"]
+    return names
+
+
+def baked_weight(model: ir.Model, site: PatchedSite, name: str) -> Array:
+    """A weight that baking wrote for a site.
+
+    Raises:
+        StripError: It is not there.
+    """
+    value = model.graph.initializers.get(f"{graphs.PREFIX}{site.site}/{name}")
+    if value is None or value.const_value is None:
+        raise StripError(
+            f"site {site.site}",
+            expected=f"the weight {graphs.PREFIX}{site.site}/{name}",
+            found="none",
+            advice="The file was edited after it was baked: bake the patch into the base again.",
+        )
+    return value.const_value.numpy()

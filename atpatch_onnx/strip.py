@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.emission import OUTPUTS_KEY, SITE_KEY
+from atpatch_onnx.emission import MODE_KEY, OUTPUTS_KEY, SITE_KEY
 from atpatch_onnx.errors import StripError
 from atpatch_onnx.functions import DOMAIN
 from atpatch_onnx.metadata import PREFIX as METADATA_PREFIX
@@ -64,7 +64,11 @@ def _restore_fused_nodes(model: ir.Model, record: PatchRecord) -> None:
     asked = [node for node in model.graph if OUTPUTS_KEY in node.metadata_props]
     for node in asked:
         if len(node.outputs) > 3 and (node.outputs[3].name or "").startswith(graphs.PREFIX):
-            node.attributes.pop("qk_matmul_output_mode", None)
+            mode = node.metadata_props.pop(MODE_KEY, None)
+            if mode is None:
+                node.attributes.pop("qk_matmul_output_mode", None)
+            else:
+                node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", int(mode))
 
 
 def _remove_nodes(model: ir.Model, record: PatchRecord) -> None:

@@ -10,7 +10,7 @@ from planted import HEADS, Planted
 from atpatch_onnx import collect as collecting
 from atpatch_onnx.collect import MAX_BENIGN, anomalous_columns, collect, find_suspects, input_specs
 from atpatch_onnx.debugset import DebugSet, InputSpec
-from atpatch_onnx.errors import DebugSetError, FitError
+from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.patch import Features
 from atpatch_onnx.probe import choose_features, features_output, probe, values_output
@@ -63,6 +63,12 @@ def test_pairs_whose_values_do_not_differ_have_no_suspects():
     model = planted.model()
     with pytest.raises(DebugSetError, match="found none in any pair"):
         find_suspects(model, find_sites(model), DebugSet.from_pairs(inputs, changed))
+
+
+def test_without_sites_there_is_nowhere_to_look():
+    planted = Planted()
+    with pytest.raises(NoSiteError):
+        find_suspects(planted.model(), (), planted.debug(20))
 
 
 @pytest.mark.parametrize("kind", ["backdoor", "attribute"])

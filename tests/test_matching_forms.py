@@ -121,6 +121,18 @@ def test_only_a_bias_that_hides_keys_is_a_mask(bias: str, masked: bool) -> None:
     assert site.masked is masked
 
 
+@pytest.mark.parametrize(("allowed", "masked"), [("1, 1, 1, 1, 1, 1, 1", False), ("1, 1, 1, 1, 1, 1, 0", True)])
+def test_an_expanded_constant_that_hides_nothing_is_no_mask(allowed: str, masked: bool) -> None:
+    mask = (
+        f"i = Constant <value = int64[7] {{{allowed}}}> () c = Cast <to = 9> (i) full = Shape (s) "
+        "e = Expand (c, full) zero = Constant <value = float {0.0}> () low = Constant <value = float {-3.4e38}> () "
+        "m = Where (e, zero, low)"
+    )
+    body = f"{SCORES} {mask} t = Add (s, m) p = Softmax <axis = -1> (t) y = MatMul (p, v)"
+    (site,) = find_sites(text_model(body, QKV, "float[2,4,5,8] y"))
+    assert site.masked is masked
+
+
 BATCH = "float[2,16] ids"
 REFUSED = {
     "rank 3": (

@@ -47,6 +47,19 @@ def test_stripping_and_baking_again_gives_the_same_file() -> None:
     assert graph.to_bytes(bake(strip(baked), patch)) == graph.to_bytes(baked)
 
 
+@pytest.mark.parametrize("mode", [0, 1, 3])
+def test_a_mode_that_is_stated_without_an_output_is_borrowed_and_given_back(mode: int) -> None:
+    proto = Net(opset=23, form="attention").proto()
+    for node in proto.graph.node:
+        if node.op_type == "Attention":
+            node.attribute.append(onnx.helper.make_attribute("qk_matmul_output_mode", mode))
+    model = ir.from_proto(proto)
+    baked = bake(model, draw_patch(model))
+    count = sum(node.op_type == "Attention" for node in model.graph)
+    assert sum(node.op_type == "Attention" for node in baked.graph) == count, "no attention is computed twice"
+    assert graph.to_bytes(strip(baked)) == graph.to_bytes(model)
+
+
 def test_models_without_a_patch_are_refused() -> None:
     with pytest.raises(StripError, match="expected a patched model"):
         strip(Net().model())

@@ -104,19 +104,47 @@ def _hides(node: ir.Node, view: View) -> bool:
         return False
     if _subtracts_maximum(node):
         return False
-    constants = [operand for operand in node.inputs if view.is_static(operand)]
-    return not constants or any(is_mask(operand, view) for operand in constants)
+    added = [operand for operand in node.inputs if view.is_static(operand) or entries(operand, view) is not None]
+    return not added or any(is_mask(operand, view) for operand in added)
 
 
 def is_mask(operand: ir.Value | None, view: View) -> bool:
-    """Whether a mask or bias can hide a key: false only for a constant that is all True, or finite and small."""
-    content = view.constant(operand)
+    """Whether a mask or bias can hide a key: false only where every entry is True, or finite and small."""
+    content = entries(operand, view)
     if content is None:
         return True
     if content.dtype == np.bool_:
         return not bool(content.all())
     return bool((~(np.abs(content.astype(np.float32)) < _HIDING)).any())
 
+
+def entries(value: ir.Value | None, view: View) -> np.ndarray | None:
+    """The distinct entries that a value made of constants can have; None where it depends on more than constants.
+
+    transformers writes a mask that hides nothing as a constant of True, expanded to the batch, and for decomposed
+    attention selected by it: `Where(Expand(True), 0, -inf)`.
+    """
+    content = view.constant(value)
+    if content is not None:
+        return np.unique(content)
+    node = None if value is None else value.producer()
+    if node is None or node.domain != "":
+        return None
+    if node.op_type in _RESHAPES:
+        return entries(node.inputs[0], view)
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.BOOL:
+        content = entries(node.inputs[0], view)
+        return None if content is None else np.unique(content.astype(np.bool_))
+    if node.op_type == "Where":
+        condition = entries(node.inputs[0], view)
+        chosen = [index for index, truth in ((1, True), (2, False)) if condition is None or truth in condition]
+        parts = [entries(node.inputs[index], view) for index in chosen]
+        known = [part for part in parts if part is not None]
+        return np.unique(np.concatenate(known)) if known and len(known) == len(parts) else None
+    return None
+
+
+_RESHAPES = frozenset({"Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity"})
 
 _HIDING = 1000.0
 """A bias of this size and more hides a key for good: exp(-1000) is zero in every float type."""
