@@ -49,7 +49,8 @@ def sites(
 ) -> None:
     """List the attention sites of a model, and what was refused."""
     matches = atp.explain(atp.load(model))
-    _show(matches.to_json(), [text.sites_table(matches, why)], as_json)
+    tables = [text.sites_table(matches, why), *([text.near_misses_table(matches)] if why else [])]
+    _show(matches.to_json(), tables, as_json)
 
 
 @app.command()

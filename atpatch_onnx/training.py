@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class Training:
     """How a detector is trained."""
 
-    hidden: int = 32
+    hidden: int = 64
     embedding: int = 16
-    steps: int = 300
+    steps: int = 1000
     batch: int = 256
     learning_rate: float = 5e-3
     weight_decay: float = 1e-3

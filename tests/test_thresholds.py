@@ -68,33 +68,45 @@ def test_thresholds_by_hand():
     anomalous = {"apart": np.full(8, 1.5, np.float32), "mixed": np.full(8, 2.5, np.float32)}
     # Half of four inputs may be flagged: two may exceed the third largest score, 2; the middle between it and 2.5.
     assert calibrate(clean, anomalous, 0.5) == {"apart": 1.0, "mixed": 2.25}
-    # A quarter: one input may exceed the second largest, 3, which is above the anomalous scores.
-    assert calibrate(clean, anomalous, 0.25) == {"apart": 1.0, "mixed": 3.0}
-    # No budget: nothing exceeds the largest.
-    assert calibrate(clean, anomalous, 0.0) == {"apart": 1.0, "mixed": 4.0}
+    # With more, a third would be flagged for nothing: all anomalous columns are named already.
+    assert calibrate(clean, anomalous, 1.0) == {"apart": 1.0, "mixed": 2.25}
+    # A quarter: flagging the largest would name no anomalous column, so it is not done.
+    assert calibrate(clean, anomalous, 0.25) == calibrate(clean, anomalous, 0.0) == {"apart": 1.0, "mixed": 4.0}
 
 
 def test_two_mixed_sites_share_what_one_would_have():
     # Each site has other inputs at its top, so the same rank at both flags twice as many inputs.
     rising, falling = np.arange(100, dtype=np.float32), np.arange(100, dtype=np.float32)[::-1].copy()
-    low = np.full(10, -1, np.float32)
-    alone = calibrate({"a": rising}, {"a": low}, 0.1)
-    both = calibrate({"a": rising, "b": falling}, {"a": low, "b": low}, 0.1)
+    within = np.linspace(80.25, 99.25, 40, dtype=np.float32)  # two anomalous columns between every two clean inputs
+    alone = calibrate({"a": rising}, {"a": within}, 0.1)
+    both = calibrate({"a": rising, "b": falling}, {"a": within, "b": within}, 0.1)
     assert (rising > alone["a"]).sum() == 10
     assert (rising > both["a"]).sum() == (falling > both["b"]).sum() == 5
 
 
-def test_single_outliers_among_anomalous_scores_do_not_close_the_gap():
-    clean = {"s": np.zeros(100, np.float32)}
-    anomalous = {"s": np.r_[np.full(999, 1), -1].astype(np.float32)}  # 0.1 %, below the 1 % that is read as the lowest
-    assert calibrate(clean, anomalous, 0.01) == {"s": 0.5}
-    assert gap(clean["s"], anomalous["s"]) == 1.0
+def test_a_site_that_tells_nothing_apart_flags_nothing():
+    clean = {"s": np.arange(100, dtype=np.float32)}
+    assert calibrate(clean, {"s": np.full(10, -1, np.float32)}, 0.1) == {"s": 99.0}
 
 
-def test_without_anomalous_scores_nothing_clean_is_flagged_beyond_the_budget():
+def test_single_outliers_among_anomalous_scores_cost_no_clean_input():
+    clean = {"s": np.linspace(0, 0.5, 100, dtype=np.float32)}
+    anomalous = {"s": np.r_[np.full(999, 1), -1].astype(np.float32)}
+    assert calibrate(clean, anomalous, 0.05) == {"s": 0.75}
+    assert gap(clean["s"], anomalous["s"]) == 0.5
+
+
+def test_a_single_outlier_among_clean_inputs_costs_one_of_the_budget():
+    clean = {"s": np.r_[np.zeros(99), 5].astype(np.float32)}
+    anomalous = {"s": np.full(100, 1, np.float32)}
+    assert calibrate(clean, anomalous, 0.05) == {"s": 0.5}
+    assert calibrate(clean, anomalous, 0.0) == {"s": 5.0}
+
+
+def test_without_anomalous_scores_nothing_clean_is_flagged():
     clean = {"s": np.arange(10, dtype=np.float32)}
     empty = np.zeros(0, np.float32)
-    assert calibrate(clean, {"s": empty}, 0.1) == {"s": 8.0}
+    assert calibrate(clean, {"s": empty}, 0.1) == {"s": 9.0}
     assert gap(clean["s"], empty) == -np.inf
 
 
