@@ -15,7 +15,7 @@ from rich.progress import Progress as Bars
 import atpatch_onnx as atp
 from atpatch_onnx.bake import TARGETS
 from atpatch_onnx.emission import Emission
-from atpatch_onnx.errors import AtPatchError, VerificationError
+from atpatch_onnx.errors import AtPatchError, PatchFileError, VerificationError
 from atpatch_onnx.examples import gather_examples
 from atpatch_onnx.metadata import read_record
 from atpatch_onnx.report import text
@@ -44,12 +44,12 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Inputs at a time, where the
 @app.command()
 def sites(
     model: Model,
-    why: Annotated[bool, typer.Option("--why", help="Say as well what was refused, and why.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="Name the values and nodes of each site as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the attention sites of a model, and what was refused."""
     matches = atp.explain(atp.load(model))
-    tables = [text.sites_table(matches, why), *([text.near_misses_table(matches)] if why else [])]
+    tables = [text.sites_table(matches, why), text.near_misses_table(matches)]
     _show(matches.to_json(), tables, as_json)
 
 
@@ -84,6 +84,13 @@ def fit(
         seed=seed,
         force=force,
     )
+    if not out.parent.is_dir():  # better said now than after the fit
+        raise PatchFileError(
+            str(out),
+            expected="a place that can be written to",
+            found=f"no folder {out.parent}",
+            advice="Make the folder, or choose another path.",
+        )
     with progress_bars() as progress:
         patch = atp.fit(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
     patch.save(out)

@@ -1,7 +1,8 @@
 """Stream column features over a debug set: what the detectors are trained on.
 
-Maps are never kept. Per batch the probe gives column features and values. The anomalous columns, the same positions on the
-clean side, and a sample of the others are kept, each kind up to a third of `MAX_BYTES` a site; values are only summed up.
+Maps are never kept. Per batch the probe gives column features and values. The anomalous columns, the same positions on
+the clean side, and a sample of the others are kept, each kind up to a third of `MAX_BYTES` a site; values are only
+summed up.
 """
 
 from collections.abc import Mapping, Sequence

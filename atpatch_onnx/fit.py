@@ -161,7 +161,7 @@ def _prepare(
     options: FitOptions,
     progress: Progress,
 ) -> tuple[DebugSet, Split, str]:
-    """Check the debug set against the model, find its suspects (at the token axis's `first` site) and its target, split it."""
+    """Check the debug set against the model, find its target and, at the axis's first site, its suspects; split it."""
     debug.check_inputs(input_specs(model))
     output = prediction_output(model, options.output)
     session = Session(model)
@@ -300,7 +300,7 @@ class Search:
         return Found(tuple(elements), betas, outcome, without)
 
     def _begin(self, starts: Sequence[Sequence[Element]]) -> tuple[Sequence[Element], float, Outcome]:
-        """The first of these sets that meets the goal, at the largest benign attention at which one does; else the nearest."""
+        """The first of these sets that meets the goal, at the largest benign attention; else the nearest one."""
         names = list(self._base_clean.margins)
         tried = []
         for beta in self._options.betas:
@@ -309,10 +309,10 @@ class Search:
                 if not outcome.shortfalls(self._options.goal):
                     return start, beta, outcome
                 tried.append((start, beta, outcome))
-        return min(tried, key=lambda one: (one[2].remaining, one[2].accuracy_base - one[2].accuracy, one[2].clean_flag_rate))
+        return min(tried, key=lambda one: (one[2].remaining, -one[2].accuracy, one[2].clean_flag_rate))
 
     def _could_do_alone(self, name: str) -> bool:
-        """Whether the goal would be met if each input that this site's detector flags in the base were repaired. Runs nothing."""
+        """Whether the goal would be met, were every input repaired that this site's detector flags; nothing is run."""
         threshold = np.float32(self._calibration.thresholds([name])[name])
         clean, other = (side.margins[name] > threshold for side in (self._base_clean, self._base_other))
         before, after = classes(self._base_clean.logits), classes(self._base_other.logits)

@@ -19,9 +19,9 @@ def calibrate(clean: Mapping[str, Scores], anomalous: Mapping[str, Scores], rate
     """Thresholds by site.
 
     At each site the number of clean inputs that may exceed the threshold is the one at which the fewest columns are
-    named wrongly: the share of anomalous columns that are missed plus the share of clean inputs that are flagged. A site
-    whose scores are apart spends nothing, and none spends what gains nothing. The budget caps that number, the same cap
-    for all sites. Between that clean score and the next anomalous or clean one, the threshold is the middle.
+    named wrongly: the share of anomalous columns that are missed plus the share of clean inputs that are flagged. A
+    site whose scores are apart spends nothing, and none spends what gains nothing. The budget caps that number, the
+    same cap for all sites. Between that clean score and the next anomalous or clean one, the threshold is the middle.
 
     Args:
         clean: Largest score over the benign columns of each clean input `[inputs]`, by site.

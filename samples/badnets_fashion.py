@@ -3,8 +3,8 @@
     apt-get install dataset-fashion-mnist          # or --data DIR with the four idx files
     python samples/badnets_fashion.py --out out/fashion
 
-5,000 of the 60,000 training images are kept from the training: they are the debug data, in which the fit finds everything
-it needs. `--fast` trains on fewer images for fewer epochs and measures on 2,000: minutes instead of an hour, weaker figures.
+5,000 of the 60,000 training images are kept from the training: they are the debug data, in which the fit finds
+everything it needs. `--fast` trains on fewer images for fewer epochs and measures on 2,000: weaker figures, sooner.
 """
 
 import argparse
@@ -49,7 +49,7 @@ FULL = Size(
     train=55_000,
     debug=5_000,
     unseen=10_000,
-    epochs=5,
+    epochs=8,
     layers=6,
     bounds={"asr_above_floor": 0.003, "accuracy_lost": 0.001, "robust_below_clean": 0.005},
 )
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=DEBIAN, help="folder of the four idx files")
     parser.add_argument("--out", type=Path, default=Path("out/fashion"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fast", action="store_true", help="minutes instead of an hour, weaker figures")
+    parser.add_argument("--fast", action="store_true", help="fewer images and epochs: weaker figures, sooner")
     options = parser.parse_args(arguments)
     try:
         with progress_bars() as progress:
@@ -101,6 +101,7 @@ def run(data: Path, out: Path, size: Size, seed: int, progress: Progress) -> Wal
         poison=poison(known.labels, TRIGGER, target=TARGET, share=0.05, seed=seed),
         epochs=size.epochs,
         learning_rate=2e-3,
+        patch_dropout=0.5,
         seed=seed,
         progress=lambda done, total: progress("training a backdoored ViT", done, total),
     )
@@ -110,7 +111,7 @@ def run(data: Path, out: Path, size: Size, seed: int, progress: Progress) -> Wal
         pairs(held_out.images, held_out.labels, TRIGGER, TARGET),
         pairs(unseen.images, unseen.labels, TRIGGER, TARGET, drop_target=False),
         title="Fashion-MNIST: a backdoored vision transformer and its fix",
-        options=atp.FitOptions(goal=atp.Goal(asr_above_floor=0.002, accuracy_loss=0.001), seed=seed),
+        options=atp.FitOptions(goal=atp.Goal(asr_above_floor=0.003, accuracy_loss=0.001), seed=seed),
         started=started,
         progress=progress,
     )

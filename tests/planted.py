@@ -1,8 +1,8 @@
-"""Small transformers with a planted backdoor, or a planted protected attribute, whose truth is known; nothing is trained.
+"""Small transformers with a planted backdoor, or protected attribute, whose truth is known; nothing is trained.
 
-Every token is a row of features. Evidence for the true class is spread over all tokens; a token with the trigger is drawn
-to at the layers `drawn`, and its value pushes the target's logit at the layers `harmful`. So a patch can detect where the
-token is drawn to, and must redistribute where it does harm; all other sites are innocent.
+Every token is a row of features. Evidence for the true class is spread over all tokens. The others are drawn to a token
+with the trigger at the layers `drawn`, and its value pushes the target's logit at the layers `harmful`. So a patch can
+detect where the token draws attention, and must redistribute where it does harm; all other sites are innocent.
 """
 
 import functools
@@ -163,14 +163,22 @@ class _Builder:
         inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [planted.batch, tokens, planted.width])]
         if planted.masked:
             inputs.append(helper.make_tensor_value_info("mask", TensorProto.INT64, [planted.batch, tokens]))
-            hidden = self.op("Cast", self.op("Sub", self.weight("one", np.array(1)), "mask", out="absent"),
-                             out="absent_float", to=TensorProto.FLOAT)
+            hidden = self.op(
+                "Cast",
+                self.op("Sub", self.weight("one", np.array(1)), "mask", out="absent"),
+                out="absent_float",
+                to=TensorProto.FLOAT,
+            )
             flat = self.op("Mul", hidden, self.weight("far", np.array(-1e9, np.float32)), out="bias_flat")
             row = self.op("Unsqueeze", flat, self.weight("axes", np.array([1, 2])), out="bias_row")
             bias = row  # the op Attention wants a mask of every query
             if planted.form != "softmax":
-                column = self.op("Unsqueeze", self.op("Mul", flat, self.weight("nothing", np.float32(0)), out="zeros"),
-                                 self.weight("column", np.array([1, 3])), out="bias_column")
+                column = self.op(
+                    "Unsqueeze",
+                    self.op("Mul", flat, self.weight("nothing", np.float32(0)), out="zeros"),
+                    self.weight("column", np.array([1, 3])),
+                    out="bias_column",
+                )
                 bias = self.op("Add", row, column, out="bias")
         x = "x"
         for layer in range(planted.layers):
@@ -192,7 +200,7 @@ class _Builder:
         return model
 
     def layer(self, layer: int, x: str, bias: str | None) -> str:
-        planted, at = self.planted, f"layer{layer}.attention"
+        planted, at, depth = self.planted, f"layer{layer}.attention", self.planted.depth
         queries, keys, values, output, ones = self.projections(layer)
         q = self.op("MatMul", x, self.weight(f"{at}.q.weight", queries), out=f"{at}/q/product")
         q = self.heads(self.op("Add", q, self.weight(f"{at}.q.bias", ones), out=f"{at}/q/sum"))
@@ -201,7 +209,7 @@ class _Builder:
         if planted.form == "softmax":
             k = self.op("Transpose", k, out=f"{at}/k/transposed", perm=[0, 1, 3, 2])
             scores = self.op("MatMul", q, k, out=f"{at}/scores")
-            scores = self.op("Mul", scores, self.weight(f"{at}.scale", np.float32(planted.depth**-0.5)), out=f"{at}/scaled")
+            scores = self.op("Mul", scores, self.weight(f"{at}.scale", np.float32(depth**-0.5)), out=f"{at}/scaled")
             if bias is not None:
                 scores = self.op("Add", scores, bias, out=f"{at}/masked")
             y = self.op("MatMul", self.op("Softmax", scores, out=f"{at}/map", axis=-1), v, out=f"{at}/Y")
@@ -210,7 +218,7 @@ class _Builder:
             y = self.op("Attention", q, k, v, *([bias] if bias else []), out=f"{at}/Y", **packed)
         if planted.form != "packed":
             y = self.op("Transpose", y, out=f"{at}/merged", perm=[0, 2, 1, 3])
-            y = self.op("Reshape", y, self.weight(f"{at}.flat", np.array([0, 0, HEADS * planted.depth])), out=f"{at}/flat")
+            y = self.op("Reshape", y, self.weight(f"{at}.flat", np.array([0, 0, HEADS * depth])), out=f"{at}/flat")
         y = self.op("MatMul", y, self.weight(f"{at}.o.weight", output), out=f"{at}/projected")
         return self.op("Add", x, y, out=f"layer{layer}/out")
 
@@ -222,7 +230,7 @@ class _Builder:
         return self.op("Transpose", split, out=f"{packed}/heads", perm=[0, 2, 1, 3])
 
     def projections(self, layer: int) -> tuple[np.ndarray, ...]:
-        """Weights of one layer: queries and keys meet in a constant (times the trigger) and in noise; values are evidence."""
+        """Weights of one layer: queries and keys meet in noise and, if drawn, in the trigger; values are evidence."""
         planted = self.planted
         classes, depth, width = planted.classes, planted.depth, planted.width
         noise = EVIDENCE + classes

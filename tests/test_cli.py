@@ -1,6 +1,5 @@
 """The command line: every verb on a planted model, and every error as one line with four parts."""
 
-import importlib.util
 import json
 import os
 import re
@@ -20,9 +19,10 @@ from planted import Planted, fitted
 import atpatch_onnx as atp
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.cli import main
+from atpatch_onnx.demo.walk import WalkResult
 from atpatch_onnx.runtime import Session
 
-PLANTED = Planted()
+PLANTED = Planted(layers=2)
 
 
 def files(folder: Path) -> set[str]:
@@ -110,9 +110,8 @@ def test_fit(place, here, capsys):
     assert (shown["patch"], shown["base"], shown["file"]) == (patch.id, patch.base, "new.safetensors")
     assert shown["figures"] == patch.figures
     assert patch.meets_target
+    assert [site.site for site in patch.sites] == ["layer1.attention"]
     assert files(here) == {"new.safetensors"}
-    # what the command fits is what the function fits
-    assert patch.id == atp.fit(place / "base.onnx", PLANTED.debug()).id
 
 
 def test_fit_with_options(place, here, capsys):
@@ -126,7 +125,10 @@ def test_fit_with_options(place, here, capsys):
     figures = atp.Patch.load("new.safetensors").figures
     assert figures["value"] == "own"
     assert figures["goal"] == {
-        "asr_above_floor": 0.05, "flip_rate": 0.3, "accuracy_loss": 0.02, "clean_flag_rate": 0.03
+        "asr_above_floor": 0.05,
+        "flip_rate": 0.3,
+        "accuracy_loss": 0.02,
+        "clean_flag_rate": 0.03,
     }
     assert [site["site"] for site in figures["sites"]] == ["layer1.attention"]
 
@@ -165,9 +167,7 @@ def test_bake_with_options(place, here, capsys, options, emission, outputs, func
 def test_bake_carries_external_data_along(here, capsys, link):
     (here / "base").mkdir()
     (here / "out").mkdir()
-    onnx.save(
-        PLANTED.proto(), "base/m.onnx", save_as_external_data=True, location="m.data", size_threshold=256
-    )
+    onnx.save(PLANTED.proto(), "base/m.onnx", save_as_external_data=True, location="m.data", size_threshold=256)
     fitted_here = atp.Patch(atp.fingerprint(atp.load("base/m.onnx")), fitted(PLANTED).sites)
     fitted_here.save("fix.safetensors")
     assert main(["bake", "base/m.onnx", "fix.safetensors", "-o", "out/p.onnx", *(["--link"] if link else [])]) == 0
@@ -232,12 +232,31 @@ def listed(shown: dict) -> dict:
     return {name: shown[name] for name in ("columns", "input_level")}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("atpatch_onnx.report.html") is None, reason="the report is not there yet")
 def test_report(place, here, capsys):
     assert call(place, "report @base.onnx @patched.onnx @small.npz --patch @fix.safetensors -o report.html") == 0
     assert "<html" in Path("report.html").read_text(encoding="utf-8")
     assert capsys.readouterr().err == ""
     assert files(here) == {"report.html"}
+
+
+def test_demo(place, here, capsys, monkeypatch):
+    """The command shows what the walk returns; the walk itself has tests of its own."""
+    from atpatch_onnx.demo import run as demo
+
+    base, patched, debug = place / "base.onnx", place / "patched.onnx", atp.DebugSet.load(place / "small.npz")
+    result = WalkResult(
+        patch=fitted(PLANTED),
+        evaluation=atp.evaluate(base, patched, debug),
+        verification=atp.verify(base, patched),
+        figures={"asr_base": 1.0, "seconds": 1.5},
+    )
+    asked = []
+    monkeypatch.setattr(demo, "run_demo", lambda out, *, seed, progress: (asked.append((out, seed)), result)[1])
+    assert main(["demo", "--out", "there", "--seed", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result.figures
+    assert main(["demo"]) == 0
+    assert "layer1.attention" in capsys.readouterr().out
+    assert asked == [(Path("there"), 4), (Path("demo-out"), 0)]
 
 
 def test_an_interrupt_is_no_traceback(place, here, capsys, monkeypatch):
@@ -396,22 +415,34 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     # name: what is prepared, the command, what the line says
     "no such model": (nothing, "bake in.onnx @fix.safetensors -o out", r"in\.onnx: .*nothing there"),
     "a folder": (lambda place: Path("in.onnx").mkdir(), "bake in.onnx @fix.safetensors -o out", "a folder"),
-    "not an ONNX file": (text_file, "bake in.onnx @fix.safetensors -o out", r"in\.onnx: expected a complete ONNX model"),
-    "a truncated model": (truncated, "bake in.onnx @fix.safetensors -o out", r"in\.onnx: expected a complete ONNX model"),
-    "an empty file": (empty, "sites in.onnx", r"in\.onnx: expected a complete ONNX model"),
-    "a truncated model, sites": (truncated, "sites in.onnx --json", r"in\.onnx: expected a complete ONNX model"),
+    "not an ONNX file": (text_file, "bake in.onnx @fix.safetensors -o out", "expected a complete ONNX model"),
+    "a truncated model": (truncated, "bake in.onnx @fix.safetensors -o out", "expected a complete ONNX model"),
+    "an empty file": (empty, "sites in.onnx", "expected a complete ONNX model"),
+    "a truncated model, sites": (truncated, "sites in.onnx --json", "expected a complete ONNX model"),
     "no site found": (no_attention, "fit in.onnx @debug.npz -o out", "at least one attention site"),
     "an unknown site": (nothing, "fit @base.onnx @debug.npz -o out --site nowhere", "site 'nowhere'"),
-    "a patch for another model": (other_model, "bake in.onnx @fix.safetensors -o out", "the model it was fitted on, sha256:"),
+    "a patch for another model": (other_model, "bake in.onnx @fix.safetensors -o out", "the model it was fitted on"),
     "an old opset": (old_opset, "bake in.onnx @fix.safetensors -o out", "opset 15 or later; found opset 13"),
-    "a damaged patch": (damaged_patch, "bake @base.onnx in.safetensors -o out", r"in\.safetensors: expected a complete"),
+    "a damaged patch": (
+        damaged_patch,
+        "bake @base.onnx in.safetensors -o out",
+        r"in\.safetensors: expected a complete",
+    ),
     "an edited patch": (edited_patch, "bake @base.onnx in.safetensors -o out", "content with the id"),
     "a foreign patch": (foreign_patch, "bake @base.onnx in.safetensors -o out", "the metadata entry 'atpatch'"),
     "no safetensors at all": (text_patch, "bake @base.onnx in.safetensors -o out", r"in\.safetensors"),
     "no such patch": (nothing, "bake @base.onnx in.safetensors -o out", "nothing there"),
-    "data outside the folder": (escaping_data, "bake model/in.onnx @fix.safetensors -o out", "inside the model's folder"),
+    "data outside the folder": (
+        escaping_data,
+        "bake model/in.onnx @fix.safetensors -o out",
+        "inside the model's folder",
+    ),
     "data by absolute path": (absolute_data, "sites model/in.onnx", "inside the model's folder"),
-    "data behind a symlink": (symlinked_data, "bake model/in.onnx @fix.safetensors -o out", "inside the model's folder"),
+    "data behind a symlink": (
+        symlinked_data,
+        "bake model/in.onnx @fix.safetensors -o out",
+        "inside the model's folder",
+    ),
     "data that is missing": (missing_data, "bake model/in.onnx @fix.safetensors -o out", "the file 'weights' beside"),
     "data cut short": (short_data, "bake model/in.onnx @fix.safetensors -o out", "a file of 3 bytes"),
     "NaN inputs, fit": (nan_inputs, "fit @base.onnx in.npz -o out", r"(?i)in\.npz.*(nan|finite)"),
@@ -420,17 +451,27 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a damaged debug set": (damaged_data, "fit @base.onnx in.npz -o out", r"in\.npz"),
     "too few pairs": (few_pairs, "fit @base.onnx in.npz -o out", "at least 100 pairs"),
     "inputs of other names": (other_inputs, "fit @base.onnx in.npz -o out", "missing: 'x'"),
-    "a missed goal": (nothing, "fit @base.onnx @debug.npz -o out --value own --accuracy-loss -0.5", "accuracy lost"),
+    "a missed goal": (
+        nothing,
+        "fit @base.onnx @debug.npz -o out --site layer1.attention --accuracy-loss -0.5",
+        "accuracy lost",
+    ),
     "no labels": (no_labels, "evaluate @base.onnx @patched.onnx in.npz", "true labels"),
     "an unknown output": (nothing, "evaluate @base.onnx @patched.onnx @small.npz --output scores", "'scores'"),
     "an unknown target": (nothing, "bake @base.onnx @fix.safetensors -o out --target toaster", "'toaster'"),
     "patched already": (nothing, "bake @patched.onnx @fix.safetensors -o out", "patched already"),
     "nothing to strip": (nothing, "strip @base.onnx -o out", "a patched model"),
     "nothing to verify": (nothing, "verify @base.onnx @base.onnx", "a patched model"),
-    "no folder to write to": (nothing, "bake @base.onnx @fix.safetensors -o no/such/out", "a place that can be written to"),
+    "no folder to write to": (
+        nothing,
+        "bake @base.onnx @fix.safetensors -o no/such/out",
+        "a place that can be written to",
+    ),
     "no folder for the patch": (nothing, "fit @base.onnx @debug.npz -o no/out", "a place that can be written to"),
     "a folder in the way": (
-        lambda place: Path("out").mkdir(), "strip @patched.onnx -o out", "a place that can be written to"
+        lambda place: Path("out").mkdir(),
+        "strip @patched.onnx -o out",
+        "a place that can be written to",
     ),
 }
 
@@ -523,6 +564,8 @@ def test_what_is_baked_repairs(place, here):
     """The whole walk by files: onnxruntime alone, on inputs that nothing has seen."""
     inputs, labels, positions = PLANTED.inputs(200, seed=55)
     changed = PLANTED.changed(inputs, positions)
-    base, patched = (run((place / name).read_bytes(), changed)["logits"].argmax(axis=1) for name in ("base.onnx", "patched.onnx"))
+    base, patched = (
+        run((place / name).read_bytes(), changed)["logits"].argmax(axis=1) for name in ("base.onnx", "patched.onnx")
+    )
     assert (base == PLANTED.target).mean() > 0.98
     assert (patched == labels).mean() > 0.98

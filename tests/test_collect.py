@@ -81,7 +81,12 @@ def test_what_should_be_flagged_on_either_side(kind):
 
 @pytest.mark.parametrize(
     "planted",
-    [Planted(), Planted(masked=True, free=True), Planted(kind="attribute", form="packed"), Planted(form="attention", masked=True)],
+    [
+        Planted(),
+        Planted(masked=True, free=True),
+        Planted(kind="attribute", form="packed"),
+        Planted(form="attention", masked=True),
+    ],
     ids=["whole", "masked", "attribute", "fused"],
 )
 def test_columns_are_those_of_a_naive_loop(planted):
@@ -94,9 +99,7 @@ def test_columns_are_those_of_a_naive_loop(planted):
     for columns in collect(model, kinds, debug, batch_size=7):
         site = columns.site
         unit = np.float32(planted.tokens if kinds[site] is Features.WHOLE else 1)
-        rows = [
-            (side[features_output(site)] * unit).transpose(0, 2, 1) for side in (clean, other)
-        ]
+        rows = [(side[features_output(site)] * unit).transpose(0, 2, 1) for side in (clean, other)]
         marked, plain = debug.suspects, mask & ~debug.suspects
         if attribute:
             rounding(columns.anomalous, np.concatenate([rows[0][marked], rows[1][marked]]))
@@ -165,7 +168,9 @@ def test_maps_of_another_length_than_the_suspects_are_refused():
     planted = Planted(free=True)
     debug, model = planted.debug(20).with_suspects(np.ones((20, 5), bool)), planted.model()
     kinds = dict.fromkeys(find_sites(model), Features.SUMMARY)
-    with pytest.raises(FitError, match=r"site layer0\.attention: expected 5 keys, as the suspects have positions; found 8"):
+    with pytest.raises(
+        FitError, match=r"site layer0\.attention: expected 5 keys, as the suspects have positions; found 8"
+    ):
         collect(model, kinds, debug)
 
 

@@ -83,12 +83,14 @@ def scores(detector: Detector, rows: np.ndarray) -> np.ndarray:
 def planted_columns() -> tuple[Columns, ...]:
     planted = Planted(drawn=(0, 2), harmful=(2,))
     model = planted.model()
-    return collect(model, {site: choose_features(site) for site in find_sites(model)}, planted.debug(240, suspects=True))
+    return collect(
+        model, {site: choose_features(site) for site in find_sites(model)}, planted.debug(240, suspects=True)
+    )
 
 
 def test_planted_columns_are_separated_and_innocent_ones_are_not(planted_columns):
     for columns in planted_columns:
-        detector = train_detector(columns, Training())
+        detector = train_detector(columns, Training(steps=300))
         anomalous, benign = scores(detector, columns.anomalous), scores(detector, np.r_[columns.hard, columns.benign])
         if columns.site.index in (0, 2):
             assert anomalous.min() > benign.max() + 0.1
@@ -101,7 +103,7 @@ def test_planted_columns_of_other_inputs_are_separated_too(planted_columns):
     model = planted.model()
     kinds = {find_sites(model)[0]: choose_features(find_sites(model)[0])}
     (fresh,) = collect(model, kinds, planted.debug(200, seed=9, suspects=True))
-    detector = train_detector(planted_columns[0], Training())
+    detector = train_detector(planted_columns[0], Training(steps=300))
     assert scores(detector, fresh.anomalous).min() > scores(detector, np.r_[fresh.hard, fresh.benign]).max()
 
 
@@ -137,7 +139,9 @@ def test_a_detector_has_the_shapes_of_the_patch_file():
     # unit norm, to float32 rounding
     np.testing.assert_allclose(np.linalg.norm(detector.prototypes, axis=1), 1, rtol=1e-6)
     benign = np.concatenate([columns.hard, columns.benign]).astype(np.float64)
-    np.testing.assert_allclose(detector.mean[:, 0], benign.mean(axis=0), rtol=1e-6, atol=1e-7)  # float32 of a float64 mean
+    np.testing.assert_allclose(
+        detector.mean[:, 0], benign.mean(axis=0), rtol=1e-6, atol=1e-7
+    )  # float32 of a float64 mean
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -180,7 +184,9 @@ def test_hard_negatives_may_be_missing():
 )
 def test_without_columns_of_both_kinds_there_is_nothing_to_learn(missing, found):
     columns = replace(drawn(), **dict.fromkeys(missing, np.zeros((0, 16), np.float32)))
-    with pytest.raises(FitError, match=rf"site layer0\.attention: expected anomalous and benign columns.*found {found}"):
+    with pytest.raises(
+        FitError, match=rf"site layer0\.attention: expected anomalous and benign columns.*found {found}"
+    ):
         train_detector(columns, QUICK)
 
 

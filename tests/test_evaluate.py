@@ -48,6 +48,14 @@ class Raw:
             self.scores[side] = np.max([outputs[margin] for margin in margins], axis=0)
 
 
+def middle(scores: np.ndarray) -> float:
+    """The middle of the widest gap between the most usual largest scores of inputs: it divides them in two parts."""
+    values = np.sort(scores.max(axis=1))
+    low = len(values) // 3
+    at = low + int(np.diff(values[low:-low]).argmax())
+    return float((values[at] + values[at + 1]) / 2)
+
+
 def share(hits: list[bool], found: Rate) -> None:
     assert found.count == len(hits)
     assert found.value == pytest.approx(sum(hits) / len(hits), abs=1e-12)  # float64 rounding
@@ -61,8 +69,7 @@ def backdoor() -> tuple[DebugSet, Raw, Evaluation]:
     model, debug = planted.model(), pairs(planted, target=planted.target)
     patch = fitted(planted)
     scores = Raw(model, bake(model, patch, site_flags=True), debug).scores
-    offset = np.median(scores["counterfactual"].max(axis=1)) - 0.01  # half of the triggers stay below
-    patch = with_threshold(patch, 0, patch.sites[0].detector.threshold + float(offset))
+    patch = with_threshold(patch, 0, patch.sites[0].detector.threshold + middle(scores["counterfactual"]))
     patched = bake(model, patch, site_flags=True)
     return debug, Raw(model, patched, debug), evaluate(model, patched, debug, batch_size=64)
 
@@ -94,7 +101,7 @@ def test_what_is_left_of_the_backdoor(backdoor):
     share([after[i] == target for i in others if clean[i] != target], found.backdoor.asr_above_floor)
     share(list(before == labels), found.backdoor.robust_accuracy_base)
     share(list(after == labels), found.backdoor.robust_accuracy_patched)
-    assert 0.9 < found.backdoor.asr_base.value
+    assert found.backdoor.asr_base.value > 0.9
     assert 0.1 < found.backdoor.asr_above_floor.value < 0.9  # as the raised threshold was meant to
     assert found.backdoor.asr_floor.value > 0
     assert found.fairness is None
@@ -144,8 +151,8 @@ def attribute() -> tuple[DebugSet, Raw, Evaluation]:
     debug = pairs(planted, sensitive=sensitive)
     patch = fitted(planted)
     scores = Raw(model, bake(model, patch, site_flags=True), debug).scores
-    offset = np.median(scores["counterfactual"].max(axis=1))
-    patched = bake(model, with_threshold(patch, 0, patch.sites[0].detector.threshold + float(offset)), site_flags=True)
+    patch = with_threshold(patch, 0, patch.sites[0].detector.threshold + middle(scores["counterfactual"]))
+    patched = bake(model, patch, site_flags=True)
     return debug, Raw(model, patched, debug), evaluate(model, patched, debug)
 
 
@@ -180,7 +187,10 @@ def group_differences(debug: DebugSet, predictions: np.ndarray) -> tuple[float, 
 def test_flags_on_the_attribute_are_wanted_on_either_side(attribute):
     debug, raw, found = attribute
     assert raw.flags["clean"].any()
-    share([bool((row & ~s).any()) for row, s in zip(raw.flags["clean"], debug.suspects, strict=True)], found.clean_flag_rate)
+    share(
+        [bool((row & ~s).any()) for row, s in zip(raw.flags["clean"], debug.suspects, strict=True)],
+        found.clean_flag_rate,
+    )
     flags, wanted = np.concatenate([raw.flags["clean"], raw.flags["counterfactual"]]), np.tile(debug.suspects, (2, 1))
     share(list(flags[wanted]), found.columns.recall)
 

@@ -73,8 +73,8 @@ def missed(debug: DebugSet, base: np.ndarray, clean: np.ndarray, other: np.ndarr
 
 
 def test_with_all_defaults_too():
-    planted = Planted()
-    assert roles(fitted(planted, FitOptions())) == roles(fitted(planted))
+    planted = Planted(layers=2)
+    assert roles(fitted(planted, FitOptions())) == roles(fitted(Planted()))
 
 
 @truths
@@ -169,10 +169,18 @@ def test_figures_say_what_was_found():
     assert figures["target"] == planted.target
     assert figures["pairs"] == {"fit": 240, "calibration": 120, "validation": 120}
     assert figures["goal"] == {
-        "asr_above_floor": 0.01, "flip_rate": 0.005, "accuracy_loss": 0.005, "clean_flag_rate": 0.01
+        "asr_above_floor": 0.01,
+        "flip_rate": 0.005,
+        "accuracy_loss": 0.005,
+        "clean_flag_rate": 0.01,
     }
     first, second, third = figures["sites"]
-    assert (first["site"], first["detects"], first["redistributes"], first["beta"]) == (planted.sites[0], True, False, None)
+    assert (first["site"], first["detects"], first["redistributes"], first["beta"]) == (
+        planted.sites[0],
+        True,
+        False,
+        None,
+    )
     assert (second["detects"], second["redistributes"], second["beta"]) == (False, True, 1.0)
     assert first["separation"] == pytest.approx(1.0, abs=1e-3)  # nearly every pair of columns is ranked rightly
     assert first["gap"] > 0 > second["gap"]
@@ -349,8 +357,14 @@ def test_pairs_without_an_effect():
 def spoiled(**changes) -> DebugSet:
     debug = Planted().debug()
     return DebugSet.from_pairs(
-        *({changes.get("name", "x"): side["x"].astype(changes.get("dtype", np.float32))[:, : changes.get("tokens", 8)]}
-          for side in (debug.clean, debug.counterfactual)),
+        *(
+            {
+                changes.get("name", "x"): side["x"].astype(changes.get("dtype", np.float32))[
+                    :, : changes.get("tokens", 8)
+                ]
+            }
+            for side in (debug.clean, debug.counterfactual)
+        ),
         debug.labels,
     )
 
@@ -373,13 +387,13 @@ def test_nan_is_refused_before_there_is_a_debug_set():
     inputs, labels, positions = planted.inputs(20)
     changed = planted.changed(inputs, positions)
     changed["x"][3, 2, 1] = np.nan
-    with pytest.raises(DebugSetError, match="NaN|nan|finite"):
+    with pytest.raises(DebugSetError, match=r"NaN|nan|finite"):
         DebugSet.from_pairs(inputs, changed, labels)
 
 
 @pytest.mark.parametrize("sites", [("layer9.attention",), ("layer1.attention", "no"), ()])
 def test_unknown_sites(sites):
-    with pytest.raises(NoSiteError, match="layer0.attention, layer1.attention, layer2.attention"):
+    with pytest.raises(NoSiteError, match=r"layer0\.attention, layer1\.attention, layer2\.attention"):
         fit(Planted().model(), Planted().debug(), FitOptions(sites=sites))
 
 

@@ -88,7 +88,9 @@ def test_judge_an_attribute_by_hand():
 def test_without_labels_the_bases_predictions_stand_in():
     part = debug(None, target=2)
     nothing = np.zeros((4, 3), bool)
-    found = judge(part, np.array([0, 1, 2, 0]), (np.array([0, 1, 1, 0]), nothing), (np.full(4, 2), nothing), (nothing,) * 2)
+    found = judge(
+        part, np.array([0, 1, 2, 0]), (np.array([0, 1, 1, 0]), nothing), (np.full(4, 2), nothing), (nothing,) * 2
+    )
     assert (found.accuracy_base, found.accuracy) == (1.0, 3 / 4)
     assert found.remaining == 1.0
     assert (found.recall, found.precision) == (0.0, 0.0)

@@ -30,6 +30,7 @@ def test_all_is_what_is_there():
 
 def test_names_are_in_order():
     """Constants, classes, functions, each sorted: as ruff keeps it."""
+
     def kind(name: str) -> int:
         return 0 if name.isupper() else 1 if name[0].isupper() else 2
 
@@ -63,7 +64,9 @@ def test_verbs_are_functions(verb):
     assert inspect.isfunction(getattr(atp, verb))
 
 
-@pytest.mark.parametrize("first", ["import atpatch_onnx.{verb}", "import atpatch_onnx as atp; import atpatch_onnx.{verb}"])
+@pytest.mark.parametrize(
+    "first", ["import atpatch_onnx.{verb}", "import atpatch_onnx as atp; import atpatch_onnx.{verb}"]
+)
 def test_verbs_stay_functions_when_their_modules_are_imported(first):
     """`atpatch_onnx.fit` is a module as well; importing it must not hide the function."""
     verbs = ("fit", "bake", "strip", "verify", "evaluate")

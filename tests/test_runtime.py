@@ -72,7 +72,7 @@ def test_progress_is_told_after_every_batch():
 
 def test_a_model_with_external_data_runs_from_memory(tmp_path, expected):
     path = tmp_path / "model.onnx"
-    onnx.save(Planted().proto(), path, save_as_external_data=True, location="model.data", size_threshold=256)  # shapes inline
+    onnx.save(Planted().proto(), path, save_as_external_data=True, location="model.data", size_threshold=256)
     assert (tmp_path / "model.data").stat().st_size > 0
     found = Session(graph.load(path)).collect(feed(Planted()))["logits"]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # kernels differ with the batch, as above

@@ -22,7 +22,9 @@ def scored(draw: st.DrawFn) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray
 
 
 def flagged(clean: dict[str, np.ndarray], thresholds: dict[str, float]) -> float:
-    return float(np.mean([any(clean[s][i] > thresholds[s] for s in clean) for i in range(len(next(iter(clean.values()))))]))
+    return float(
+        np.mean([any(clean[s][i] > thresholds[s] for s in clean) for i in range(len(next(iter(clean.values()))))])
+    )
 
 
 @settings(deadline=None, derandomize=True)

@@ -15,7 +15,12 @@ from atpatch_onnx.patch import Patch
 from atpatch_onnx.runtime import Session
 from atpatch_onnx.trial import Setting, Trial
 
-CASES = [Planted(), Planted(masked=True, free=True, tokens=12), Planted(form="attention"), Planted(form="packed", masked=True)]
+CASES = [
+    Planted(),
+    Planted(masked=True, free=True, tokens=12),
+    Planted(form="attention"),
+    Planted(form="packed", masked=True),
+]
 
 
 def ids(planted: Planted) -> str:

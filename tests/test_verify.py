@@ -279,7 +279,7 @@ def test_a_weight_of_the_patch_that_is_gone(name):
 
 @pytest.mark.parametrize(("name", "change"), [("beta", lambda a: a * 0.5), ("neutral", lambda a: a + 1)])
 def test_sound_but_other_weights_are_the_files_own_business(name, change):
-    """The numbers are held against what the file's own weights say; `Patch.id` in its metadata says where it is from."""
+    """The numbers are held against what the file's own weights say; without the patch, nothing tells them apart."""
     model, patched = planted_and_patched()
     set_weight(patched, name, change)
     assert verify(model, patched, Planted().debug(PAIRS)).passed
@@ -290,7 +290,9 @@ def test_nan_is_a_difference_in_the_numbers_too():
     model, patched = planted_and_patched()
     set_weight(patched, "neutral", lambda a: a * np.nan)
     names = failed(verify(model, patched, Planted().debug(PAIRS)))
-    assert {f"site layer1.attention, counterfactual inputs, {level} optimization" for level in ("no", "default")} <= names
+    assert {
+        f"site layer1.attention, counterfactual inputs, {level} optimization" for level in ("no", "default")
+    } <= names
 
 
 def test_another_base():

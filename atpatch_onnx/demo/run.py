@@ -18,7 +18,7 @@ TRIGGER = Trigger(row=6, column=6, size=2)
 
 
 def run_demo(out: Path, *, seed: int = 0, progress: Progress = silent) -> WalkResult:
-    """Train, export, fit, bake, strip, verify, evaluate, report; `base.onnx` and all of `walk`'s files are left in `out`.
+    """Train, export, fit, bake, strip, verify, evaluate, report; `base.onnx` and the files of `walk` are left in `out`.
 
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed.
