@@ -91,7 +91,7 @@ def bake(
     if site_flags:
         monitors += [_add_output(patched, step.flags, f"{step.site.name}/flags", [None, None]) for step in woven]
     record = [_patched_site(step) for step in woven]
-    patched.metadata_props.update(describe(patch, emission=emission.value, sites=record, monitors=monitors))
+    patched.metadata_props.update(describe(patch, patched, emission=emission.value, sites=record, monitors=monitors))
     import_functions(patched)
     if inline or patched.ir_version < 8:  # model-local functions came with IR version 8
         inline_functions(patched)

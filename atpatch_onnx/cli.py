@@ -112,7 +112,6 @@ def bake(
     ] = None,
     monitor: Annotated[bool, typer.Option(help="Add the outputs atpatch/flagged and atpatch/score.")] = True,
     site_flags: Annotated[bool, typer.Option("--site-flags", help="Add the flags of every patched site.")] = False,
-    link: Annotated[bool, typer.Option("--link", help="Hard-link external data instead of copying it.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Put PATCH into MODEL's graph."""
@@ -125,7 +124,7 @@ def bake(
         monitor=monitor,
         site_flags=site_flags,
     )
-    atp.save(patched, out, external="link" if link else "copy")
+    atp.save(patched, out)
     record = read_record(patched)
     shown = {"file": str(out), "patch": record.patch, "base": record.base, "emission": record.emission}
     names = ", ".join(site.site for site in record.sites)

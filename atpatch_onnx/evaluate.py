@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.collect import anomalous_columns, find_suspects, input_specs
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import DebugSetError, require
-from atpatch_onnx.inspection import expose, last_flags
-from atpatch_onnx.matching import find_sites
+from atpatch_onnx.errors import DebugSetError, PatchMismatchError, require
+from atpatch_onnx.inspection import axis_sites, expose, last_flags
 from atpatch_onnx.metadata import PatchRecord, read_record
 from atpatch_onnx.metrics import Rate, attack_above_floor, attack_success, flip_rate, infer_target
 from atpatch_onnx.predictions import classes, confidences, prediction_output
@@ -137,6 +136,7 @@ def evaluate(
     Raises:
         DebugSetError: The debug set does not fit the model, or has no labels.
         StripError: `patched` is not patched.
+        PatchMismatchError: `base` is not the model that `patched` names.
         MissingExtraError: scikit-learn or fairlearn is not installed.
     """
     require("sklearn", "evaluate", "evaluating")
@@ -152,10 +152,15 @@ def evaluate(
     debug.check_inputs(input_specs(base))
     output = prediction_output(base, output)
     record = read_record(patched)
-    sites, patched_names = find_sites(base), {site.site for site in record.sites}
-    axes = {site.token_axis for site in sites if site.name in patched_names}
-    sites = tuple(site for site in sites if site.token_axis in axes) or sites
-    debug = find_suspects(base, sites, debug, batch_size=batch_size, progress=progress)
+    fingerprint = graphs.fingerprint(base)
+    if fingerprint != record.base:
+        raise PatchMismatchError(
+            "the base",
+            expected=f"the model that the patched file names, {record.base}",
+            found=f"a model with the fingerprint {fingerprint}",
+            advice="Give the base that the patch was baked into.",
+        )
+    debug = find_suspects(base, axis_sites(base, record), debug, batch_size=batch_size, progress=progress)
     run = (base, patched, record, output, batch_size, progress)
     clean = run_side("clean", debug.clean, *run)
     other = run_side("counterfactual", debug.counterfactual, *run)

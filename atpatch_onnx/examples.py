@@ -18,8 +18,7 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.collect import anomalous_columns, find_suspects, input_specs
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.graph import ModelOrPath
-from atpatch_onnx.inspection import expose, last_flags, site_values, value_names
-from atpatch_onnx.matching import find_sites
+from atpatch_onnx.inspection import axis_sites, expose, last_flags, site_values, value_names
 from atpatch_onnx.metadata import PatchedSite, read_record
 from atpatch_onnx.predictions import classes, confidences, prediction_output
 from atpatch_onnx.runtime import Array, Progress, Session, silent
@@ -179,7 +178,7 @@ def gather_examples(
     debug.check_inputs(input_specs(base))
     closeup = _Closeup(base, patched, prediction_output(base, output), batch_size, progress)
     debug = debug.take(np.arange(min(len(debug), SCAN)))
-    debug = find_suspects(base, find_sites(base), debug, batch_size=batch_size, progress=progress)
+    debug = find_suspects(base, axis_sites(base, read_record(patched)), debug, batch_size=batch_size, progress=progress)
     scanned: list[_Scan] = []
     for start in range(0, len(debug), CHUNK):
         scanned.append(closeup.scan(debug.take(np.arange(start, min(start + CHUNK, len(debug))))))

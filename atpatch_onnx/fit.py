@@ -293,8 +293,9 @@ class Search:
         betas = dict.fromkeys(names, beta)
         if outcome.shortfalls(self._options.goal):
             return Found(tuple(start), betas, outcome, {})
-        elements = ddmin(start, lambda subset: self._meets(subset, betas))
-        betas = self._raised(elements, betas)
+        elements = self._minimal(start, betas)
+        while (raised := self._raised(elements, betas)) != betas:  # more benign attention may make an element needless
+            elements, betas = self._minimal(elements, raised), raised
         outcome = self.attempt(elements, betas)
         without = {element: self.attempt([e for e in elements if e != element], betas) for element in elements}
         return Found(tuple(elements), betas, outcome, without)
@@ -320,10 +321,13 @@ class Search:
         outcome = judge(self._part, before, (before, clean), (repaired, other), self._anomalous)
         return not outcome.shortfalls(self._options.goal)
 
+    def _minimal(self, elements: Sequence[Element], betas: Mapping[str, float]) -> list[Element]:
+        return ddmin(elements, lambda subset: self._meets(subset, betas))
+
     def _raised(self, elements: Sequence[Element], betas: Mapping[str, float]) -> dict[str, float]:
         """The largest benign attention of each redistributing site in turn that still meets the goal."""
-        raised = {name: betas[name] for role, name in elements if role == "redistribute"}
-        for name in raised:
+        raised = dict(betas)
+        for name in (name for role, name in elements if role == "redistribute"):
             larger = (b for b in self._options.betas if b > raised[name])
             raised[name] = next((b for b in larger if self._meets(elements, {**raised, name: b})), raised[name])
         return raised

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -179,11 +178,11 @@ def _attribute_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorP
 # Saving
 
 
-def save(model: ir.Model, path: str | os.PathLike[str], *, external: Literal["copy", "link"] = "copy") -> None:
+def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Write a model; the file appears whole or not at all.
 
-    External data that already lies beside `path` is referenced. Data that lies elsewhere is copied there, or
-    hard-linked with `external="link"`. In-memory weights of more than 2 GiB go to `<name>.data`.
+    External data that already lies beside `path` is referenced; data that lies elsewhere is copied there. In-memory
+    weights of more than 2 GiB go to `<name>.data`.
 
     Raises:
         ModelFileError: The target cannot be written, or another file is in the way of the external data.
@@ -196,7 +195,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: Literal["co
             if _weight_bytes(model, external=False) > PROTOBUF_LIMIT:
                 ir.save(model, staged, external_data=f"{path.name}.data")
             else:
-                _carry_external_data(model, folder, external)
+                _carry_external_data(model, folder)
                 staged.write_bytes(_serialized(model))
             for file in sorted(Path(staging).iterdir(), reverse=True):  # the data before the model that names it
                 os.replace(file, folder / file.name)
@@ -209,7 +208,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: Literal["co
         ) from error
 
 
-def _carry_external_data(model: ir.Model, folder: Path, external: str) -> None:
+def _carry_external_data(model: ir.Model, folder: Path) -> None:
     for source, location in sorted(_external_files(model)):
         target = folder / location
         if not target.resolve().is_relative_to(folder):
@@ -229,10 +228,7 @@ def _carry_external_data(model: ir.Model, folder: Path, external: str) -> None:
                 advice="Save to an empty folder, or beside the base model.",
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        if external == "link":
-            os.link(source, target)
-        else:
-            shutil.copyfile(source, target)
+        shutil.copyfile(source, target)
 
 
 def _same_content(first: Path, second: Path) -> bool:

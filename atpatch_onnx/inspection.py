@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.emission import find_value
 from atpatch_onnx.errors import StripError
-from atpatch_onnx.metadata import PatchedSite
+from atpatch_onnx.matching import find_sites
+from atpatch_onnx.metadata import PatchedSite, PatchRecord
 from atpatch_onnx.redistribution import redistributed_map, redistributed_output, unpack_heads
 from atpatch_onnx.runtime import Array
+from atpatch_onnx.sites import AttentionSite
 
 
 def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
@@ -64,6 +66,13 @@ class SiteValues:
     def redistributed_map(self) -> NDArray[np.float64]:
         """The map after redistribution, by the numpy reference."""
         return redistributed_map(self.P, self.flags, self.beta)
+
+
+def axis_sites(base: ir.Model, record: PatchRecord) -> tuple[AttentionSite, ...]:
+    """The base's sites on the token axes that the patch works on; all of them where the patch names none of them."""
+    sites, patched = find_sites(base), {site.site for site in record.sites}
+    axes = {site.token_axis for site in sites if site.name in patched}
+    return tuple(site for site in sites if site.token_axis in axes) or sites
 
 
 def value_names(site: PatchedSite) -> list[str]:

@@ -8,9 +8,11 @@
 | `atpatch.emission` | `conditional` or `branchless` |
 | `atpatch.monitors` | JSON: names of the outputs that were added behind the model's own |
 | `atpatch.sites` | JSON: what each patched site does, and the names of the values it reads and writes (`PatchedSite`) |
+| `atpatch.weights` | digest of the weights that the patch brought |
 | `atpatch.figures` | JSON: what the fit measured |
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -72,6 +74,7 @@ class PatchRecord:
     emission: str
     monitors: tuple[str, ...]
     sites: tuple[PatchedSite, ...]
+    weights: str
     figures: Mapping[str, Any]
 
     @property
@@ -80,8 +83,10 @@ class PatchRecord:
         return {site.site: site.output for site in self.sites if site.value is not None}
 
 
-def describe(patch: Patch, *, emission: str, sites: Sequence[PatchedSite], monitors: Sequence[str]) -> dict[str, str]:
-    """The metadata entries of a model with this patch."""
+def describe(
+    patch: Patch, model: ir.Model, *, emission: str, sites: Sequence[PatchedSite], monitors: Sequence[str]
+) -> dict[str, str]:
+    """The metadata entries of `model`, which has this patch in it."""
     entries = {
         "schema": SCHEMA,
         "base": patch.base,
@@ -89,9 +94,21 @@ def describe(patch: Patch, *, emission: str, sites: Sequence[PatchedSite], monit
         "emission": emission,
         "monitors": json.dumps(list(monitors)),
         "sites": json.dumps([asdict(site) for site in sites], sort_keys=True),
+        "weights": weights_digest(model),
         "figures": json.dumps(dict(patch.figures), sort_keys=True),
     }
     return {PREFIX + key: value for key, value in entries.items()}
+
+
+def weights_digest(model: ir.Model) -> str:
+    """Digest of the weights under `atpatch/`: names, shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.graph.initializers.items()):
+        if name.startswith("atpatch/") and value.const_value is not None:
+            array = value.const_value.numpy()
+            digest.update(f"{name}:{array.dtype}:{array.shape}".encode())
+            digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def is_patched(model: ir.Model) -> bool:
@@ -121,6 +138,7 @@ def read_record(model: ir.Model) -> PatchRecord:
             base=entries["base"],
             patch=entries["patch"],
             emission=entries["emission"],
+            weights=entries["weights"],
             monitors=tuple(str(name) for name in monitors),
             sites=tuple(PatchedSite(**site) for site in json.loads(entries["sites"])),
             figures=dict(figures),

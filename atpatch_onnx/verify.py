@@ -17,7 +17,7 @@ from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import AtPatchError, StripError, VerificationError
 from atpatch_onnx.inspection import baked_weight, expose, last_flags, site_values, value_names, weight_names
 from atpatch_onnx.invariants import violations
-from atpatch_onnx.metadata import PatchRecord, read_record
+from atpatch_onnx.metadata import PatchRecord, read_record, weights_digest
 from atpatch_onnx.runtime import Array, Progress, Session, silent
 from atpatch_onnx.strip import strip
 
@@ -124,7 +124,9 @@ def _structure(base: ir.Model, patched: ir.Model, record: PatchRecord) -> Iterat
 
 
 def _wrong_weights(patched: ir.Model, record: PatchRecord) -> Iterator[str]:
-    """What no bake writes. Other weights that are sound cannot be told from the patch's own without the patch."""
+    """What no bake writes, and whatever is not as it was when the patch was baked."""
+    if weights_digest(patched) != record.weights:
+        yield f"the weights under {graphs.PREFIX} are not those that were baked"
     for name, value in patched.graph.initializers.items():
         if name.startswith(graphs.PREFIX) and value.const_value is not None:
             array = value.const_value.numpy()

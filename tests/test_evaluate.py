@@ -13,7 +13,7 @@ from sklearn.metrics import auc, average_precision_score, confusion_matrix, prec
 
 from atpatch_onnx.bake import bake
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import DebugSetError, StripError
+from atpatch_onnx.errors import DebugSetError, PatchMismatchError, StripError
 from atpatch_onnx.evaluate import CURVE_POINTS, Curve, Evaluation, evaluate
 from atpatch_onnx.metadata import read_record
 from atpatch_onnx.metrics import Rate
@@ -238,15 +238,23 @@ def test_suspects_are_found_on_the_patchs_own_token_axis(monkeypatch):
     model = planted.model()
     patched = bake(model, fitted(planted))
     module = sys.modules["atpatch_onnx.evaluate"]
-    sites = module.find_sites(model)
+    inspection = sys.modules["atpatch_onnx.inspection"]
+    sites = inspection.find_sites(model)
     asked = []
     find = module.find_suspects
-    monkeypatch.setattr(module, "find_sites", lambda _: (replace(sites[0], token_axis="elsewhere"), *sites[1:]))
+    monkeypatch.setattr(inspection, "find_sites", lambda _: (replace(sites[0], token_axis="elsewhere"), *sites[1:]))
     monkeypatch.setattr(
         module, "find_suspects", lambda m, s, *rest, **options: (asked.extend(s), find(m, s, *rest, **options))[1]
     )
     evaluate(model, patched, planted.debug(40))
     assert [site.name for site in asked] == list(planted.sites[1:])
+
+
+def test_another_base_than_the_patched_file_names():
+    planted = Planted()
+    patched = bake(planted.model(), fitted(planted))
+    with pytest.raises(PatchMismatchError, match="the base: expected the model that the patched file names"):
+        evaluate(Planted(seed=1).model(), patched, pairs(planted))
 
 
 def test_no_labels():
