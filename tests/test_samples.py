@@ -1,0 +1,90 @@
+"""Every sample, and what the README shows, is run."""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from planted import Planted
+
+import atpatch_onnx as atp
+from atpatch_onnx.cli import main
+from atpatch_onnx.metadata import is_patched
+
+ROOT = Path(__file__).parent.parent
+KEYS = {
+    "accuracy_base",
+    "accuracy_patched",
+    "asr_base",
+    "asr_patched",
+    "asr_floor",
+    "asr_above_floor",
+    "robust_accuracy_patched",
+    "precision",
+    "recall",
+    "clean_flag_rate",
+    "sites_total",
+    "sites_patched",
+    "clean_bit_identical",
+    "strip_identical",
+    "seconds",
+}
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+def test_the_readme_shows_the_quickstart_as_it_is():
+    code = (ROOT / "samples" / "quickstart.py").read_text().split('"""\n\n', 1)[1]
+    assert f"```python\n{code}```" in (ROOT / "README.md").read_text()
+
+
+def test_quickstart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    planted = Planted()
+    atp.save(planted.model(), "model.onnx")
+    planted.debug(300).save("debug.npz")
+    runpy.run_path(str(ROOT / "samples" / "quickstart.py"))
+    assert is_patched(atp.load("patched.onnx"))
+    assert atp.Patch.load("fix.safetensors").meets_target
+
+
+def test_the_readme_names_every_command_and_no_other(capsys):
+    named = set(re.findall(r"^    atpatch (\w+) ", (ROOT / "README.md").read_text(), re.M))
+    with pytest.raises(SystemExit):
+        raise SystemExit(main(["--help"]))
+    listed = set(re.findall(r"^  ([a-z]+)  ", capsys.readouterr().out.split("Commands:", 1)[1], re.M))
+    assert named == listed
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_it_promises(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path), "--json"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert json.loads(capsys.readouterr().out) == result
+    assert set(result) == KEYS
+    unseen = 539
+    assert result["asr_base"] >= 0.95
+    assert result["asr_above_floor"] <= 0.01
+    assert result["accuracy_base"] - result["accuracy_patched"] <= 1.01 / unseen  # one image
+    assert result["recall"] >= 0.99
+    assert result["precision"] >= 0.95
+    assert result["clean_bit_identical"] is True
+    assert result["strip_identical"] is True
+    assert result["seconds"] <= 180
+    for name in ("base.onnx", "fix.safetensors", "patched.onnx", "report.html"):
+        assert (tmp_path / name).stat().st_size > 1000
+    assert atp.Patch.load(tmp_path / "fix.safetensors").meets_target
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_the_fashion_sample(tmp_path):
+    command = [sys.executable, str(ROOT / "samples" / "badnets_fashion.py"), "--fast", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["asr_base"] >= 0.95
+    assert result["clean_bit_identical"] is True
+    assert result["strip_identical"] is True
