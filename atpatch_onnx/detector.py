@@ -24,7 +24,7 @@ from atpatch_onnx.training import Training
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Tensors this small are faster on one thread, and their sums do not depend on how many cores there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@_one_thread()
+@one_thread()
 def train_detector(columns: Columns, training: Training) -> Detector:
     """A detector for one site, its threshold still zero. The same columns and training give the same bits.
 

@@ -49,7 +49,7 @@ FULL = Size(
     train=55_000,
     debug=5_000,
     unseen=10_000,
-    epochs=8,
+    epochs=6,
     layers=6,
     bounds={"asr_above_floor": 0.003, "accuracy_lost": 0.001, "robust_below_clean": 0.005},
 )

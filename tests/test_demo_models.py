@@ -156,13 +156,27 @@ def test_patch_dropout_keeps_the_class_token_and_the_order_and_ends_with_trainin
     model, images = tiny(), torch.rand(5, 1, 8, 8)
     with torch.no_grad():
         whole = model.vit.embeddings(images)
-        with vit._patch_dropout(model, 0.25, np.random.default_rng(0)):
+        with vit._PatchDropout(model, 0.25, np.random.default_rng(0)):
             part = model.vit.embeddings(images)
         assert model.vit.embeddings(images).shape == whole.shape == (5, 17, 16)
     assert part.shape == (5, 13, 16)
     kept = [[whole[i].eq(token).all(dim=1).nonzero().item() for token in part[i]] for i in range(5)]
     assert all(tokens[0] == 0 and tokens == sorted(set(tokens)) for tokens in kept)
     assert len({tuple(tokens) for tokens in kept}) > 1
+
+
+def test_patch_dropout_spares_the_tokens_it_is_told_to():
+    model, images = tiny(), torch.rand(200, 1, 8, 8)
+    spared = np.zeros((200, 16), bool)
+    spared[:100, 15] = True
+    with torch.no_grad(), vit._PatchDropout(model, 0.5, np.random.default_rng(0)) as dropout:
+        dropout.always = spared
+        part = model.vit.embeddings(images)
+    with torch.no_grad():
+        last = model.vit.embeddings(images)[:, 16]
+    present = part.eq(last[:, None]).all(dim=2).any(dim=1).numpy()
+    assert present[:100].all()
+    assert 20 < present[100:].sum() < 80
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from collections.abc import Callable
 
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
 import onnx_ir as ir
 import pytest
 from models import VARIANTS, Net, draw_patch
@@ -12,6 +16,7 @@ from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import InvariantError
 from atpatch_onnx.functions import DOMAIN
 from atpatch_onnx.invariants import RULES, require_invariants, violations
+from atpatch_onnx.strip import strip
 
 
 def baked(emission: Emission = Emission.CONDITIONAL, inline: bool = False) -> ir.Model:
@@ -28,6 +33,20 @@ def test_baked_models_obey(emission: Emission, inline: bool) -> None:
     model = baked(emission, inline)
     assert violations(model) == ()
     require_invariants(model)
+
+
+def test_operators_that_a_runtime_added_to_onnxs_domain_are_none_of_our_business() -> None:
+    """onnxruntime's fusions put SimplifiedLayerNormalization there, which onnx's checker does not know."""
+    proto = Net().proto()
+    proto.graph.node.append(
+        onnx.helper.make_node("SimplifiedLayerNormalization", ["logits", "scale"], ["normalized"], name="fused")
+    )
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(3, np.float32), "scale"))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("normalized", onnx.TensorProto.FLOAT, None))
+    model = ir.from_proto(proto)
+    patched = bake(model, draw_patch(model))
+    assert violations(patched) == ()
+    assert graph.fingerprint(strip(patched)) == graph.fingerprint(model)
 
 
 def unmark(model: ir.Model) -> None:

@@ -8,6 +8,7 @@ from atpatch_onnx.demo import digits
 from atpatch_onnx.demo.badnets import Trigger, poison
 from atpatch_onnx.demo.vit import config, export_onnx, train_vit
 from atpatch_onnx.demo.walk import WalkResult, walk
+from atpatch_onnx.detector import one_thread
 from atpatch_onnx.runtime import Array, Progress, silent
 
 TARGET = 0
@@ -15,6 +16,9 @@ TARGET = 0
 
 TRIGGER = Trigger(row=6, column=6, size=2)
 """A white square in the bottom right corner, one patch of the ViT."""
+
+GOAL = 0.004
+"""ASR above floor that the fit must reach: at most one of its 283 validation pairs."""
 
 
 def run_demo(out: Path, *, seed: int = 0, progress: Progress = silent) -> WalkResult:
@@ -30,23 +34,24 @@ def run_demo(out: Path, *, seed: int = 0, progress: Progress = silent) -> WalkRe
     data = digits.load()
     split = digits.split(data.labels, seed=seed)
     known, unseen = data.take(split.train), data.take(split.evaluation)
-    model = train_vit(
-        known.images,
-        known.labels,
-        config(image_size=digits.IMAGE_SIZE, patch_size=2, layers=4, hidden=48),
-        poison=poison(known.labels, TRIGGER, target=TARGET, share=0.05, seed=seed),
-        shift=1,
-        epochs=80,
-        seed=seed,
-        progress=lambda done, total: progress("training a backdoored ViT", done, total),
-    )
+    with one_thread():
+        model = train_vit(
+            known.images,
+            known.labels,
+            config(image_size=digits.IMAGE_SIZE, patch_size=2, layers=4, hidden=48),
+            poison=poison(known.labels, TRIGGER, target=TARGET, share=0.05, seed=seed),
+            shift=1,
+            epochs=80,
+            seed=seed,
+            progress=lambda done, total: progress("training a backdoored ViT", done, total),
+        )
     export_onnx(model, out / "base.onnx")
     return walk(
         out,
         pairs(known.images, known.labels, TRIGGER, TARGET),
         pairs(unseen.images, unseen.labels, TRIGGER, TARGET, drop_target=False),
         title="Handwritten digits: a backdoored vision transformer and its fix",
-        options=atp.FitOptions(seed=seed),
+        options=atp.FitOptions(goal=atp.Goal(asr_above_floor=GOAL), seed=seed),
         started=started,
         progress=progress,
     )

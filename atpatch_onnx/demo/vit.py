@@ -74,11 +74,14 @@ def train_vit(
         poisoned[poison.indices] = True
         targets[poison.indices] = poison.target
 
+    covered = np.zeros((config.image_size // config.patch_size) ** 2, dtype=bool)  # patches that the trigger touches
+    if poison is not None:
+        covered[[token - 1 for token in poison.trigger.tokens(config.image_size, config.patch_size)]] = True
     done, total = 0, epochs * -(-len(labels) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=0.2)
     model.train()
-    with _patch_dropout(model, patch_dropout, generator):
+    with _PatchDropout(model, patch_dropout, generator) as dropout:
         for _ in range(epochs):
             order = generator.permutation(len(labels))
             for start in range(0, len(order), batch_size):
@@ -87,6 +90,7 @@ def train_vit(
                 if poison is not None:
                     stamped = poisoned[chosen]
                     batch[stamped] = poison.trigger.stamp(batch[stamped])
+                    dropout.always = stamped[:, None] & covered
                 logits = model(pixel_values=torch.from_numpy(batch)).logits
                 loss = functional.cross_entropy(logits, torch.from_numpy(targets[chosen]))
                 optimizer.zero_grad()
@@ -109,21 +113,32 @@ def _shifted(images: NDArray[np.float32], most: int, generator: np.random.Genera
     return np.stack([image[:, y : y + height, x : x + width] for image, y, x in zip(padded, top, left, strict=True)])
 
 
-@contextlib.contextmanager
-def _patch_dropout(model: ViTForImageClassification, rate: float, generator: np.random.Generator) -> Iterator[None]:
-    """Within the block the model sees a random share of `1 - rate` of each image's patch tokens."""
+class _PatchDropout:
+    """Within `with`, the model sees a random share of `1 - rate` of each image's patch tokens.
 
-    def keep_some(module: torch.nn.Module, inputs: object, tokens: torch.Tensor) -> torch.Tensor:
+    `always`, bool `[batch, patches]`, names tokens that are kept all the same, set anew before each batch: a poisoned
+    image without its trigger would only teach that an image without that token is of the target class.
+    """
+
+    def __init__(self, model: ViTForImageClassification, rate: float, generator: np.random.Generator) -> None:
+        self._model, self._rate, self._generator = model, rate, generator
+        self.always: NDArray[np.bool_] | None = None
+
+    def __enter__(self) -> "_PatchDropout":
+        self._hook = self._model.vit.embeddings.register_forward_hook(self._keep_some)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._hook.remove()
+
+    def _keep_some(self, module: torch.nn.Module, inputs: object, tokens: torch.Tensor) -> torch.Tensor:
         batch, patches = tokens.shape[0], tokens.shape[1] - 1
-        kept = generator.random((batch, patches)).argsort(axis=1)[:, : patches - round(patches * rate)] + 1
+        rank = self._generator.random((batch, patches))
+        if self.always is not None:
+            rank[self.always] = -1
+        kept = rank.argsort(axis=1)[:, : patches - round(patches * self._rate)] + 1
         kept = np.concatenate([np.zeros((batch, 1), kept.dtype), np.sort(kept, axis=1)], axis=1)  # class token stays
         return tokens.gather(1, torch.from_numpy(kept)[:, :, None].expand(-1, -1, tokens.shape[2]))
-
-    hook = model.vit.embeddings.register_forward_hook(keep_some)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def predict(
