@@ -44,7 +44,7 @@ def test_quickstart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planted = Planted()
     atp.save(planted.model(), "model.onnx")
-    planted.debug(300).save("debug.npz")
+    planted.debug(480).save("debug.npz")
     runpy.run_path(str(ROOT / "samples" / "quickstart.py"))
     assert is_patched(atp.load("patched.onnx"))
     assert atp.Patch.load("fix.safetensors").meets_target

@@ -17,8 +17,8 @@ TARGET = 0
 TRIGGER = Trigger(row=6, column=6, size=2)
 """A white square in the bottom right corner, one patch of the ViT."""
 
-GOAL = 0.004
-"""ASR above floor that the fit must reach: at most one of its 283 validation pairs."""
+GOAL = 0.0
+"""ASR above floor that the fit must reach on its 283 validation pairs; the demo promises 1 % on unseen ones."""
 
 
 def run_demo(out: Path, *, seed: int = 0, progress: Progress = silent) -> WalkResult:
@@ -41,7 +41,8 @@ def run_demo(out: Path, *, seed: int = 0, progress: Progress = silent) -> WalkRe
             config(image_size=digits.IMAGE_SIZE, patch_size=2, layers=4, hidden=48),
             poison=poison(known.labels, TRIGGER, target=TARGET, share=0.05, seed=seed),
             shift=1,
-            epochs=80,
+            patch_dropout=0.35,
+            epochs=120,
             seed=seed,
             progress=lambda done, total: progress("training a backdoored ViT", done, total),
         )
