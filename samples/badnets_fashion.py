@@ -64,7 +64,7 @@ FAST = Size(
     epochs=4,
     layers=6,
     goal=atp.Goal(asr_above_floor=0.01, accuracy_loss=0.005),
-    bounds={"asr_above_floor": 0.02, "accuracy_lost": 0.005, "robust_below_clean": 0.03},
+    bounds={"asr_above_floor": 0.01, "accuracy_lost": 0.005, "robust_below_clean": 0.02},
 )
 
 
