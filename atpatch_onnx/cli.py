@@ -234,7 +234,8 @@ def export(
         target=target,
     )
     atp.save(exported, out)
-    _show({}, [f"wrote {out}: {len(atp.find_sites(exported)) if patch is None else 'patched'} attention sites"], False)
+    what = f"the base, {len(atp.find_sites(exported))} attention sites" if patch is None else "patched"
+    _show({}, [f"wrote {out}: {what}"], False)
 
 
 @app.command()

@@ -97,6 +97,8 @@ def from_pretrained(
 
     folder, inputs = Path(folder), Path(inputs)
     try:
+        if not (folder / "config.json").is_file():  # transformers would take the path for the name of a hub's model
+            raise OSError("no config.json")
         architecture = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).architectures[0]
         model = getattr(transformers, architecture).from_pretrained(folder, local_files_only=True).eval()
     except (OSError, ValueError, TypeError, IndexError, AttributeError) as error:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -27,6 +28,7 @@ from transformers.exporters.auto import EXPORT_BACKENDS
 
 from atpatch_onnx import graph
 from atpatch_onnx.bake import FLAGGED, SCORE, bake
+from atpatch_onnx.cli import main
 from atpatch_onnx.errors import PatchFileError, PatchMismatchError
 from atpatch_onnx.exporters import (
     AtPatchOnnxConfig,
@@ -376,3 +378,32 @@ def test_registered_once_and_quietly(caplog):
         importlib.import_module("atpatch_onnx.exporters.transformers_backend")
     assert not caplog.records
     assert EXPORT_BACKENDS["atpatch_onnx"].exporter is AtPatchOnnxExporter
+
+
+def test_from_disk_on_the_command_line(tiny_vit, tmp_path, capsys):
+    model, inputs = tiny_vit
+    quietly(lambda: model.save_pretrained(tmp_path / "vit"))
+    np.savez(tmp_path / "inputs.npz", **{name: tensor.numpy() for name, tensor in inputs.items()})
+    paths = [str(tmp_path / "vit"), str(tmp_path / "inputs.npz")]
+    base = tmp_path / "base.onnx"
+    assert quietly(lambda: main(["export", *paths, "-o", str(base), "--no-dynamic"])) == 0
+    assert capsys.readouterr().out.endswith("the base, 2 attention sites\n")
+
+    draw_patch(graph.load(base)).save(tmp_path / "fix.safetensors")
+    patched = tmp_path / "patched.onnx"
+    options = ["--no-dynamic", "--patch", str(tmp_path / "fix.safetensors"), "--target", "portable"]
+    assert quietly(lambda: main(["export", *paths, "-o", str(patched), *options])) == 0
+    assert read_record(graph.load(patched)).emission == "branchless"
+    assert graph.fingerprint(strip(graph.load(patched))) == graph.fingerprint(graph.load(base))
+
+
+@pytest.mark.parametrize("missing", ["model", "inputs"])
+def test_from_disk_refuses_what_is_not_there(tiny_vit, tmp_path, capsys, missing):
+    model, _ = tiny_vit
+    if missing == "inputs":
+        quietly(lambda: model.save_pretrained(tmp_path / "vit"))
+    arguments = ["export", str(tmp_path / "vit"), str(tmp_path / "inputs.npz"), "-o", str(tmp_path / "out.onnx")]
+    assert quietly(lambda: main(arguments)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"atpatch: {tmp_path / ('vit' if missing == 'model' else 'inputs.npz')}: expected ")
+    assert not (tmp_path / "out.onnx").exists()
