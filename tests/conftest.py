@@ -3,9 +3,15 @@
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves it alone
 
 settings.register_profile("steady", deadline=None, derandomize=True)  # however busy the machine
 settings.load_profile("steady")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests first: with several workers, the longest one must not be left for the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
