@@ -10,22 +10,31 @@
     atp.verify("model.onnx", "patched.onnx", debug).raise_if_failed()
 
 Each verb is a function here and a module of the same name: `atpatch_onnx.fit` is the function, and
-`from atpatch_onnx.fit import FitOptions` reads from the module.
+`from atpatch_onnx.fit import FitOptions` reads from the module. A module is imported when a name of it is first used:
+listing a model's sites takes neither onnxscript nor onnxruntime, which together take longer to import than it does.
 """
 
-from atpatch_onnx.bake import TARGETS, bake
-from atpatch_onnx.debugset import DebugSet, Split
-from atpatch_onnx.emission import Emission
-from atpatch_onnx.errors import AtPatchError
-from atpatch_onnx.evaluate import Evaluation, evaluate
-from atpatch_onnx.fit import FitOptions, fit
-from atpatch_onnx.goal import Goal, Outcome
-from atpatch_onnx.graph import fingerprint, load, save
-from atpatch_onnx.matching import explain, find_sites
-from atpatch_onnx.patch import Patch
-from atpatch_onnx.sites import AttentionSite, Matches, NearMiss
-from atpatch_onnx.strip import strip
-from atpatch_onnx.verify import Verification, verify
+import sys
+import typing
+from importlib import import_module
+from types import ModuleType
+
+if typing.TYPE_CHECKING:
+    from atpatch_onnx.bake import TARGETS, bake
+    from atpatch_onnx.debugset import DebugSet, Split
+    from atpatch_onnx.emission import Emission
+    from atpatch_onnx.errors import AtPatchError
+    from atpatch_onnx.evaluate import Evaluation, evaluate
+    from atpatch_onnx.fit import FitOptions, fit
+    from atpatch_onnx.goal import Goal, Outcome
+    from atpatch_onnx.graph import fingerprint, load, save
+    from atpatch_onnx.matching import explain, find_sites
+    from atpatch_onnx.patch import Patch
+    from atpatch_onnx.quantization import quantizer_settings
+    from atpatch_onnx.rehearsal import Rehearsal, rehearse
+    from atpatch_onnx.sites import AttentionSite, Matches, NearMiss
+    from atpatch_onnx.strip import strip
+    from atpatch_onnx.verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -42,6 +51,7 @@ __all__ = [
     "NearMiss",
     "Outcome",
     "Patch",
+    "Rehearsal",
     "Split",
     "Verification",
     "bake",
@@ -51,7 +61,63 @@ __all__ = [
     "fingerprint",
     "fit",
     "load",
+    "quantizer_settings",
+    "rehearse",
     "save",
     "strip",
     "verify",
 ]
+
+_HOMES = {
+    "AtPatchError": "errors",
+    "AttentionSite": "sites",
+    "DebugSet": "debugset",
+    "Emission": "emission",
+    "Evaluation": "evaluate",
+    "FitOptions": "fit",
+    "Goal": "goal",
+    "Matches": "sites",
+    "NearMiss": "sites",
+    "Outcome": "goal",
+    "Patch": "patch",
+    "Rehearsal": "rehearsal",
+    "Split": "debugset",
+    "TARGETS": "bake",
+    "Verification": "verify",
+    "bake": "bake",
+    "evaluate": "evaluate",
+    "explain": "matching",
+    "find_sites": "matching",
+    "fingerprint": "graph",
+    "fit": "fit",
+    "load": "graph",
+    "quantizer_settings": "quantization",
+    "rehearse": "rehearsal",
+    "save": "graph",
+    "strip": "strip",
+    "verify": "verify",
+}
+"""The module of each public name."""
+
+
+class _Package(ModuleType):
+    """The package, whose public names are looked up when they are first used."""
+
+    def __getattr__(self, name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        found: object = getattr(import_module(f"{self.__name__}.{_HOMES[name]}"), name)
+        setattr(self, name, found)
+        return found
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Python binds a module that it has imported to its package; a verb of the same name stays the function.
+        if isinstance(value, ModuleType) and _HOMES.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*vars(self), *_HOMES})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -15,13 +15,14 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.emission import Emission, Insertion, import_functions, inline_functions, require_opset
+from atpatch_onnx.emission import Emission, import_functions, inline_functions, require_opset
 from atpatch_onnx.errors import BakeError, PatchMismatchError
+from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.invariants import require_invariants
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import PatchedSite, describe, is_patched
 from atpatch_onnx.patch import Patch, SitePatch
-from atpatch_onnx.sites import AttentionSite, Layout
+from atpatch_onnx.sites import AttentionSite
 from atpatch_onnx.weave import Controls, Woven, weave
 
 FLAGGED = f"{graphs.PREFIX}flagged"
@@ -68,7 +69,8 @@ def bake(
         model: The base, the very model that the patch was fitted on.
         patch: The fix.
         target: Where it will run, a key of `TARGETS`.
-        emission: `conditional` or `branchless`, if not the target's own; their results are the same.
+        emission: `conditional` or `branchless`; None: the target's own, and `branchless` for float16 and bfloat16
+            models. Their results are the same.
         inline: Whether to leave no model-local functions, if not as the target needs.
         monitor: Whether to add the outputs `atpatch/flagged` (bool `[batch, 1]`) and `atpatch/score` (float
             `[batch, 1]`).
@@ -82,9 +84,9 @@ def bake(
         raise BakeError(
             "target", expected=f"one of {', '.join(TARGETS)}", found=repr(target), advice="Choose one of these."
         )
-    emission = TARGETS[target].emission if emission is None else Emission(emission)
     inline = TARGETS[target].inline if inline is None else inline
     entries = _patched_sites(model, patch)
+    emission = _emission(target, entries) if emission is None else Emission(emission)
     patched = graphs.copy(model)
     woven = weave(patched, entries, emission, _constants)
     monitors = _add_monitors(patched, woven) if monitor else []
@@ -97,6 +99,12 @@ def bake(
         inline_functions(patched)
     require_invariants(patched)
     return patched
+
+
+def _emission(target: str, entries: Sequence[tuple[AttentionSite, SitePatch]]) -> Emission:
+    """The target's own; branchless where half precision is: what runtimes cast around an `If` may change the bits."""
+    halves = any(site.dtype != ir.DataType.FLOAT.name for site, _ in entries)
+    return Emission.BRANCHLESS if halves else TARGETS[target].emission
 
 
 def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, SitePatch]]:
@@ -159,16 +167,18 @@ def _patched_site(step: Woven) -> PatchedSite:
     """What the file says of one site."""
     detector, redistribution = step.entry.detector, step.entry.redistribution
     value = None if redistribution is None else ("own" if redistribution.neutral is None else "neutral")
-    kv_heads = step.site.kv_heads if step.handles.packed_values else None
+    parts = step.site.parts
     return PatchedSite(
         site=step.site.name,
         threshold=None if detector is None else detector.threshold,
         value=value,
         map=step.handles.P.name or "",
         values=step.handles.V.name or "",
-        kv_heads=kv_heads if isinstance(kv_heads, int) else None,
+        value_layout=step.handles.value_layout,
+        kv_heads=step.site.kv_heads if isinstance(step.site.kv_heads, int) else 1,
         output=step.site.output,
-        packed_output=step.site.layout is Layout.PACKED,
+        output_layout=step.site.output_layout,
+        parts=parts if isinstance(parts, int) else None,
         flags=step.flags.name or "",
         margin=None if step.margin is None else step.margin.name,
     )

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
@@ -13,13 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 import atpatch_onnx as atp
-from atpatch_onnx.bake import TARGETS
-from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import AtPatchError, PatchFileError, VerificationError
-from atpatch_onnx.examples import gather_examples
+from atpatch_onnx.goal import Goal
+from atpatch_onnx.graph import External
 from atpatch_onnx.metadata import read_record
 from atpatch_onnx.report import text
-from atpatch_onnx.runtime import Progress
+
+if TYPE_CHECKING:
+    from atpatch_onnx.runtime import Progress
+
+TARGETS = ("cpu", "cuda", "tensorrt", "directml", "coreml", "web", "openvino", "portable")
+"""The keys of `atpatch_onnx.TARGETS`, and below the values of `Emission`, here so that help needs no onnxscript."""
 
 app = typer.Typer(
     help="Bake a hot-fix for a backdoored or unfair transformer into its own ONNX graph.",
@@ -38,6 +42,15 @@ Data = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
 Output = Annotated[str | None, typer.Option(help="The model's output with the logits.", show_default=False)]
+ExternalData = Annotated[
+    External | None,
+    typer.Option(
+        "--external",
+        help="Data files that lie elsewhere: leave them there (at or below the new file), clone or hard-link, or copy "
+        "them. By default those that can stay do, and others are copied.",
+        show_default=False,
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs at a time, where the model leaves it free.")]
 
 
@@ -58,12 +71,12 @@ def fit(
     model: Model,
     data: Data,
     out: Out,
-    asr_above_floor: Annotated[float, typer.Option(help="Goal: ASR above floor, a share.")] = atp.Goal.asr_above_floor,
-    flip_rate: Annotated[float, typer.Option(help="Goal for an attribute: flip rate, a share.")] = atp.Goal.flip_rate,
-    accuracy_loss: Annotated[float, typer.Option(help="Goal: accuracy lost, a share.")] = atp.Goal.accuracy_loss,
+    asr_above_floor: Annotated[float, typer.Option(help="Goal: ASR above floor, a share.")] = Goal.asr_above_floor,
+    flip_rate: Annotated[float, typer.Option(help="Goal for an attribute: flip rate, a share.")] = Goal.flip_rate,
+    accuracy_loss: Annotated[float, typer.Option(help="Goal: accuracy lost, a share.")] = Goal.accuracy_loss,
     clean_flag_rate: Annotated[
         float, typer.Option(help="Budget: share of clean inputs that may be flagged.")
-    ] = atp.Goal.clean_flag_rate,
+    ] = Goal.clean_flag_rate,
     value: Annotated[str, typer.Option(help="What a flagged token hands over: neutral or own.")] = "neutral",
     site: Annotated[list[str] | None, typer.Option(help="Candidate sites by name; all by default.")] = None,
     output: Output = None,
@@ -76,7 +89,7 @@ def fit(
     if value not in ("neutral", "own"):
         raise typer.BadParameter("choose neutral or own", param_hint="--value")
     options = atp.FitOptions(
-        goal=atp.Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate),
+        goal=Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate),
         value="own" if value == "own" else "neutral",
         sites=tuple(site) if site else None,
         output=output,
@@ -105,13 +118,19 @@ def bake(
     out: Out,
     target: Annotated[str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}.")] = "cpu",
     emission: Annotated[
-        Emission | None, typer.Option(help="The form, if not the target's own.", show_default=False)
+        Literal["conditional", "branchless"] | None,
+        typer.Option(help="The form, if not the target's own.", show_default=False),
     ] = None,
     inline: Annotated[
         bool | None, typer.Option("--inline/--functions", help="Leave no model-local functions, or do.")
     ] = None,
     monitor: Annotated[bool, typer.Option(help="Add the outputs atpatch/flagged and atpatch/score.")] = True,
     site_flags: Annotated[bool, typer.Option("--site-flags", help="Add the flags of every patched site.")] = False,
+    quantizer_settings: Annotated[
+        Path | None,
+        typer.Option(help="Write what quantizers must be told to this JSON file.", show_default=False),
+    ] = None,
+    external: ExternalData = None,
     as_json: AsJson = False,
 ) -> None:
     """Put PATCH into MODEL's graph."""
@@ -119,23 +138,30 @@ def bake(
         atp.load(model),
         atp.Patch.load(patch),
         target=target,
-        emission=emission,
+        emission=None if emission is None else atp.Emission(emission),
         inline=inline,
         monitor=monitor,
         site_flags=site_flags,
     )
-    atp.save(patched, out)
+    atp.save(patched, out, external=external)
     record = read_record(patched)
     shown = {"file": str(out), "patch": record.patch, "base": record.base, "emission": record.emission}
     names = ", ".join(site.site for site in record.sites)
-    _show(shown, [f"wrote {out}: patch {record.patch}, {record.emission}, at {names}"], as_json)
+    lines = [f"wrote {out}: patch {record.patch}, {record.emission}, at {names}"]
+    if quantizer_settings is not None:
+        from atpatch_onnx.quantization import write_settings
+
+        write_settings(patched, quantizer_settings)
+        shown["quantizer_settings"] = str(quantizer_settings)
+        lines.append(f"wrote {quantizer_settings}: keyword arguments for onnxruntime's quantizers")
+    _show(shown, lines, as_json)
 
 
 @app.command()
-def strip(patched: Patched, out: Out, as_json: AsJson = False) -> None:
+def strip(patched: Patched, out: Out, external: ExternalData = None, as_json: AsJson = False) -> None:
     """Take the patch out of PATCHED again; the fingerprint proves that the base is back."""
     base = atp.strip(atp.load(patched))
-    atp.save(base, out)
+    atp.save(base, out, external=external)
     shown = {"file": str(out), "fingerprint": atp.fingerprint(base)}
     _show(shown, [f"wrote {out}: the base, {shown['fingerprint']}"], as_json)
 
@@ -195,6 +221,7 @@ def report(
     batch_size: BatchSize = 32,
 ) -> None:
     """Write one self-contained HTML file: verdict, pictures, curve, sites, checks."""
+    from atpatch_onnx.examples import gather_examples
     from atpatch_onnx.report import html
 
     before, after, debug = atp.load(base), atp.load(patched), atp.DebugSet.load(data)
@@ -273,7 +300,7 @@ def _show(shown: Mapping[str, Any], renderables: Sequence[RenderableType], as_js
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
+def progress_bars() -> "Iterator[Progress]":
     """Progress bars on stderr, one for each stage; nothing where stderr is no terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

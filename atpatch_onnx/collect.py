@@ -99,12 +99,12 @@ def find_suspects(
         )
     first = sites[0]
     if debug.suspects is not None:
-        keys = debug.suspects.shape[1]
-        if isinstance(first.keys, int) and first.keys != keys:
+        columns = debug.suspects.shape[1]
+        if isinstance(first.columns, int) and first.columns != columns:
             raise DebugSetError(
                 "the suspects of the debug set",
-                expected=f"{first.keys} token positions, as at site {first.name}",
-                found=f"{keys}",
+                expected=f"{first.columns} token positions, as at site {first.name}",
+                found=f"{columns}",
                 advice="Mark positions of the model's token axis, class token included, or use suspects='auto'.",
             )
         return debug
@@ -183,7 +183,8 @@ def collect(
                         advice="Fit the sites of one token axis only (option sites=).",
                     )
                 if kind is Features.WHOLE:
-                    X = X * np.float32(X.shape[2])
+                    assert isinstance(site.keys, int), "whole columns have a fixed length"
+                    X = X * np.float32(site.keys)
                 kept[site].add(X, V, suspects[part], anomalous[part], generator, is_clean=side == "clean")
     return tuple(kept[site].columns(site, kind) for site, kind in features.items())
 

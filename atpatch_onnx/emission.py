@@ -1,27 +1,28 @@
 """How a site's nodes are written into a graph: shared by the probe, the trial graph and the patched graph.
 
-Every site is reached through three values: the map P, the values V and the output Y. The product that computes Y stays
-as it is. Redistribution corrects its result, so an input without a flag gets Y itself: the base's own kernel, fused or
-not, and the base's own bits. To put the correction in, the product's output is renamed and the corrected value takes
-the old name; taking it out again is the reverse.
+Every site is reached through three values: the map P, the values V and the output Y, each brought to its canonical axes
+(`moves`) where it is needed. The product that computes Y stays as it is. Redistribution corrects its result, so an
+input without a flag gets Y itself: the base's own kernel, fused or not, and the base's own bits. To put the correction
+in, the product's output is renamed and the corrected value takes the old name; taking it out again is the reverse.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes.common import InlinePass
 
+from atpatch_onnx.domain import DOMAIN, DOMAIN_VERSION, MIN_OPSET
 from atpatch_onnx.errors import BakeError
-from atpatch_onnx.functions import DOMAIN, DOMAIN_VERSION, MIN_OPSET, local_functions
+from atpatch_onnx.functions import local_functions
 from atpatch_onnx.graph import PREFIX, opset_version
-from atpatch_onnx.sites import AttentionSite, Form, Layout
-
-SITE_KEY = "atpatch.site"
-"""Metadata of every node that this package adds: the site it belongs to."""
+from atpatch_onnx.insertion import SITE_KEY, Insertion
+from atpatch_onnx.layout import VALUES, Layout
+from atpatch_onnx.moves import axis_size, from_canonical, to_canonical
+from atpatch_onnx.shadow import map_and_values
+from atpatch_onnx.sites import AttentionSite, Dim, Form
 
 OUTPUTS_KEY = "atpatch.outputs"
 """Metadata of a base node that was asked for more outputs: how many it had."""
@@ -42,58 +43,18 @@ class Handles:
     """The three values of a site in a graph."""
 
     P: ir.Value
-    """Attention map `[batch, heads, queries, keys]`."""
+    """Attention map `[maps, heads, queries, keys]`."""
 
     V: ir.Value
-    """Values, `[batch, kv heads, keys, depth]`, or `[batch, keys, kv heads * depth]` where `packed_values`."""
+    """Values, laid out as `value_layout` says."""
 
     Y: ir.Value
-    """The site's output, in the site's layout."""
+    """The site's output, in the site's own layout."""
 
-    packed_values: bool
+    value_layout: str
 
-
-class Insertion:
-    """Adds nodes behind an anchor, in call order; every node, value and weight is named `atpatch/<scope>/...`."""
-
-    def __init__(self, graph: ir.Graph, scope: str, *, anchor: ir.Node | None = None) -> None:
-        """Add to `graph`, after `anchor`, or at its end where there is none."""
-        self.graph = graph
-        self._anchor = anchor
-        self.scope = scope
-
-    def constant(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        """A weight of the graph, of the array's shape and type."""
-        name = f"{PREFIX}{self.scope}/{name}"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-            value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=tensor)
-            value.dtype = tensor.dtype
-            self.graph.register_initializer(value)
-        return self.graph.initializers[name]
-
-    def call(self, function: str, *inputs: ir.Value, name: str) -> ir.Value:
-        """Call one of our functions; the result is named `atpatch/<scope>/<name>`."""
-        return self._add(ir.Node(DOMAIN, function, inputs), name)
-
-    def op(self, op_type: str, *inputs: ir.Value, name: str, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
-        """Add an ONNX operator; the result is named `atpatch/<scope>/<name>`."""
-        return self._add(ir.Node("", op_type, inputs, attributes), name)
-
-    def _add(self, node: ir.Node, name: str) -> ir.Value:
-        node.name = f"{PREFIX}{self.scope}/{name}"
-        node.metadata_props[SITE_KEY] = self.scope
-        node.outputs[0].name = node.name
-        self.place(node)
-        return node.outputs[0]
-
-    def place(self, node: ir.Node) -> None:
-        """Put a node behind what was added last."""
-        if self._anchor is None:
-            self.graph.append(node)
-        else:
-            self.graph.insert_after(self._anchor, node)
-            self._anchor = node
+    sample: ir.Value
+    """An input of the model with the samples on its first axis."""
 
 
 def find_value(graph: ir.Graph, name: str) -> ir.Value:
@@ -138,21 +99,81 @@ def require_opset(model: ir.Model) -> None:
 def open_site(model: ir.Model, site: AttentionSite) -> tuple[Handles, Insertion]:
     """The site's values in this graph, and an insertion point right behind its product.
 
-    A fused `Attention` is asked for its map (4th output, `qk_matmul_output_mode=3`), which leaves its Y as it was bit
-    for bit, and, with a past, for the values that meet the map (3rd output).
+    A fused `Attention` in float32 is asked for its map (4th output, `qk_matmul_output_mode=3`), which leaves its Y as
+    it was bit for bit, and, with a past, for the values that meet the map (3rd output). Beside an operator of
+    onnxruntime's own domain, which may not hand out its map, map and values are computed a second time (`shadow`).
     """
     graph = model.graph
     Y = find_value(graph, site.output)
     product = Y.producer()
     assert product is not None, "a site's output is computed by a node"
     at = Insertion(graph, site.name, anchor=product)
-    if site.form is Form.SOFTMAX:
+    V, value_layout = None, site.value_layout
+    if site.form is Form.FUSED:
+        P, V = map_and_values(product, at)
+        value_layout = VALUES
+    elif site.form is Form.ATTENTION:
+        P = _fused_map(product, at, exact=site.dtype == ir.DataType.FLOAT.name)
+        if len(product.inputs) > 5 and product.inputs[5] is not None:
+            V = _extra_output(product, 2, at, "values")
+    else:
         assert site.map is not None, "a decomposed site names its map"
-        return Handles(find_value(graph, site.map), find_value(graph, site.value), Y, packed_values=False), at
-    P = _fused_map(product, at)
-    past = len(product.inputs) > 5 and product.inputs[5] is not None
-    V = _extra_output(product, 2, at, "values") if past else find_value(graph, site.value)
-    return Handles(P, V, Y, packed_values=site.layout is Layout.PACKED and not past), at
+        P = _read(at, find_value(graph, site.map), site, "map")
+        P = to_canonical(at, P, Layout.parse(site.map_layout), _sizes(site, site.heads), "map")
+    return Handles(P, V or find_value(graph, site.value), Y, value_layout, _sample_input(graph)), at
+
+
+def _read(at: Insertion, value: ir.Value, site: AttentionSite, name: str) -> ir.Value:
+    """A value of the base, in float32 where that is float16.
+
+    onnxruntime's CPU kernels compute much of float16 in float32 and round in between only where somebody reads float16:
+    a Cast does, and would change the base's own bits; a Neg, which they compute in float32 as well, does not.
+    """
+    if site.dtype != ir.DataType.FLOAT16.name or site.form is Form.FUSED:
+        return value
+    negated = at.op("Neg", value, name=f"{name}/negated")
+    cast = at.op("Cast", negated, name=f"{name}/cast", attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)])
+    result = at.op("Neg", cast, name=f"{name}/read")
+    result.shape, result.dtype = value.shape, ir.DataType.FLOAT
+    return result
+
+
+def _sizes(site: AttentionSite, heads: Dim) -> dict[str, Dim]:
+    """The sizes of letters that may be folded into one axis."""
+    return {"h": heads, "w": site.parts, "hg": site.heads}
+
+
+def _sample_input(graph: ir.Graph) -> ir.Value:
+    inputs = [value for value in graph.inputs if value.name not in graph.initializers]
+    return next((value for value in inputs if value.shape is not None and len(value.shape) > 1), inputs[0])
+
+
+def canonical_values(at: Insertion, site: AttentionSite, handles: Handles) -> ir.Value:
+    """The values `[maps, kv heads, keys, depth]`."""
+    V = _read(at, handles.V, site, "values")
+    return to_canonical(at, V, Layout.parse(handles.value_layout), _sizes(site, site.kv_heads), "values")
+
+
+def per_sample(at: Insertion, site: AttentionSite, handles: Handles, of_maps: ir.Value, name: str) -> ir.Value:
+    """`[maps, keys]` to `[samples, columns]`: the columns of a sample are those of all its parts, one after the other.
+
+    Where samples share one map, its keys are those of all samples, one after the other.
+    """
+    if site.parts == 1:
+        return of_maps
+    samples = axis_size(at, handles.sample, 0, f"{name}/samples")
+    rest = at.constant("rest", np.array([-1], np.int64))
+    shape = at.op("Concat", samples, rest, name=f"{name}/shape", attributes=[ir.AttrInt64("axis", 0)])
+    return at.op("Reshape", of_maps, shape, name=name)
+
+
+def per_map(at: Insertion, site: AttentionSite, handles: Handles, of_samples: ir.Value, name: str) -> ir.Value:
+    """`[samples, columns]` back to `[maps, keys]`."""
+    if site.parts == 1:
+        return of_samples
+    sizes = [axis_size(at, handles.P, axis, f"{name}/size_{axis}") for axis in (0, 3)]
+    shape = at.op("Concat", *sizes, name=f"{name}/shape", attributes=[ir.AttrInt64("axis", 0)])
+    return at.op("Reshape", of_samples, shape, name=name)
 
 
 _MODE = "qk_matmul_output_mode"
@@ -161,19 +182,21 @@ MODE_KEY = "atpatch.mode"
 """Metadata of a base node that was asked for its map: the mode that it stated before, if it did."""
 
 
-def _fused_map(product: ir.Node, at: Insertion) -> ir.Value:
+def _fused_map(product: ir.Node, at: Insertion, *, exact: bool) -> ir.Value:
+    """The map of an op `Attention`; `exact` says that handing it out leaves its Y as it was, as in float32 it does."""
     has_output = len(product.outputs) > 3 and bool(product.outputs[3].name)
     mode = product.attributes[_MODE].as_int() if _MODE in product.attributes else None
     if has_output and mode == 3:
         return product.outputs[3]
-    if not has_output:
+    if not has_output and exact:
         if mode is not None:  # exporters write the default out
             product.metadata_props[MODE_KEY] = str(mode)
         product.attributes[_MODE] = ir.AttrInt64(_MODE, 3)
         P = _extra_output(product, 3, at, "map")
         P.type = product.outputs[0].type
         return P
-    # The op already hands out its scores at another stage: a second one computes the map.
+    # The op already hands out its scores at another stage, or would take another way in float16 (seen with packed
+    # heads): a second one computes the map.
     attributes = [*(attr for attr in product.attributes.values() if attr.name != _MODE), ir.AttrInt64(_MODE, 3)]
     second = ir.Node("", "Attention", product.inputs, attributes, num_outputs=4, name=f"{PREFIX}{at.scope}/map")
     second.metadata_props[SITE_KEY] = at.scope
@@ -201,7 +224,7 @@ def _extra_output(product: ir.Node, index: int, at: Insertion, name: str) -> ir.
 
 
 def column_features(at: Insertion, P: ir.Value, site: AttentionSite, *, whole: bool) -> ir.Value:
-    """Column features `[batch, features, keys]`, float32."""
+    """Column features `[maps, features, keys]`, float32."""
     if whole:
         return at.call("WholeColumns", P, name="features")
     queries = "ValidQueries" if site.self_attention else "AllQueries"
@@ -213,10 +236,10 @@ class Repair:
     """What redistribution at one site needs, as values of the graph."""
 
     flags: ir.Value
-    """bool `[batch, keys]`."""
+    """bool `[maps, keys]`."""
 
     beta: ir.Value
-    """float, broadcasts to `[batch, heads, queries, 1]`."""
+    """float, broadcasts to `[maps, heads, queries, 1]`."""
 
     neutral: ir.Value | None
     """float `[kv heads, depth]`, or None: tokens keep their own value."""
@@ -227,22 +250,14 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
     Y = handles.Y
     name = Y.name
     assert name is not None, "values of a loaded model have names"
-    packed = site.layout is Layout.PACKED
-    per_sample = at.constant("per_sample", np.array([-1, 1, 1] if packed else [-1, 1, 1, 1], np.int64))
-    shape = None
-    if handles.packed_values:
-        assert isinstance(site.kv_heads, int), "a packed site knows its heads"
-        shape = at.constant("kv_heads", np.array([0, 0, site.kv_heads, -1], np.int64))
 
     def corrected(into: Insertion) -> ir.Value:
-        V = handles.V if shape is None else into.call("UnpackHeads", handles.V, shape, name="unpacked_values")
+        V = canonical_values(into, site, handles)
         if repair.neutral is not None:
             V = into.call("NeutralValues", V, repair.flags, repair.neutral, name="neutral_values")
         P = into.call("RedistributedMap", handles.P, repair.flags, repair.beta, name="redistributed_map")
         repaired = into.call("Attend", P, V, name="repaired")
-        if packed:
-            repaired = into.call("PackHeads", repaired, name="packed")
-        return into.call("SelectFlagged", repaired, Y, repair.flags, per_sample, name="selected")
+        return _selected(into, site, repaired, Y, repair.flags)
 
     if emission is Emission.BRANCHLESS:
         result = corrected(at)
@@ -260,6 +275,28 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
             outputs[index] = result
     Y.name = f"{PREFIX}{site.name}/base"
     result.name = name
+
+
+def _selected(at: Insertion, site: AttentionSite, repaired: ir.Value, Y: ir.Value, flags: ir.Value) -> ir.Value:
+    """The repaired output where a map has a flag, else Y, in the layout of Y.
+
+    Y itself is not moved: in float16, onnxruntime's CPU kernels hand it on unrounded to whatever computes in float32,
+    and a Reshape in between would round it.
+    """
+    layout, sizes = Layout.parse(site.output_layout), _sizes(site, site.heads)
+    flagged = at.call("MapFlag", flags, name="map_flag")
+    if "n" in layout.axes:
+        shape = [-1 if axis == "n" else 1 for axis in layout.axes]
+        chosen = (
+            flagged
+            if layout.is_canonical
+            else at.op("Reshape", flagged, at.constant("per_map", np.array(shape, np.int64)), name="flagged")
+        )
+    else:
+        every = at.op("Expand", flagged, at.op("Shape", repaired, name="repaired/shape"), name="flagged")
+        chosen = from_canonical(at, every, Y, layout, sizes, "flagged")
+    repaired = from_canonical(at, repaired, Y, layout, sizes, "output")
+    return at.call("SelectFlagged", repaired, Y, chosen, name="selected")
 
 
 def _if(

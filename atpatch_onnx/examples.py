@@ -18,7 +18,7 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.collect import anomalous_columns, find_suspects, input_specs
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.graph import ModelOrPath
-from atpatch_onnx.inspection import axis_sites, expose, last_flags, site_values, value_names
+from atpatch_onnx.inspection import axis_sites, expose, last_flags, sample_maps, site_values, value_names
 from atpatch_onnx.metadata import PatchedSite, read_record
 from atpatch_onnx.predictions import classes, confidences, prediction_output
 from atpatch_onnx.runtime import Array, Progress, Session, silent
@@ -282,7 +282,11 @@ class _Closeup:
 
     def _views(self, site: PatchedSite, outputs: dict[str, Array]) -> list[SiteView]:
         values = site_values(self._patched, site, outputs)
-        maps = (array.mean(axis=1).astype(np.float32) for array in (values.P, values.redistributed_map()))
+        samples = len(outputs[site.flags])
+        maps = (
+            sample_maps(array.mean(axis=1), samples).astype(np.float32)
+            for array in (values.P, values.redistributed_map())
+        )
         return [SiteView(site.site, *cast(tuple[Array, Array], pair)) for pair in zip(*maps, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """The onnxscript functions that probe and patched graphs share: column features, detector, redistribution.
 
 What the detector is fitted on is what it sees when served, because both graphs call these functions. The arithmetic is
-that of design section 5; `atpatch_onnx.redistribution` is the numpy form of it. Shapes are in brackets: B batch,
+that of design section 5; `atpatch_onnx.redistribution` is the numpy form of it. Shapes are in brackets: B maps,
 H heads, Hv heads of the values, Q queries, K keys, D depth, F features. All arithmetic is float32, whatever the model's
 precision. Every function runs from opset 15 on; `local_functions` makes them ready for a model's own opset.
 """
@@ -11,10 +11,7 @@ from onnxscript import opset18 as op
 from onnxscript import script
 from onnxscript.values import Opset
 
-DOMAIN = "atpatch"
-DOMAIN_VERSION = 1
-MIN_OPSET = 15
-"""CastLike and Shape with a start came with opset 15."""
+from atpatch_onnx.domain import DOMAIN, DOMAIN_VERSION
 
 SUMMARIES = ("mean", "first query", "quarter 1", "quarter 2", "quarter 3", "quarter 4", "maximum", "own query")
 """The per-head column features of `ColumnSummary`, in order."""
@@ -144,8 +141,9 @@ def RedistributedMap(P, M, beta):  # noqa: N802
     n = op.ReduceSum(visible, key_axis, keepdims=1)
     n_benign = op.ReduceSum(benign_visible, key_axis, keepdims=1)
 
-    share = beta / op.Max(n, one)
-    left = one - share * (n - n_benign)
+    mass = op.ReduceSum(weights, key_axis, keepdims=1)
+    share = mass * beta / op.Max(n, one)
+    left = mass - share * (n - n_benign)
     R = weights * (one - m)
     r = op.ReduceSum(R, key_axis, keepdims=1)
     some = r > op.Constant(value_float=_TINY)
@@ -176,25 +174,15 @@ def Attend(P, V):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
-def UnpackHeads(V, heads):  # noqa: N802
-    """The packed layout to one axis a head. V [B,K,Hv*D], heads int64 [0, 0, Hv, -1] -> [B,Hv,K,D]."""
-    return op.Transpose(op.Reshape(V, heads), perm=[0, 2, 1, 3])
-
-
-@script(_domain, default_opset=op)
-def PackHeads(Y):  # noqa: N802
-    """One axis a head to the packed layout. Y [B,H,Q,D] -> [B,Q,H*D]."""
-    return op.Reshape(op.Transpose(Y, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
-
-
-@script(_domain, default_opset=op)
-def SelectFlagged(repaired, Y, M, per_sample):  # noqa: N802
-    """The repaired output where a sample has a flag, Y itself, bit for bit, where it has none.
-
-    M bool [B,K]; per_sample is the shape [-1, 1, ...] that lines a value per sample up with Y.
-    """
+def MapFlag(M):  # noqa: N802
+    """Whether any column of a map is flagged. M bool [B,K] -> bool [B,1,1,1]."""
     count = op.ReduceSum(op.Cast(M, to=1), op.Constant(value_ints=[1]), keepdims=0)
-    flagged = op.Reshape(count > op.Constant(value_float=0.0), per_sample)
+    return op.Unsqueeze(count > op.Constant(value_float=0.0), op.Constant(value_ints=[1, 2, 3]))
+
+
+@script(_domain, default_opset=op)
+def SelectFlagged(repaired, Y, flagged):  # noqa: N802
+    """The repaired output where flagged, Y itself, bit for bit, elsewhere; all of one shape, up to broadcasting."""
     return op.Where(flagged, op.CastLike(repaired, Y), Y)
 
 
@@ -225,8 +213,7 @@ _ALL = (
     RedistributedMap,
     NeutralValues,
     Attend,
-    UnpackHeads,
-    PackHeads,
+    MapFlag,
     SelectFlagged,
     AnyFlag,
     SampleFlag,
@@ -247,6 +234,7 @@ def local_functions(opset_version: int) -> dict[str, ir.Function]:
         function.opset_imports[""] = opset_version
         if opset_version < 18:
             _axes_as_attribute(function)
+        _constants_as_tensors(function)
         functions[function.name] = function
     return functions
 
@@ -263,3 +251,13 @@ def _axes_as_attribute(function: ir.Function) -> None:
         node.resize_inputs(1)
         if not constant.outputs[0].uses():
             function.remove(constant)
+
+
+def _constants_as_tensors(function: ir.Function) -> None:
+    """Every constant as the attribute `value`: onnxslim takes `value_float` and `value_floats` for double."""
+    for node in function:
+        if node.op_type == "Constant" and "value" not in node.attributes:
+            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            assert tensor is not None, "a Constant is constant"
+            node.attributes.clear()
+            node.attributes.add(ir.AttrTensor("value", tensor))

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.emission import find_value
 from atpatch_onnx.errors import StripError
+from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import PatchedSite, PatchRecord
-from atpatch_onnx.redistribution import redistributed_map, redistributed_output, unpack_heads
+from atpatch_onnx.redistribution import redistributed_map, redistributed_output
 from atpatch_onnx.runtime import Array
 from atpatch_onnx.sites import AttentionSite
 
@@ -28,7 +29,7 @@ def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
 
 
 def last_flags(sites: Sequence[PatchedSite]) -> str:
-    """The value that holds the flags of all sites: they are carried along, so the last site has them all.
+    """The value that holds the flags of all sites of one token axis: they are carried along, so the last has them all.
 
     Raises:
         StripError: The file names no patched site.
@@ -45,7 +46,7 @@ def last_flags(sites: Sequence[PatchedSite]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class SiteValues:
-    """One redistributing site's values for some inputs, float64, one axis a head."""
+    """One redistributing site's values for some inputs, float64, in canonical axes (see `layout`)."""
 
     P: NDArray[np.float64]
     V: NDArray[np.float64]
@@ -56,6 +57,8 @@ class SiteValues:
     """As the model goes on with it."""
 
     flags: NDArray[np.bool_]
+    """`[maps, keys]`."""
+
     beta: Array
     neutral: Array | None
 
@@ -83,18 +86,41 @@ def value_names(site: PatchedSite) -> list[str]:
 def site_values(model: ir.Model, site: PatchedSite, outputs: dict[str, Array]) -> SiteValues:
     """Gather a redistributing site's values from the outputs of the exposed model."""
     P = np.asarray(outputs[site.map], np.float64)
-    V = np.asarray(outputs[site.values], np.float64)
-    results = [np.asarray(outputs[name], np.float64) for name in (site.base_output, site.output)]
-    if site.packed_output:
-        results = [unpack_heads(array, P.shape[1]) for array in results]
+    sizes = {"h": P.shape[1], "w": site.parts or 1}
+
+    def laid_out(name: str, layout: str, heads: int) -> NDArray[np.float64]:
+        return np.asarray(canonical(outputs[name], layout, {**sizes, "h": heads}), np.float64)
+
     return SiteValues(
         P=P,
-        V=V if site.kv_heads is None else unpack_heads(V, site.kv_heads),
-        Y=results[0],
-        corrected=results[1],
-        flags=np.asarray(outputs[site.flags], bool),
+        V=laid_out(site.values, site.value_layout, site.kv_heads),
+        Y=laid_out(site.base_output, site.output_layout, P.shape[1]),
+        corrected=laid_out(site.output, site.output_layout, P.shape[1]),
+        flags=np.asarray(outputs[site.flags], bool).reshape(len(P), P.shape[3]),
         beta=baked_weight(model, site, "beta"),
         neutral=baked_weight(model, site, "neutral") if site.value == "neutral" else None,
+    )
+
+
+def sample_maps(maps: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
+    """The map of each sample, `[samples, queries, columns]`, from maps `[maps, queries, keys]`.
+
+    Where a sample has several (windows), they stand along the diagonal: a window sees its own keys only. Where samples
+    share a map, each gets its own queries and keys of it.
+    """
+    count, queries, keys = maps.shape
+    if count == samples:
+        return maps
+    if count > samples:
+        parts = count // samples
+        joined = np.zeros((samples, parts, queries, parts, keys), maps.dtype)
+        for part in range(parts):
+            joined[:, part, :, part] = maps.reshape(samples, parts, queries, keys)[:, part]
+        return joined.reshape(samples, parts * queries, parts * keys)
+    shared = samples // count
+    own = maps.reshape(count, shared, queries // shared, shared, keys // shared)
+    return np.stack([own[:, part, :, part] for part in range(shared)], axis=1).reshape(
+        samples, queries // shared, keys // shared
     )
 
 

@@ -9,9 +9,10 @@ import onnx
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.emission import SITE_KEY, Emission
+from atpatch_onnx.domain import DOMAIN
+from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import InvariantError, StripError
-from atpatch_onnx.functions import DOMAIN
+from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.metadata import PatchRecord, read_record
 
 
@@ -109,13 +110,15 @@ def functions_are_known(model: ir.Model, record: PatchRecord) -> Iterator[str]:
 def onnx_accepts_it(model: ir.Model, record: PatchRecord) -> Iterator[str]:
     """Onnx's own checker finds nothing: types, order, single assignment. Weights are not looked at.
 
-    It knows no operators that a runtime added to onnx's own domain (onnxruntime's fusions do); such a model is spared.
+    It knows no operators that a runtime added to onnx's own domain (onnxruntime's fusions do), and refuses outputs
+    without a shape, which runtimes take; such a model is spared.
     """
     missing = graphs.undefined_value(model)
     if missing is not None:
         yield f"the value {missing!r} is used before it is there"
         return
-    if any(node.domain == "" and not onnx.defs.has(node.op_type) for node in model.graph.all_nodes()):
+    foreign = any(node.domain == "" and not onnx.defs.has(node.op_type) for node in model.graph.all_nodes())
+    if foreign or any(output.shape is None for output in model.graph.outputs):
         return
     try:
         onnx.checker.check_model(graphs.skeleton(model))

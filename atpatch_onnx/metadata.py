@@ -39,25 +39,26 @@ class PatchedSite:
     """`neutral` or `own`; None: the site does not redistribute."""
 
     map: str
-    """The attention map `[batch, heads, queries, keys]`."""
+    """The attention map `[maps, heads, queries, keys]`."""
 
     values: str
-    """The values, `[batch, kv heads, keys, depth]`, or packed `[batch, keys, kv heads * depth]`."""
+    """The values, laid out as `value_layout` says (see `layout`)."""
 
-    kv_heads: int | None
-    """Heads of packed values; None: they are not packed."""
-
+    value_layout: str
+    kv_heads: int
     output: str
-    """The site's output in the base, which the model reads."""
+    """The site's output in the base, which the model reads, laid out as `output_layout` says."""
 
-    packed_output: bool
-    """Whether the output is `[batch, queries, heads * depth]`."""
+    output_layout: str
+
+    parts: int | None
+    """Maps of one sample, if their number is fixed; 0 where samples share a map."""
 
     flags: str
-    """Its own or carried flags, bool `[batch, keys]`."""
+    """Its own or carried flags, bool `[samples, columns]`."""
 
     margin: str | None
-    """Score minus threshold `[batch, keys]`, where it detects."""
+    """Score minus threshold `[samples, columns]`, where it detects."""
 
     @property
     def base_output(self) -> str:

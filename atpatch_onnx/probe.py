@@ -6,23 +6,32 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.emission import column_features, import_functions, open_site, require_opset
+from atpatch_onnx.emission import (
+    Handles,
+    canonical_values,
+    column_features,
+    import_functions,
+    open_site,
+    require_opset,
+)
+from atpatch_onnx.insertion import Insertion
+from atpatch_onnx.moves import axis_size
 from atpatch_onnx.patch import Features
 from atpatch_onnx.sites import AttentionSite
 
 
 def features_output(site: AttentionSite) -> str:
-    """Name of the probe's output with the site's column features, float `[batch, features, keys]`."""
+    """Name of the probe's output with the site's column features, float `[samples, features, columns]`."""
     return f"{graphs.PREFIX}{site.name}/probe/features"
 
 
 def values_output(site: AttentionSite) -> str:
-    """Name of the probe's output with the site's values, `[batch, kv heads, keys, depth]`."""
+    """Name of the probe's output with the site's values, `[samples, kv heads, columns, depth]`."""
     return f"{graphs.PREFIX}{site.name}/probe/values"
 
 
 def map_output(site: AttentionSite) -> str:
-    """Name of the probe's output with the site's attention map, `[batch, heads, queries, keys]`."""
+    """Name of the probe's output with the site's attention map, `[maps, heads, queries, keys]`."""
     return f"{graphs.PREFIX}{site.name}/probe/map"
 
 
@@ -47,13 +56,11 @@ def probe(
         outputs = []
         if site in features:
             X = column_features(at, handles.P, site, whole=features[site] is Features.WHOLE)
-            V = handles.V
-            if handles.packed_values:
-                assert isinstance(site.kv_heads, int), "a packed site knows its heads"
-                V = at.call(
-                    "UnpackHeads", V, at.constant("kv_heads", np.array([0, 0, site.kv_heads, -1])), name="unpacked"
-                )
-            outputs += [(X, features_output(site)), (V, values_output(site))]
+            V = canonical_values(at, site, handles)
+            outputs += [
+                (_per_sample(at, site, handles, X, 3, "features/per_sample"), features_output(site)),
+                (_per_sample(at, site, handles, V, 4, "values/per_sample"), values_output(site)),
+            ]
         if site in maps:
             outputs.append((handles.P, map_output(site)))
         for value, name in outputs:
@@ -63,3 +70,25 @@ def probe(
             probed.graph.outputs.append(output)
     import_functions(probed)
     return probed
+
+
+def _per_sample(
+    at: Insertion, site: AttentionSite, handles: Handles, of_maps: ir.Value, rank: int, name: str
+) -> ir.Value:
+    """`[maps, features, keys, ...]` to `[samples, features, columns, ...]`: see `emission.per_sample`."""
+    if site.parts == 1:
+        return of_maps
+    samples = axis_size(at, handles.sample, 0, f"{name}/samples")
+    features, *behind = (axis_size(at, of_maps, axis, f"{name}/size_{axis}") for axis in (1, *range(3, rank)))
+    keys = axis_size(at, of_maps, 2, f"{name}/size_2")
+    rest = at.constant("rest", np.array([-1], np.int64))
+    shared = site.parts == 0
+    apart = [features, samples, rest, *behind] if shared else [samples, rest, features, keys, *behind]
+    perm = [1, 0, *range(2, rank)] if shared else [0, 2, 1, *range(3, rank + 1)]
+    axis = ir.AttrInt64("axis", 0)
+    value = at.op(
+        "Reshape", of_maps, at.op("Concat", *apart, name=f"{name}/apart", attributes=[axis]), name=f"{name}/a"
+    )
+    value = at.op("Transpose", value, name=f"{name}/ordered", attributes=[ir.AttrInt64s("perm", perm)])
+    joined = at.op("Concat", samples, features, rest, *behind, name=f"{name}/joined", attributes=[axis])
+    return at.op("Reshape", value, joined, name=name)

@@ -7,15 +7,16 @@ the others. Here, as in the design:
 
     visible_ij = P_ij > 0                         masked, padded and causal zeros stay zero
     n_i        = number of visible keys of row i
-    B_ij       = M_j * visible_ij * beta / n_i    what an anomalous column gets
+    s_i        = sum_j P_ij                             1, but for attention sinks and gated maps
+    B_ij       = M_j * visible_ij * s_i * beta / n_i    what an anomalous column gets
     t_i        = sum_j B_ij
     R_ij       = (1 - M_j) * P_ij ;  r_i = sum_j R_ij
-    P'_ij      = B_ij + R_ij * (1 - t_i) / r_i                        if r_i > TINY
-    P'_ij      = B_ij + visible_ij * (1 - M_j) * (1 - t_i) / n'_i     otherwise (n'_i visible benign keys)
+    P'_ij      = B_ij + R_ij * (s_i - t_i) / r_i                        if r_i > TINY
+    P'_ij      = B_ij + visible_ij * (1 - M_j) * (s_i - t_i) / n'_i     otherwise (n'_i visible benign keys)
     P'_i       = P_i                                                  if the row sees flagged keys only
     P'_b       = P_b                                                  if sample b has no flag
 
-We differ from the paper in three ways: benign attention is in units of a row's uniform share, so that it means the same
+We differ from the paper in four ways: benign attention is in units of a row's uniform share, so that it means the same
 at every length and under every mask; a row whose benign weights have vanished gets its mass spread evenly instead of a
 division by nearly zero; and flagged tokens hand over the site's mean value instead of their own (`neutral_values`).
 """
@@ -49,12 +50,13 @@ def redistributed_map(P: ArrayLike, M: ArrayLike, beta: ArrayLike) -> Float:
     benign_visible = visible - flagged_visible
     n_benign = benign_visible.sum(-1, keepdims=True)
 
-    share = np.asarray(beta, np.float64) / np.maximum(n, 1)
+    s = P.sum(-1, keepdims=True)
+    share = s * np.asarray(beta, np.float64) / np.maximum(n, 1)
     t = share * (n - n_benign)
     R = (1 - m) * P
     r = R.sum(-1, keepdims=True)
-    scaled = R * np.divide(1 - t, r, out=np.zeros(np.broadcast_shapes(t.shape, r.shape)), where=r > TINY)
-    even = benign_visible * (1 - t) / np.maximum(n_benign, 1)
+    scaled = R * np.divide(s - t, r, out=np.zeros(np.broadcast_shapes(t.shape, r.shape)), where=r > TINY)
+    even = benign_visible * (s - t) / np.maximum(n_benign, 1)
     redistributed = share * flagged_visible + np.where(r > TINY, scaled, even)
     untouched = (n_benign == 0) | ~np.any(M, axis=-1)[:, None, None, None]
     return np.where(untouched, P, redistributed)
@@ -110,15 +112,3 @@ def redistributed_output(
     values = np.asarray(V, np.float64) if neutral is None else neutral_values(V, M, neutral)
     repaired = attend(redistributed_map(P, M, beta), values)
     return np.where(np.any(M, axis=-1)[:, None, None, None], repaired, np.asarray(Y, np.float64))
-
-
-def pack_heads(Y: ArrayLike) -> Float:
-    """`[batch, heads, positions, depth]` to the packed layout `[batch, positions, heads * depth]`."""
-    Y = np.asarray(Y, np.float64)
-    return Y.transpose(0, 2, 1, 3).reshape(Y.shape[0], Y.shape[2], -1)
-
-
-def unpack_heads(Y: ArrayLike, heads: int) -> Float:
-    """The packed layout `[batch, positions, heads * depth]` to `[batch, heads, positions, depth]`."""
-    Y = np.asarray(Y, np.float64)
-    return Y.reshape(Y.shape[0], Y.shape[1], heads, -1).transpose(0, 2, 1, 3)

@@ -5,6 +5,7 @@ The axis glossary, used by every room:
 | name    | meaning                                                             |
 |---------|---------------------------------------------------------------------|
 | batch   | samples; one sample's result never depends on another               |
+| parts   | windows, channels, chunks of a sample that attend on their own      |
 | heads   | attention heads of the map; `kv_heads` of them share keys and values |
 | queries | rows of the map: the positions that attend                          |
 | keys    | columns of the map: the positions that are attended to              |
@@ -26,15 +27,8 @@ class Form(StrEnum):
     ATTENTION = "Attention"
     """The ONNX op `Attention` (opset 23 and later)."""
 
-
-class Layout(StrEnum):
-    """How values and output are laid out."""
-
-    HEADS = "heads"
-    """`[batch, heads, positions, depth]`."""
-
-    PACKED = "packed"
-    """`[batch, positions, heads * depth]`."""
+    FUSED = "com.microsoft"
+    """An attention operator of onnxruntime's own domain."""
 
 
 Dim = int | str | None
@@ -55,16 +49,25 @@ class AttentionSite:
     """Position among the graph's sites, in the graph's node order."""
 
     form: Form
-    layout: Layout
 
     map: str | None
-    """Name of the attention map `P` `[batch, heads, queries, keys]` where it meets the values; None in a fused op."""
+    """Name of the attention map `P` where it meets the values; None in a fused op, which keeps it to itself."""
 
     value: str
     """Name of the values `V` that meet the map."""
 
     output: str
     """Name of `Y = P V`, the result of the site."""
+
+    map_layout: str
+    """How the map is laid out, e.g. `nhqk` or `(nh)qk`: see `atpatch_onnx.layout`."""
+
+    value_layout: str
+    output_layout: str
+
+    parts: Dim
+    """Maps of one sample: 1, or more where windows, channels or chunks attend on their own; 0 where samples share a
+    map, None where it cannot be told. Columns and flags of a sample are those of all its parts, one after the other."""
 
     heads: Dim
     kv_heads: Dim
@@ -86,6 +89,14 @@ class AttentionSite:
 
     nodes: tuple[str, ...]
     """The nodes from the product of Q and K to the product with V, for people to find the place."""
+
+    @property
+    def columns(self) -> Dim:
+        """Columns of one sample: the keys of all its parts; None where that is not a fixed number."""
+        if self.parts == 1:
+            return self.keys
+        both = isinstance(self.parts, int) and isinstance(self.keys, int)
+        return self.parts * self.keys if both and self.parts else None  # type: ignore[operator]
 
     def to_json(self) -> dict[str, Any]:
         """The site as plain JSON types."""
@@ -114,9 +125,23 @@ class Matches:
     sites: tuple[AttentionSite, ...]
     near_misses: tuple[NearMiss, ...]
 
+    def carry_note(self, site: AttentionSite) -> str:
+        """Whether flags are carried to and from a site, and if not, what breaks its token axis."""
+        if site.parts == 0:
+            how = "samples share one map"
+        elif site.parts != 1:
+            count = "several" if site.parts is None else site.parts
+            return f"not carried: {count} parts of a sample, such as windows or channels, attend on their own"
+        else:
+            how = "self-attention" if site.self_attention else "its queries are not the positions of its keys"
+        others = [other for other in self.sites if other.token_axis == site.token_axis and other.name != site.name]
+        if not others:
+            return f"not carried: no other site's keys are positions of this sequence ({how})"
+        return f"carried among the {len(others) + 1} sites of {site.token_axis} ({how})"
+
     def to_json(self) -> dict[str, Any]:
         """Both lists as plain JSON types."""
         return {
-            "sites": [site.to_json() for site in self.sites],
+            "sites": [{**site.to_json(), "carry": self.carry_note(site)} for site in self.sites],
             "near_misses": [miss.to_json() for miss in self.near_misses],
         }

@@ -3,9 +3,10 @@
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.emission import MODE_KEY, OUTPUTS_KEY, SITE_KEY
+from atpatch_onnx.domain import DOMAIN
+from atpatch_onnx.emission import MODE_KEY, OUTPUTS_KEY
 from atpatch_onnx.errors import StripError
-from atpatch_onnx.functions import DOMAIN
+from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.metadata import PREFIX as METADATA_PREFIX
 from atpatch_onnx.metadata import PatchRecord, read_record
 

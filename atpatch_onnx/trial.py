@@ -11,7 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.emission import Emission, Insertion, import_functions
+from atpatch_onnx.emission import Emission, import_functions
+from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.patch import SitePatch
 from atpatch_onnx.runtime import Array, Progress, Session, silent
 from atpatch_onnx.sites import AttentionSite

@@ -179,7 +179,13 @@ def _exposed(patched: ir.Model, record: PatchRecord) -> ir.Model:
         for name in weight_names(site):
             baked_weight(patched, site, name)
     names = [name for site in record.sites if site.value is not None for name in value_names(site)]
-    return expose(patched, [*names, last_flags(record.sites)])
+    return expose(patched, [*names, *_all_flags(record)])
+
+
+def _all_flags(record: PatchRecord) -> list[str]:
+    """The values that hold the flags of all sites; several token axes have several."""
+    last_flags(record.sites)
+    return list(dict.fromkeys(site.flags for site in record.sites))
 
 
 class _Tally:
@@ -199,8 +205,7 @@ class _Tally:
         inner: dict[str, Array],
     ) -> None:
         """Compare the base's outputs with the patched model's, and every site with the reference."""
-        flags = np.asarray(inner[last_flags(record.sites)], bool)
-        flagged = np.any(flags, axis=1)
+        flagged = np.any([np.any(inner[name], axis=1) for name in _all_flags(record)], axis=0)
         self.inputs += len(flagged)
         self.flagged += int(flagged.sum())
         same = np.ones(len(flagged), np.bool_)
@@ -211,7 +216,7 @@ class _Tally:
             reported = (found[FLAGGED][:, 0] != flagged) | ((found[SCORE][:, 0] > 0) != flagged)
             self.misreported += int(reported.sum())
         for site in record.sites:
-            if site.value is None or not flagged.any():
+            if site.value is None or not np.any(inner[site.flags]):
                 continue
             values = site_values(patched, site, inner)
             reference = values.reference()

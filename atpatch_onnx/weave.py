@@ -10,9 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from atpatch_onnx.emission import Emission, Handles, Insertion, Repair, column_features, open_site, repair_output
+from atpatch_onnx.emission import (
+    Emission,
+    Handles,
+    Repair,
+    column_features,
+    open_site,
+    per_map,
+    per_sample,
+    repair_output,
+)
 from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.functions import SUMMARIES
+from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.patch import Array, Detector, Features, SitePatch
 from atpatch_onnx.sites import AttentionSite
 
@@ -25,7 +35,7 @@ class Controls:
     """float `[1]`, where the site detects."""
 
     beta: ir.Value | None = None
-    """float, broadcasts to `[batch, heads, queries, 1]`, where the site redistributes."""
+    """float, broadcasts to `[maps, heads, queries, 1]`, where the site redistributes."""
 
     switch: ir.Value | None = None
     """bool `[1]`: redistribute only where true; None: always."""
@@ -39,10 +49,10 @@ class Woven:
     entry: SitePatch
     handles: Handles
     margin: ir.Value | None
-    """float `[batch, keys]`, where the site detects."""
+    """float `[samples, columns]`, where the site detects."""
 
     flags: ir.Value
-    """bool `[batch, keys]`: its own or carried."""
+    """bool `[samples, columns]`: its own or carried. A sample's columns are the keys of all its maps."""
 
 
 def weave(
@@ -69,7 +79,9 @@ def weave(
             X = column_features(at, handles.P, site, whole=entry.detector.features is Features.WHOLE)
             arrays = folded(entry.detector, site)
             weights = [at.constant(name, array) for name, array in arrays.items()]
-            margin = at.call("DetectorMargin", X, *weights, control.threshold, name="margin")
+            own = "margin" if site.parts == 1 else "margin_of_maps"
+            margin = at.call("DetectorMargin", X, *weights, control.threshold, name=own)
+            margin = per_sample(at, site, handles, margin, "margin")
             flags = at.op("Greater", margin, at.constant("zero", np.zeros(1, np.float32)), name="own_flags")
         before = carried.get(site.token_axis)
         if flags is None:
@@ -83,6 +95,7 @@ def weave(
             assert control.beta is not None, "a redistributing site has benign attention"
             neutral = entry.redistribution.neutral
             switched = flags if control.switch is None else at.op("And", flags, control.switch, name="switched")
+            switched = per_map(at, site, handles, switched, "flags_of_maps")
             repair = Repair(switched, control.beta, None if neutral is None else at.constant("neutral", neutral))
             repair_output(at, site, handles, repair, emission)
         woven.append(Woven(site, entry, handles, margin, flags))

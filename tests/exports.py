@@ -88,9 +88,9 @@ WAYS = {
     "dynamo 23 sdpa": ("sdpa", lambda model, inputs: _dynamo(model, inputs, 23)),
     "torchscript eager": ("eager", lambda model, inputs: _torchscript(model, inputs)),
     "torchscript sdpa": ("sdpa", lambda model, inputs: _torchscript(model, inputs)),
-    "transformers": ("sdpa", lambda model, inputs: _transformers(model, inputs)),
-    "transformers 23": ("sdpa", lambda model, inputs: _transformers(model, inputs, opset_version=23)),
-    "transformers dynamic": ("sdpa", lambda model, inputs: _transformers(model, inputs, dynamic=True)),
+    "transformers": ("sdpa", lambda model, inputs: by_transformers(model, inputs)),
+    "transformers 23": ("sdpa", lambda model, inputs: by_transformers(model, inputs, opset_version=23)),
+    "transformers dynamic": ("sdpa", lambda model, inputs: by_transformers(model, inputs, dynamic=True)),
 }
 """How to export, by name: the attention implementation and the exporter."""
 
@@ -157,5 +157,6 @@ def _torchscript(model: nn.Module, inputs: dict[str, torch.Tensor]) -> onnx.Mode
     return onnx.load_from_string(buffer.getvalue())
 
 
-def _transformers(model: nn.Module, inputs: dict[str, torch.Tensor], **options: object) -> ir.Model:
+def by_transformers(model: nn.Module, inputs: dict[str, torch.Tensor], **options: object) -> ir.Model:
+    """As transformers' own exporter writes it; without options in its default way."""
     return OnnxExporter().export(model, dict(inputs), OnnxConfig(**options)).program

@@ -17,10 +17,11 @@ from atpatch_onnx import graph, redistribution
 from atpatch_onnx.bake import bake
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.functions import SUMMARIES
+from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.metadata import read_record
+from atpatch_onnx.metadata import PatchedSite, read_record
 from atpatch_onnx.patch import Detector, Features, Patch, Redistribution, SitePatch
-from atpatch_onnx.sites import AttentionSite, Layout
+from atpatch_onnx.sites import AttentionSite
 
 VARIANTS = tuple((emission, inline) for emission in Emission for inline in (False, True))
 """Every way a patch is written into a graph."""
@@ -393,7 +394,7 @@ def fire_on_some(model: ir.Model, patch: Patch, feed: Mapping[str, np.ndarray], 
 def site_values(patched: ir.Model, number: int) -> dict[str, str]:
     """Names of the map, the values, the base's output, the corrected output and the flags in a patched model.
 
-    The flags are an output if the model was baked with `site_flags`.
+    The flags are an output if the model was baked with `site_flags`. `in_canonical_axes` lays all of them out alike.
     """
     site = read_record(patched).sites[number]
     return {
@@ -405,14 +406,27 @@ def site_values(patched: ir.Model, number: int) -> dict[str, str]:
     }
 
 
-def expected_output(seen: Mapping[str, np.ndarray], site: AttentionSite, entry: SitePatch) -> np.ndarray:
-    """The site's output by the numpy reference, from P, V, the base's output and the flags."""
-    assert entry.redistribution is not None
-    V, Y = seen["V"], seen["base"]
-    if site.layout is Layout.PACKED:
-        if V.ndim == 3:
-            V = redistribution.unpack_heads(V, int(site.kv_heads))  # type: ignore[arg-type]
-        Y = redistribution.unpack_heads(Y, int(site.heads))  # type: ignore[arg-type]
+def in_canonical_axes(found: Mapping[str, np.ndarray], site: PatchedSite) -> dict[str, np.ndarray]:
+    """The values that `site_values` names, in the four canonical axes; the flags as `[maps, keys]`."""
+    P = found["P"]
+    maps, heads, _, keys = P.shape
+
+    def laid_out(array: np.ndarray, layout: str, own_heads: int) -> np.ndarray:
+        return canonical(array, layout, {"h": own_heads, "w": site.parts or 1})
+
+    return {
+        "P": P,
+        "V": laid_out(found["V"], site.value_layout, site.kv_heads),
+        "base": laid_out(found["base"], site.output_layout, heads),
+        "Y": laid_out(found["Y"], site.output_layout, heads),
+        "M": found["M"].reshape(maps, keys),
+    }
+
+
+def expected_output(found: Mapping[str, np.ndarray], entry: SitePatch) -> np.ndarray:
+    """The site's output by the numpy reference, from P, V, the base's output and the flags, all in canonical axes."""
     chosen = entry.redistribution
-    wanted = redistribution.redistributed_output(seen["P"], V, Y, seen["M"], chosen.beta, chosen.neutral)
-    return redistribution.pack_heads(wanted) if site.layout is Layout.PACKED else wanted
+    assert chosen is not None
+    return redistribution.redistributed_output(
+        found["P"], found["V"], found["base"], found["M"], chosen.beta, chosen.neutral
+    )

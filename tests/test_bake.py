@@ -15,6 +15,7 @@ from models import (
     draw_patch,
     expected_output,
     fire_on_some,
+    in_canonical_axes,
     margins,
     run,
     same_bits,
@@ -25,9 +26,9 @@ from onnx.reference import ReferenceEvaluator
 
 from atpatch_onnx import graph
 from atpatch_onnx.bake import TARGETS, bake
+from atpatch_onnx.domain import DOMAIN
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import BakeError, PatchMismatchError
-from atpatch_onnx.functions import DOMAIN
 from atpatch_onnx.invariants import violations
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import read_record
@@ -84,9 +85,10 @@ def test_all_ways_of_writing_agree_with_each_other_and_with_the_reference(net: N
         names = [site_values(baked, number) for number in range(len(sites))]
         dtype = sites[0].dtype
         seen = run(with_outputs(baked, [name for site in names for name in site.values()], dtype), feed)
-        for site, entry, values in zip(sites, patch.sites, names, strict=True):
-            found = {key: seen[name] for key, name in values.items()}
-            wanted = expected_output(found, site, entry)
+        records = read_record(baked).sites
+        for site, entry, values, record in zip(sites, patch.sites, names, records, strict=True):
+            found = in_canonical_axes({key: seen[name] for key, name in values.items()}, record)
+            wanted = expected_output(found, entry)
             np.testing.assert_allclose(found["Y"], wanted, **tolerance(net), err_msg=f"{site.name}, {where}")
             quiet = ~found["M"].any(-1)
             assert same_bits(found["Y"][quiet], found["base"][quiet])
@@ -265,8 +267,8 @@ def test_benign_attention_and_values(name: str, neutral: bool, beta: float | str
         site = number % 2
         names = site_values(baked, site)
         seen = run(with_outputs(baked, list(names.values())), feed)
-        found = {key: seen[name] for key, name in names.items()}
-        wanted = expected_output(found, find_sites(model)[site], patch.sites[site])
+        found = in_canonical_axes({key: seen[name] for key, name in names.items()}, read_record(baked).sites[site])
+        wanted = expected_output(found, patch.sites[site])
         np.testing.assert_allclose(found["Y"], wanted, **tolerance(net))
 
 

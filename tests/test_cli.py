@@ -1,5 +1,6 @@
 """The command line: every verb on a planted model, and every error as one line with four parts."""
 
+import inspect
 import json
 import os
 import re
@@ -7,16 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import safetensors.numpy
 from models import Net, run, same_bits
-from onnx import helper
+from onnx import helper, numpy_helper
 from planted import Planted, fitted
 
 import atpatch_onnx as atp
+from atpatch_onnx import cli
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.cli import main
 from atpatch_onnx.demo.walk import WalkResult
@@ -100,6 +104,80 @@ def without_attention() -> onnx.ModelProto:
     return model
 
 
+def shape_arithmetic(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """As torch's TorchScript exporter writes it: every target of a Reshape is computed from the shape of its input,
+    with steps (here a product and a quotient) in which onnx's inference loses what size it was."""
+    targets = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    nodes = []
+
+    def op(op_type: str, *inputs: str, out: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(op_type, inputs, [out], name=out, **attributes))
+        return out
+
+    for node in proto.graph.node:
+        if node.op_type == "Reshape":
+            data, name = node.input[0], node.output[0]
+            parts = []
+            for axis, size in enumerate(targets[node.input[1]]):
+                at = f"{name}/{axis}"
+                if size != 0:
+                    parts.append(op("Constant", out=at, value_ints=[int(size)]))
+                    continue
+                index, two = (op("Constant", out=f"{at}/{value}", value_ints=[value]) for value in (axis, 2))
+                found = op("Gather", op("Shape", data, out=f"{at}/shape"), index, out=f"{at}/size")
+                parts.append(op("Div", op("Mul", found, two, out=f"{at}/twice"), two, out=at))
+            node.input[1] = op("Concat", *parts, out=f"{name}/target", axis=0)
+        nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return proto
+
+
+@pytest.mark.parametrize("option", ["", "--json", "--why"])
+def test_sites_of_a_thousand_nodes_in_two_seconds(here, option):
+    """The whole process, in seconds of the processor, so that a busy machine does not count."""
+    proto = shape_arithmetic(Net(layers=14).proto())
+    assert len(proto.graph.node) > 1000
+    Path("model.onnx").write_bytes(proto.SerializeToString())
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-m", "atpatch_onnx", "sites", "model.onnx", *option.split()],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert done.returncode == 0, done.stderr
+    assert "site_13" in done.stdout
+    assert seconds < 2
+
+
+def test_sites_import_nothing_that_runs_or_trains_models(place, here):
+    script = (
+        "import sys; from atpatch_onnx.cli import main; main(sys.argv[1:]); "
+        "print([name for name in ('onnxruntime', 'onnxscript', 'torch', 'sklearn', 'matplotlib') "
+        "if name in sys.modules], file=sys.stderr)"
+    )
+    for option in ([], ["--json"], ["--why"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, "sites", str(place / "base.onnx"), *option],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stderr.strip() == "[]"
+
+
+def test_what_help_names_is_what_there_is():
+    """The command line spells these out, so that help needs none of the modules that they live in."""
+    assert tuple(atp.TARGETS) == cli.TARGETS
+    emission = inspect.signature(cli.bake).parameters["emission"].annotation
+    choices = next(part for part in get_args(get_args(emission)[0]) if part is not type(None))
+    assert get_args(choices) == tuple(atp.Emission)
+
+
 def test_fit(place, here, capsys):
     assert call(place, "fit @base.onnx @debug.npz -o new.safetensors --json") == 0
     shown, errors = capsys.readouterr()
@@ -131,6 +209,36 @@ def test_fit_with_options(place, here, capsys):
         "clean_flag_rate": 0.03,
     }
     assert [site["site"] for site in figures["sites"]] == ["layer1.attention"]
+
+
+@pytest.fixture
+def outside(tmp_path_factory) -> Path:
+    """The base and its patch in another folder, with its weights in a data file."""
+    folder = tmp_path_factory.mktemp("outside")
+    proto = PLANTED.proto()
+    onnx.save(proto, folder / "base.onnx", save_as_external_data=True, location="base.data", size_threshold=100)
+    fitted(PLANTED).save(folder / "fix.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("option", ["", "--external copy", "--external link"])
+def test_external_data_comes_along(outside, here, capsys, option):
+    Path("stripped").mkdir()
+    assert call(outside, f"bake @base.onnx @fix.safetensors -o patched.onnx {option}") == 0
+    assert call(outside, f"strip patched.onnx -o stripped/base.onnx {option}") == 0
+    assert files(here) == {"patched.onnx", "base.data", "stripped", "stripped/base.onnx", "stripped/base.data"}
+    assert atp.fingerprint(atp.load("stripped/base.onnx")) == fitted(PLANTED).base
+    linked = Path("base.data").stat().st_nlink > 1
+    assert linked == (Path("stripped/base.data").stat().st_nlink > 1)
+    assert not (linked and "link" not in option)
+
+
+def test_external_data_is_referenced_where_it_can_be(outside, here, capsys):
+    assert call(outside, "bake @base.onnx @fix.safetensors -o @patched.onnx --external reference") == 0
+    assert files(outside) == {"base.onnx", "base.data", "fix.safetensors", "patched.onnx"}
+    assert call(outside, "strip @patched.onnx -o base.onnx --external reference") == 1
+    assert "link or copy the data" in capsys.readouterr().err
+    assert files(here) == set()
 
 
 def test_bake_as_json(place, here, capsys):
@@ -204,7 +312,7 @@ def test_verify(place, here, capsys):
 def test_verify_that_fails(place, here, capsys):
     other = graphs.load(place / "patched.onnx")
     value = other.graph.initializers["readout"]
-    value.const_value = graphs.ir.tensor(value.const_value.numpy() * np.float32(2), name="readout")
+    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(2), name="readout")
     atp.save(other, "tampered.onnx")
     assert call(place, "verify @base.onnx tampered.onnx @small.npz --json") == 1
     shown, errors = capsys.readouterr()

@@ -1,9 +1,5 @@
 """Files: what is no sound model is refused with a reason, and what is written is whole or not there at all."""
 
-import json
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from atpatch_onnx import graph
 from atpatch_onnx.bake import bake
 from atpatch_onnx.errors import ModelFileError
+from atpatch_onnx.graph import fingerprints, writing
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.strip import strip
 
@@ -339,7 +336,7 @@ def test_a_failure_while_writing_keeps_the_old_file(tmp_path: Path, monkeypatch:
 
 
 def test_large_weights_in_memory_go_to_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "PROTOBUF_LIMIT", 100)
+    monkeypatch.setattr(writing, "PROTOBUF_LIMIT", 100)
     model = NET.model()
     graph.save(model, tmp_path / "model.onnx")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
@@ -415,60 +412,11 @@ def test_fingerprints_notice_changes_inside_branches() -> None:
 
 
 def test_fingerprints_of_large_models_say_that_they_are_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "FULL_FINGERPRINT_LIMIT", 100)
+    monkeypatch.setattr(fingerprints, "FULL_LIMIT", 100)
     assert graph.fingerprint(NET.model()).startswith("sha256-sampled:")
 
 
-# Large models
-
-
-SCRIPT = """
-    import json, resource, sys, time
-    from pathlib import Path
-    sys.path.insert(0, sys.argv[1])
-    from models import draw_patch
-    from atpatch_onnx import graph
-    from atpatch_onnx.bake import bake
-    from atpatch_onnx.strip import strip
-
-    start = time.monotonic()
-    path = Path(sys.argv[2])
-    model = graph.load(path)
-    baked = bake(model, draw_patch(model))
-    graph.save(baked, path.with_name("patched.onnx"))
-    stripped = strip(graph.load(path.with_name("patched.onnx")))
-    assert graph.fingerprint(stripped) == graph.fingerprint(model)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": time.monotonic() - start, "bytes": peak}))
-"""
-
-
-@pytest.mark.slow
-def test_fourteen_gigabytes_of_weights_are_not_read(tmp_path: Path) -> None:
-    """A sparse data file: it takes no room on disk, and would take 14 GB of memory if it were read."""
-    proto = Net(heads=8, kv_heads=8, depth=8).proto()
-    rows = 14 * 2**30 // 4 // 64
-    big = TensorProto(name="embedding", data_type=TensorProto.FLOAT, dims=[rows, 64])
-    big.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": "big.data", "offset": "0", "length": str(rows * 64 * 4)}.items():
-        big.external_data.add(key=key, value=value)
-    proto.graph.initializer.append(big)
-    proto.graph.input.append(helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "tokens"]))
-    proto.graph.node.append(helper.make_node("Gather", ["embedding", "ids"], ["embedded"], name="node/embedded"))
-    proto.graph.output.append(helper.make_tensor_value_info("embedded", TensorProto.FLOAT, ["batch", "tokens", 64]))
-    path = saved(tmp_path / "model.onnx", proto)
-    with (tmp_path / "big.data").open("wb") as file:
-        file.truncate(rows * 64 * 4)
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(Path(__file__).parent), str(path)],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert found["seconds"] < 20, found
-    assert found["bytes"] < 2**30, found
+# Shapes
 
 
 def test_shapes_are_inferred_without_reading_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

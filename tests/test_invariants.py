@@ -12,9 +12,9 @@ from models import VARIANTS, Net, draw_patch
 
 from atpatch_onnx import graph, invariants
 from atpatch_onnx.bake import bake
+from atpatch_onnx.domain import DOMAIN
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import InvariantError
-from atpatch_onnx.functions import DOMAIN
 from atpatch_onnx.invariants import RULES, require_invariants, violations
 from atpatch_onnx.strip import strip
 

@@ -9,8 +9,9 @@ from exports import MODELS, WAYS, export, export_module, numpy_inputs
 from torch import nn
 
 from atpatch_onnx import graph
+from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import explain, find_sites
-from atpatch_onnx.sites import AttentionSite, Form, Layout
+from atpatch_onnx.sites import AttentionSite, Dim, Form
 
 EXPORTS = [
     *(("vit", way) for way in WAYS),
@@ -28,18 +29,20 @@ EXPORTS = [
 exports = pytest.mark.parametrize(("name", "way"), EXPORTS, ids=["-".join(pair).replace(" ", "_") for pair in EXPORTS])
 
 
-def heads_apart(values: np.ndarray, site: AttentionSite, heads: object) -> np.ndarray:
-    """Values as [batch, heads, positions, depth], each key-value head once for every head that shares it."""
-    if site.layout is Layout.PACKED:
-        batch, positions, _ = values.shape
-        values = values.reshape(batch, positions, int(str(heads)), -1).transpose(0, 2, 1, 3)
-    return np.repeat(values, int(str(site.heads)) // values.shape[1], axis=1)
+def in_canonical_axes(array: np.ndarray, layout: str, site: AttentionSite, heads: Dim) -> np.ndarray:
+    sizes = {"h": heads, "w": site.parts}
+    return canonical(array, layout, {letter: size for letter, size in sizes.items() if isinstance(size, int)})
+
+
+def shared_heads_repeated(V: np.ndarray, site: AttentionSite) -> np.ndarray:
+    """Each head of the values once for every head of the map that shares it."""
+    return np.repeat(V, int(str(site.heads)) // V.shape[1], axis=1)
 
 
 def observe(
     model: ir.Model, inputs: dict[str, np.ndarray]
 ) -> list[tuple[AttentionSite, np.ndarray, np.ndarray, np.ndarray]]:
-    """Run the model and give each site with the map, values and output that its names refer to, heads apart."""
+    """Run the model and give each site with the map, values and output that it refers to, in canonical axes."""
     sites = find_sites(model)
     probed = graph.copy(model)
     values = {value.name: value for node in probed.graph for value in node.outputs}
@@ -61,7 +64,12 @@ def observe(
     outputs = [value.name for value in probed.graph.outputs]
     found = dict(zip(outputs, session.run(outputs, inputs), strict=True))
     return [
-        (site, found[p], heads_apart(found[v], site, site.kv_heads), heads_apart(found[y], site, site.heads))
+        (
+            site,
+            in_canonical_axes(found[p], site.map_layout, site, site.heads),
+            shared_heads_repeated(in_canonical_axes(found[v], site.value_layout, site, site.kv_heads), site),
+            in_canonical_axes(found[y], site.output_layout, site, site.heads),
+        )
         for site, (p, v, y) in zip(sites, wanted, strict=True)
     ]
 

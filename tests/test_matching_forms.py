@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, parser
 from test_matching import assert_behaves
 
 from atpatch_onnx.matching import explain, find_sites
-from atpatch_onnx.sites import Form, Layout
+from atpatch_onnx.sites import Form
 
 B, H, KV, Q, K, D = 2, 4, 2, 5, 7, 3
 
@@ -64,7 +64,8 @@ def test_the_op_attention(packed: bool, kv_heads: int, mask: int | None, causal:
     matches = explain(model)
     assert matches.near_misses == ()
     (site,) = matches.sites
-    assert (site.form, site.layout) == (Form.ATTENTION, Layout.PACKED if packed else Layout.HEADS)
+    assert (site.form, site.map_layout, site.parts) == (Form.ATTENTION, "nhqk", 1)
+    assert (site.value_layout, site.output_layout) == (("nk(hd)", "nq(hd)") if packed else ("nhkd", "nhqd"))
     assert (site.map, site.value, site.output, site.nodes) == (None, "v", "y", ("attend",))
     assert (site.heads, site.kv_heads, site.queries, site.keys, site.depth) == (H, kv_heads, Q, Q if causal else K, D)
     assert site.masked == bool(causal or mask)
@@ -133,55 +134,111 @@ def test_an_expanded_constant_that_hides_nothing_is_no_mask(allowed: str, masked
     assert site.masked is masked
 
 
-BATCH = "float[2,16] ids"
-REFUSED = {
+SINK = (
+    "c = Concat <axis = -1> (s, sink) p = Softmax <axis = -1> (c) a = Constant <value_ints = [0]> () "
+    "e = Constant <value_ints = [7]> () l = Constant <value_ints = [-1]> () m = Slice (p, a, e, l) y = MatMul (m, v)"
+)
+CACHE = (
+    "f = Concat <axis = 2> (past_k, k) g = Concat <axis = 2> (past_v, v) kt = Transpose <perm = [0, 1, 3, 2]> (f) "
+    "s = MatMul (q, kt) p = Softmax <axis = -1> (s) y = MatMul (p, g)"
+)
+ACCEPTED = {
     "rank 3": (
         "kt = Transpose <perm = [0, 2, 1]> (k) s = MatMul (q, kt) p = Softmax <axis = -1> (s) y = MatMul (p, v)",
         "float[8,5,8] q, float[8,7,8] k, float[8,7,8] v",
         "float[8,5,8] y",
-        "its map has 3 axes",
+        ("nqk", "nkd", "nqd", 1, "FLOAT"),
     ),
     "einsum": (
-        'kt = Transpose <perm = [0, 1, 3, 2]> (k) s = MatMul (q, kt) p = Softmax <axis = -1> (s) '
-        'y = Einsum <equation = "bhqk,bhkd->bqhd"> (p, v)',
+        f'{SCORES} p = Softmax <axis = -1> (s) y = Einsum <equation = "bhqk,bhkd->bqhd"> (p, v)',
         QKV,
         "float[2,5,4,8] y",
-        "in Einsum, not in MatMul",
+        ("nhqk", "nhkd", "nqhd", 4, "FLOAT"),
     ),
-    "windows": (
-        f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)"
-        .replace("(q, kt)", "(qw, kt)").replace("kt = Transpose", "w = Constant <value_ints = [8, 2, 5, 8]> () "
-                                                "qw = Reshape (x, w) kt = Transpose").replace("(k)", "(qw)")
-        .replace("(p, v)", "(p, qw)"),
-        "float[2,20,16] x",
-        "float[8,2,5,8] y",
-        "folded into the batch",
-    ),
-    "sink": (
-        f"{SCORES} c = Concat <axis = -1> (s, sink) p = Softmax <axis = -1> (c) a = Constant <value_ints = [0]> () "
-        "e = Constant <value_ints = [7]> () l = Constant <value_ints = [-1]> () "
-        "m = Slice (p, a, e, l) y = MatMul (m, v)",
-        f"{QKV}, float[2,4,5,1] sink",
-        "float[2,4,5,8] y",
-        "loses columns",
-    ),
+    "sink": (f"{SCORES} {SINK}", f"{QKV}, float[2,4,5,1] sink", "float[2,4,5,8] y", None),
     "head mask": (
         f"{SCORES} p = Softmax <axis = -1> (s) m = Mul (p, h) y = MatMul (m, v)",
         f"{QKV}, float[2,4,1,1] h",
         "float[2,4,5,8] y",
-        "need not sum to one",
+        None,
     ),
     "bfloat16": (
         f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)",
         QKV.replace("float", "bfloat16"),
         "bfloat16[2,4,5,8] y",
-        "element type is BFLOAT16",
+        ("nhqk", "nhkd", "nhqd", 4, "BFLOAT16"),
+    ),
+    "a cache of keys and values": (
+        CACHE,
+        "float[2,4,5,8] q, float[2,4,3,8] k, float[2,4,3,8] v, float[2,4,4,8] past_k, float[2,4,4,8] past_v",
+        "float[2,4,5,8] y",
+        None,
     ),
     "fused by onnxruntime": (
         "y = com.microsoft.MultiHeadAttention <num_heads = 4> (q, k, v)",
         "float[2,5,32] q, float[2,7,32] k, float[2,7,32] v",
         "float[2,5,32] y",
-        "com.microsoft::MultiHeadAttention",
+        ("nhqk", "nhkd", "nq(hd)", 4, "FLOAT"),
+    ),
+}
+"""Form -> its nodes, inputs and output, and the site: its layouts, heads and type; None: as the plain one."""
+
+PLAIN = ("nhqk", "nhkd", "nhqd", 4, "FLOAT")
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_attention_of_another_form_is_found(case: str) -> None:
+    body, inputs, outputs, wanted = ACCEPTED[case]
+    matches = explain(text_model(body, inputs, outputs))
+    assert matches.near_misses == ()
+    (site,) = matches.sites
+    found = (site.map_layout, site.value_layout, site.output_layout, site.heads, site.dtype)
+    assert found == (wanted or PLAIN)
+    assert (site.queries, site.keys, site.depth, site.parts) == (5, 7, 8, 1)
+
+
+REFUSED = {
+    "float64": (
+        f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)",
+        QKV.replace("float", "double"),
+        "double[2,4,5,8] y",
+        "its element type is DOUBLE",
+    ),
+    "softmax over the queries": (
+        f"{SCORES} p = Softmax <axis = 2> (s) y = MatMul (p, v)",
+        QKV,
+        "float[2,4,5,8] y",
+        "its softmax does not run over the keys",
+    ),
+    "softmax over the queries of a map that is transposed": (
+        f"{SCORES} p = Softmax <axis = -1> (s) t = Transpose <perm = [0, 1, 3, 2]> (p) y = MatMul (t, w)",
+        f"{QKV}, float[2,4,5,8] w",
+        "float[2,4,7,8] y",
+        "its softmax does not run over the keys",
+    ),
+    "heads that share one map": (
+        "kt = Transpose <perm = [0, 2, 1]> (k) s = MatMul (q, kt) p = Softmax <axis = -1> (s) y = MatMul (p, v)",
+        "float[2,5,8] q, float[2,7,8] k, float[4,2,7,2] v",
+        "float[4,2,5,2] y",
+        "several heads share one map",
+    ),
+    "a map of size one for several heads": (
+        f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)",
+        "float[2,1,5,8] q, float[2,1,7,8] k, float[2,4,7,8] v",
+        "float[2,4,5,8] y",
+        "its map is shared by several heads or samples",
+    ),
+    "an Einsum of heads that share one map": (
+        f'{SCORES} p = Softmax <axis = -1> (s) z = Squeeze (p, one) y = Einsum <equation = "nqk,nhkd->nhqd"> (z, v)',
+        "float[2,1,5,8] q, float[2,1,7,8] k, float[2,4,7,2] v, int64[1] one",
+        "float[2,4,5,2] y",
+        "the map meets the values in the Einsum 'nqk,nhkd->nhqd'",
+    ),
+    "an Einsum with repeated letters": (
+        f'{SCORES} p = Softmax <axis = -1> (s) y = Einsum <equation = "bhqq,bhqd->bhqd"> (p, v)',
+        "float[2,4,5,8] q, float[2,4,5,8] k, float[2,4,5,8] v",
+        "float[2,4,5,8] y",
+        "the map meets the values in the Einsum 'bhqq,bhqd->bhqd'",
     ),
     "inside a branch": (
         f"y = If (c) <then_branch = t () => (float[2,4,5,8] a) {{ {SCORES} p = Softmax <axis = -1> (s) "

@@ -7,6 +7,7 @@ reason; it is compared with reality, so that a case that begins to run fails the
 
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx
@@ -27,11 +28,12 @@ from onnx.backend.test.case.node import collect_testcases
 
 from atpatch_onnx import redistribution
 from atpatch_onnx.bake import bake
+from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import explain
 from atpatch_onnx.patch import Patch
-from atpatch_onnx.sites import AttentionSite, Layout
+from atpatch_onnx.sites import AttentionSite
 
-BF16 = "bfloat16: onnxruntime 1.31 does not run it on the CPU, and the matcher refuses it"
+BF16 = "bfloat16: onnxruntime 1.31 does not run it on the CPU"
 OPSET_25 = "opset 25 windows: onnxruntime 1.31 does not know these attributes"
 MASK_SHORTER = "the mask has 4 columns for 6 keys, which opset 24 allows and onnxruntime 1.31 refuses"
 
@@ -160,11 +162,12 @@ def test_a_detector_that_never_fires_changes_no_bit(cases: list[Case], subtests:
 
 
 def reference(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """The map and the values `[batch, kv heads, keys, depth]` of the unpatched case, with nothing of ours in it."""
+    """The map `[maps, heads, queries, keys]` and the values `[maps, kv heads, keys, depth]` of the unpatched case."""
     site = case.site
+    heads = {"h": site.kv_heads}
     if case.expanded:
         seen = run(with_outputs(case.model, [site.map, site.value], site.dtype), case.feed)
-        return seen[site.map], seen[site.value]
+        return canonical(seen[site.map], site.map_layout, heads), canonical(seen[site.value], site.value_layout, heads)
     proto = onnx.ModelProto()
     proto.CopyFrom(case.proto)
     (node,) = (node for node in proto.graph.node if node.op_type == "Attention")
@@ -179,8 +182,8 @@ def reference(case: Case) -> tuple[np.ndarray, np.ndarray]:
     del proto.graph.output[:]
     proto.graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name in outputs if name)
     seen = run(proto, case.feed)
-    V = seen["present_value_"] if past else case.feed[node.input[2]]
-    return seen["map_"], V if V.ndim == 4 else redistribution.unpack_heads(V, site.kv_heads)
+    V = seen["present_value_"] if past else canonical(case.feed[node.input[2]], site.value_layout, heads)
+    return seen["map_"], V
 
 
 def tolerance(case: Case, V: np.ndarray) -> dict[str, float]:
@@ -207,6 +210,7 @@ def test_chosen_columns_give_what_the_reference_gives(cases: list[Case], subtest
             rng = np.random.default_rng(case.number)
             profile = rng.random((site.heads, P.shape[2], 1)).astype(np.float32)
             Y = run(with_outputs(case.model, [site.output], site.dtype), case.feed)[site.output]
+            laid_out = partial(canonical, pattern=site.output_layout, sizes={"h": site.heads})
             for step, (neutral, beta) in enumerate(SPECS):
                 if (step + case.number // 2) % (4 if case.expanded else 2):
                     continue  # for time's sake; the other settings come with the other cases
@@ -225,18 +229,12 @@ def test_chosen_columns_give_what_the_reference_gives(cases: list[Case], subtest
                 if case.name not in ONE_SCORE:
                     assert not M.all(), "not all columns are flagged"
                 redistribution_ = patch.sites[0].redistribution
-                packed = site.layout is Layout.PACKED
                 wanted = redistribution.redistributed_output(
-                    P,
-                    V,
-                    redistribution.unpack_heads(Y, site.heads) if packed else Y,
-                    M,
-                    redistribution_.beta,
-                    redistribution_.neutral,
+                    P, V, laid_out(Y), M, redistribution_.beta, redistribution_.neutral
                 )
-                wanted = redistribution.pack_heads(wanted) if packed else wanted
                 where = f"{emission}, inline={inline}, neutral={neutral}, beta={beta}"
-                np.testing.assert_allclose(patched[site.output], wanted, **tolerance(case, V), err_msg=where)
+                found = laid_out(patched[site.output])
+                np.testing.assert_allclose(found, wanted, **tolerance(case, V), err_msg=where)
                 still = ~M.any(-1)
                 assert same_bits(patched[site.output][still], Y[still]), where
                 for name in list(case.base)[1:]:  # the first is Y, or computed from it in the expanded cases

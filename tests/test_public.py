@@ -12,14 +12,26 @@ import pytest
 
 import atpatch_onnx as atp
 
-VERBS = ("load", "find_sites", "explain", "fit", "bake", "save", "strip", "verify", "evaluate", "fingerprint")
+VERBS = (
+    "load",
+    "find_sites",
+    "explain",
+    "fit",
+    "bake",
+    "save",
+    "strip",
+    "verify",
+    "evaluate",
+    "rehearse",
+    "fingerprint",
+)
 
 
 def test_all_is_what_is_there():
     """Public: what is neither private nor a module nor merely imported from another package."""
     there = {
         name
-        for name, value in vars(atp).items()
+        for name, value in ((name, getattr(atp, name)) for name in dir(atp))
         if not name.startswith("_")
         and not isinstance(value, types.ModuleType)
         and getattr(value, "__module__", "atpatch_onnx").startswith("atpatch_onnx")

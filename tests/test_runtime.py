@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from planted import Planted
 
@@ -115,6 +116,6 @@ def test_a_model_that_is_refused(capfd):
     proto = Planted().proto()
     proto.graph.node[0].op_type = "NoSuchOperator"
     with pytest.raises(RunError, match="the model: expected one that onnxruntime loads") as raised:
-        Session(graph.ir.from_proto(proto))
+        Session(ir.from_proto(proto))
     one_line(raised.value)
     assert capfd.readouterr().err == ""

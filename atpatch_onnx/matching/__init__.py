@@ -11,6 +11,7 @@ from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes
 from atpatch_onnx.matching.naming import site_names
 from atpatch_onnx.matching.rules import Candidate, Rule, label
+from atpatch_onnx.matching.unmapped import unmapped
 from atpatch_onnx.matching.view import View, view
 from atpatch_onnx.sites import AttentionSite, Matches, NearMiss
 
@@ -40,10 +41,13 @@ def explain(model: ir.Model) -> Matches:
             name=name,
             index=index,
             form=candidate.form,
-            layout=candidate.layout,
             map=None if candidate.map is None else candidate.map.name,
             value=str(candidate.value.name),
             output=str(candidate.output.name),
+            map_layout=candidate.map_layout,
+            value_layout=candidate.value_layout,
+            output_layout=candidate.output_layout,
+            parts=candidate.parts,
             heads=candidate.heads,
             kv_heads=candidate.kv_heads,
             queries=candidate.queries,
@@ -57,7 +61,9 @@ def explain(model: ir.Model) -> Matches:
         )
         for index, (candidate, name, axis) in enumerate(zip(candidates, names, axes, strict=True))
     )
-    return Matches(sites, tuple(answer for answer in answers if isinstance(answer, NearMiss)))
+    misses = [answer for answer in answers if isinstance(answer, NearMiss)]
+    known = {name for nodes in (*(s.nodes for s in sites), *(m.nodes for m in misses)) for name in nodes}
+    return Matches(sites, (*misses, *unmapped(list(model.graph), known)))
 
 
 def _answers(model: ir.Model, seen: View) -> Iterator[Candidate | NearMiss]:

@@ -2,10 +2,12 @@
 
 import onnx_ir as ir
 
+from atpatch_onnx.layout import MAP, OUTPUT, VALUES
 from atpatch_onnx.matching.chains import is_mask
-from atpatch_onnx.matching.rules import Candidate, Rule, batch_reason, miss, type_reason
+from atpatch_onnx.matching.leading import Axis, name_leading
+from atpatch_onnx.matching.rules import Candidate, Rule, miss, type_reason
 from atpatch_onnx.matching.view import View
-from atpatch_onnx.sites import Dim, Form, Layout, NearMiss
+from atpatch_onnx.sites import Dim, Form, NearMiss
 
 _QUERY, _KEY, _VALUE, _MASK, _PAST_KEY, _PAST_VALUE, _PADDING = range(7)
 """Positions of the inputs; `_PADDING` is `nonpad_kv_seqlen` (opset 24)."""
@@ -34,19 +36,26 @@ def _match(node: ir.Node, view: View) -> Candidate | str:
     dims = _packed_dims(node, shapes) if packed else _dims(shapes)
     batch, heads, kv_heads, queries, positions, depth = dims
     past = _input(node, _PAST_VALUE)
-    reason = batch_reason(batch, view) or type_reason(view.dtype(node.outputs[0]) or view.dtype(query))
+    leading = name_leading([Axis(batch, ((value, 0), (query, 0)))], view)
+    if isinstance(leading, str):
+        return leading
+    if leading.letters != ("n",):
+        return "its first axis is not made of samples and their parts, in this order"
+    reason = type_reason(view.dtype(node.outputs[0]) or view.dtype(query))
     if reason is not None:
         return reason
     return Candidate(
         anchor=node,
         form=Form.ATTENTION,
-        layout=Layout.PACKED if packed else Layout.HEADS,
         map=None,
+        map_layout=MAP,
+        value_layout="nk(hd)" if packed and past is None else VALUES,
+        output_layout="nq(hd)" if packed else OUTPUT,
         query=query,
         key=key,
         value=value,
         output=node.outputs[0],
-        batch=batch,
+        parts=leading.parts,
         heads=heads,
         kv_heads=kv_heads,
         queries=queries,

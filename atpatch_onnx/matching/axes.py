@@ -6,7 +6,8 @@ mix positions begins a new sequence. A site's output stands at the positions of 
 
 - queries and keys are positions of one sequence if they share an origin and nothing is known against it in their
   lengths;
-- the keys of two sites are positions of one sequence if they share an origin and have the same known batch and length.
+- the keys of two sites are positions of one sequence if they share an origin, have the same known length and are not
+  divided into parts (windows, channels).
 
 So encoder and decoder stay apart even where their lengths agree, and the keys of cross-attention stand on the encoder's
 axis. Where the flow is not understood, a site gets an axis of its own: flags are then not carried, never carried wrong.
@@ -24,19 +25,24 @@ _POINTWISE = {
     "Add", "Sub", "Mul", "Div", "Pow", "Where", "Min", "Max", "Sum", "Mean",
     "Cast", "CastLike", "Identity", "Dropout", "Clip", "Neg", "Abs", "Sqrt", "Exp", "Log", "Reciprocal", "Erf", "Tanh",
     "Sigmoid", "Relu", "Gelu", "LeakyRelu", "Elu", "Selu", "Celu", "HardSigmoid", "HardSwish", "Mish", "Swish", "PRelu",
-    "Softplus", "Sin", "Cos", "Not", "Concat",
+    "Softplus", "Sin", "Cos", "Not", "Concat", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization",
 }  # fmt: skip
 """Operators that leave positions where they are; all operands count, Concat's because lengths tell what it does."""
 
 _FIRST_OPERAND = {
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Flatten", "Gemm", "MatMul", "FusedMatMul",
-    "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization", "BatchNormalization", "LpNormalization", "RotaryEmbedding", "FastGelu",
-    "BiasGelu", "QuickGelu", "Softmax", "Einsum",
+    "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "BatchNormalization", "LpNormalization",
+    "RotaryEmbedding", "FastGelu", "BiasGelu", "QuickGelu", "Softmax", "Einsum", "FusedGemm", "Conv",
+    "DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear", "MatMulInteger", "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul", "Slice", "Split", "Gather", "GatherND",
 }  # fmt: skip
-"""Operators whose first operand carries the positions. MatMul, Gemm and Einsum only with weights as the second."""
+"""Operators whose first operand carries the positions. Products only with weights as the second, a
+Conv only with a kernel of one position."""
 
-_PRODUCTS = {"MatMul", "Gemm", "FusedMatMul", "Einsum"}
+_PRODUCTS = {
+    "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Einsum", "MatMulInteger", "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+}  # fmt: skip
 _CUTS = {"Slice", "Split", "Gather", "GatherND"}
 
 _PARTS = (2, 3)
@@ -60,11 +66,10 @@ def token_axes(candidates: Sequence[Candidate], view: View) -> list[Axis]:
     axes = []
     for site in candidates:
         queries, keys = (origins.get(str(value.name), frozenset()) for value in (site.query, site.key))
-        sizes = (site.batch, site.keys)
-        name = next(
-            (name for name, others, size in known if others & keys and size == sizes and None not in sizes),
-            f"axis_{len({name for name, _, _ in known})}",
-        )
+        sizes = (site.parts, site.keys)
+        same = [name for name, others, size in known if others & keys and size == sizes]
+        whole = site.parts in (0, 1) and site.keys is not None
+        name = same[0] if same and whole else f"axis_{len({name for name, _, _ in known})}"
         known.append((name, keys, sizes))
         contradicted = None not in (site.queries, site.keys) and site.queries != site.keys
         axes.append(Axis(name, self_attention=bool(queries & keys) and not contradicted))
@@ -92,9 +97,9 @@ def _handed_on(node: ir.Node, origins: dict[str, frozenset[str]], view: View) ->
     """The origins that the node's output has from its operands; none where the node begins a new sequence."""
     if node.op_type in _POINTWISE:
         operands = [value for value in node.inputs if value is not None and _full_size(value, node, view)]
-    elif node.op_type in _PRODUCTS and not any(view.is_static(value) for value in node.inputs[:2]):
-        return frozenset()
-    elif node.op_type in _FIRST_OPERAND or (node.op_type in _CUTS and _keeps_positions(node, view)):
+    elif node.op_type == "ScatterND" and view.is_static(node.inputs[1]):  # pieces written into one tensor
+        operands = [value for value in (node.inputs[0], node.inputs[2]) if value is not None]
+    elif node.op_type in _FIRST_OPERAND and _keeps_positions(node, view):
         operands = [value for value in node.inputs[:2] if value is not None and not view.is_static(value)][:1]
     else:
         return frozenset()
@@ -110,7 +115,16 @@ def _full_size(value: ir.Value, node: ir.Node, view: View) -> bool:
 
 
 def _keeps_positions(node: ir.Node, view: View) -> bool:
-    """Whether a cut goes along the depth, or takes Q, K or V out of a fused projection."""
+    """Whether a product is a linear layer, a Conv one on each position, and whether a cut spares the positions.
+
+    A cut does along the depth, and where it takes Q, K or V out of a fused projection.
+    """
+    if node.op_type == "Conv":
+        return view.is_pointwise(node)
+    if node.op_type in _PRODUCTS:
+        return any(view.is_weight(value) for value in node.inputs[:2])
+    if node.op_type not in _CUTS:
+        return True
     shape = view.shape(node.inputs[0])
     if shape is None:
         return False

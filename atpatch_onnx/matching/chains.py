@@ -8,12 +8,12 @@ import onnx_ir as ir
 
 from atpatch_onnx.matching.view import View
 
-PRODUCTS = {"MatMul", "Einsum", "Gemm", "FusedMatMul"}
+PRODUCTS = {"MatMul", "Einsum", "Gemm", "FusedMatMul", "MatMulInteger"}
 
 _MOVES = {"Cast", "CastLike", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Dropout", "Identity"}
 """Operators that move, cut or convert the entries of their first input."""
 
-_FORWARD = dict.fromkeys(_MOVES, (0,)) | {"Where": (1, 2), "Mul": (0, 1), "Div": (0,)}
+_FORWARD = dict.fromkeys((*_MOVES, "DynamicQuantizeLinear"), (0,)) | {"Where": (1, 2), "Mul": (0, 1), "Div": (0,)}
 _BACK = dict.fromkeys((*_MOVES, "Tanh", "Clip", "Flatten"), (0,)) | {
     "Add": (0, 1),
     "Sub": (0, 1),

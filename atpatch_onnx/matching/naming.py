@@ -13,7 +13,7 @@ def site_names(nodes: Iterable[tuple[ir.Node, ...]]) -> list[str]:
     """A unique name for each site, from its nodes (the anchor first)."""
     names: list[str] = []
     for index, group in enumerate(nodes):
-        wanted = next((scope for node in group if (scope := _scope(node))), "") or f"site_{index}"
+        wanted = next((scope for node in group if (scope := module_path(node))), "") or f"site_{index}"
         name, count = wanted, 1
         while name in names:
             count += 1
@@ -22,7 +22,7 @@ def site_names(nodes: Iterable[tuple[ir.Node, ...]]) -> list[str]:
     return names
 
 
-def _scope(node: ir.Node) -> str:
+def module_path(node: ir.Node) -> str:
     """The path of the module that the node was exported from, without wrappers; empty where the graph does not say."""
     parts = _parts(node)
     while parts and parts[0] in _WRAPPERS:

@@ -1,4 +1,4 @@
-"""What a rule is: anchors and an answer, which is a candidate or a reason, never nothing."""
+"""What a rule is: anchors and an answer, which is a candidate or a reason."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from atpatch_onnx.matching.view import View
-from atpatch_onnx.sites import Dim, Form, Layout, NearMiss
+from atpatch_onnx.sites import Dim, Form, NearMiss
 
-OK_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-"""Element types that the arithmetic of the patch is tested in."""
+OK_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""Element types that are patched; the arithmetic of the patch is float32."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,19 @@ class Candidate:
 
     anchor: ir.Node
     form: Form
-    layout: Layout
     map: ir.Value | None
+    map_layout: str
+    value_layout: str
+    output_layout: str
+    """See `atpatch_onnx.layout`."""
+
     query: ir.Value
     key: ir.Value
     value: ir.Value
     output: ir.Value
-    batch: Dim
+    parts: Dim
+    """Maps of one sample; 0 where samples share a map, None where it is not known."""
+
     heads: Dim
     kv_heads: Dim
     queries: Dim
@@ -42,7 +48,7 @@ class Rule:
     """(domain, operator) pairs."""
 
     answer: Callable[[ir.Node, View], tuple[Candidate | NearMiss, ...]]
-    """Never empty."""
+    """Empty where the node is no attention at first sight."""
 
 
 def label(node: ir.Node) -> str:
@@ -60,19 +66,4 @@ def type_reason(dtype: ir.DataType | None) -> str | None:
     if dtype in OK_TYPES:
         return None
     found = "unknown" if dtype is None else dtype.name
-    return f"its element type is {found}; attention is patched in float32 and float16 only"
-
-
-def batch_reason(batch: Dim, view: View) -> str | None:
-    """Why the first axis of a map is not the sample axis; None where nothing says so."""
-    if batch in view.batches and batch is not None:
-        return None
-    if batch is None or None in view.batches:
-        return "it cannot be inferred that the first axis of its map is the batch"
-    inputs = " or ".join(str(size) for size in sorted(view.batches, key=str))
-    if batch == 1:
-        return f"its map is the same for all samples (batch 1, the model's inputs have {inputs})"
-    return (
-        f"the first axis of its map has {batch} entries where the model's inputs have {inputs}: windows or parts are "
-        "folded into the batch, so that a map does not belong to one sample"
-    )
+    return f"its element type is {found}; attention is patched in float32, float16 and bfloat16"

@@ -6,10 +6,14 @@ what follows a symbol, a sum or a multiple of symbols is named so, and other siz
 of their own (`size_149_349`), so that equal sizes are known to be equal.
 """
 
+import ast
+import itertools
+import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import onnx
 import onnx_ir as ir
 
 from atpatch_onnx import graph
@@ -19,17 +23,69 @@ from atpatch_onnx.sites import Dim
 Shapes = dict[str, tuple[Dim, ...]]
 
 
-def infer(model: ir.Model) -> Shapes:
-    """Shapes by value name: sizes, symbols of the model's inputs, simple expressions of them, or None."""
+@dataclass(frozen=True)
+class Inferred:
+    """Shapes by value name."""
+
+    shapes: Shapes
+    """Sizes, symbols of the model's inputs, simple expressions of them, or None."""
+
+    sizes: dict[str, tuple[int, ...]]
+    """The same in numbers, of values whose every size is known once numbers stand for the symbols."""
+
+
+def infer(model: ir.Model) -> Inferred:
+    """The shapes of the main graph's values."""
     symbols = _symbols(model)
-    known = {name: tuple(_own(size, symbols) for size in shape) for name, shape in graph.infer_shapes(model).items()}
-    if symbols and _incomplete(model, known):
-        for name, shape in _by_trials(model, symbols).items():
+    bare = graph.skeleton(model)
+    inferred = graph.infer_shapes(model, bare)
+    known = {name: tuple(_own(size, symbols) for size in shape) for name, shape in inferred.items()}
+    numbers = {symbol.name: symbol.first for symbol in symbols}
+    if (symbols and _incomplete(model, known)) or _unranked(model, known):
+        first, second, symbols = _trials(bare, symbols)
+        for name, shape in _compared(first.shapes, second.shapes, symbols).items():
             old = known.get(name, ())
             if len(old) != len(shape):
                 old = (None,) * len(shape)
             known[name] = tuple(b if a is None else a for a, b in zip(shape, old, strict=True))
-    return known
+        found = first.shapes
+    else:
+        found = {name: tuple(_number(size, numbers) for size in shape) for name, shape in known.items()}
+    sizes = {name: tuple(size for size in shape if size is not None) for name, shape in found.items()}
+    return Inferred(known, {name: shape for name, shape in sizes.items() if len(shape) == len(found[name])})
+
+
+def _number(size: Dim, numbers: Mapping[str, int]) -> int | None:
+    """What a size is with these numbers for its symbols: exporters write sums, products and quotients of symbols."""
+    if not isinstance(size, str):
+        return size
+    if size in numbers:
+        return numbers[size]
+    try:
+        result = _evaluate(ast.parse(size, mode="eval").body, numbers)
+    except (SyntaxError, KeyError, ZeroDivisionError, RecursionError):
+        return None
+    return result if result > 0 else None
+
+
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+def _evaluate(node: ast.expr, numbers: Mapping[str, int]) -> int:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.Name):
+        return numbers[node.id]
+    if isinstance(node, ast.BinOp):
+        return _ARITHMETIC[type(node.op)](_evaluate(node.left, numbers), _evaluate(node.right, numbers))
+    raise KeyError(ast.dump(node))
 
 
 @dataclass(frozen=True)
@@ -71,7 +127,7 @@ def _numbers(axis: int, rank: int, found: Mapping[str, _Symbol]) -> tuple[int, i
     if rank > 0:
         return 3200 + 1600 * count, 6400 + 4800 * count
     tokens = sum(1 for symbol in found.values() if symbol.first % 8 == 0)
-    return 8 + 8 * tokens, 16 + 24 * tokens
+    return 16 + 8 * tokens, 24 + 24 * tokens
 
 
 def _own(size: Dim, symbols: _Symbols) -> Dim:
@@ -88,12 +144,20 @@ def _incomplete(model: ir.Model, known: Mapping[str, tuple[Dim, ...]]) -> bool:
     return any(None in known.get(value.name or "", (None,)) for node in model.graph for value in node.outputs)
 
 
-def _by_trials(model: ir.Model, symbols: _Symbols) -> Shapes:
+def _unranked(model: ir.Model, known: Mapping[str, tuple[Dim, ...]]) -> bool:
+    """Whether onnx's inference gave up on some value: runtimes' own operators, and what follows them."""
+    return any(value.name and value.name not in known for node in model.graph for value in node.outputs)
+
+
+_ATTEMPTS = 8
+"""Trials to explain the conflicts of one: a graph that is wrong in itself has conflicts that nothing explains."""
+
+
+def _trials(proto: onnx.ModelProto, symbols: _Symbols) -> tuple[sized_shapes.Trial, sized_shapes.Trial, _Symbols]:
     """Two trials, after the sizes that did not fit each other in a first one were made equal."""
-    proto = graph.skeleton(model)
     first = sized_shapes.run(proto, {symbol.name: symbol.first for symbol in symbols})
     for _ in symbols:
-        for fewer in _reconciled(first.conflicts, symbols):
+        for fewer in itertools.islice(_reconciled(first.conflicts, symbols), _ATTEMPTS):
             again = sized_shapes.run(proto, {symbol.name: symbol.first for symbol in fewer})
             if len(again.conflicts) < len(first.conflicts):
                 first, symbols = again, fewer
@@ -101,26 +165,45 @@ def _by_trials(model: ir.Model, symbols: _Symbols) -> Shapes:
         else:
             break
     second = sized_shapes.run(proto, {symbol.name: symbol.second for symbol in symbols})
+    return first, second, symbols
+
+
+def _compared(
+    first: Mapping[str, sized_shapes.Sizes], second: Mapping[str, sized_shapes.Sizes], symbols: _Symbols
+) -> Shapes:
+    """What two trials say together."""
     return {
-        name: tuple(_named(a, b, symbols) for a, b in zip(shape, second.shapes[name], strict=True))
-        for name, shape in first.shapes.items()
-        if name in second.shapes and len(second.shapes[name]) == len(shape)
+        name: tuple(_named(a, b, symbols) for a, b in zip(shape, second[name], strict=True))
+        for name, shape in first.items()
+        if name in second and len(second[name]) == len(shape)
     }
 
 
 def _reconciled(conflicts: Sequence[tuple[int, int]], symbols: _Symbols) -> Iterator[_Symbols]:
-    """The symbols with two of them made one, for each conflict that this could explain.
+    """The symbols with two of them made one, or one made a number, for each conflict that this could explain.
 
-    Exporters name each axis of each input; a length that meets another must be the same length.
+    Exporters name each axis of each input, and some name axes that the graph has a fixed size for; a length that meets
+    another must be the same length. A conflict of sizes that follow from symbols may be any two symbols'.
     """
     numbers = {symbol.first: symbol for symbol in reversed(symbols)}
-    for one, other in dict.fromkeys(conflicts):
+    met = list(dict.fromkeys(conflicts))
+    for one, other in met:
         if one in numbers and other in numbers:
             kept, gone = sorted((numbers[one], numbers[other]), key=symbols.index)
-            yield tuple(
-                replace(symbol, first=kept.first, second=kept.second) if symbol.first == gone.first else symbol
-                for symbol in symbols
-            )
+            yield _with_numbers(symbols, gone, kept.first, kept.second)
+    for kept, gone in itertools.combinations(symbols, 2) if met else ():
+        yield _with_numbers(symbols, gone, kept.first, kept.second)
+    for pair in met:
+        for size, fixed in (pair, pair[::-1]):
+            if size in numbers and fixed not in numbers:
+                yield _with_numbers(symbols, numbers[size], fixed, fixed)
+
+
+def _with_numbers(symbols: _Symbols, changed: _Symbol, first: int, second: int) -> _Symbols:
+    """The symbols with other numbers for one, and for those that are one with it."""
+    return tuple(
+        replace(symbol, first=first, second=second) if symbol.first == changed.first else symbol for symbol in symbols
+    )
 
 
 def _named(first: int | None, second: int | None, symbols: _Symbols) -> Dim:

@@ -4,15 +4,32 @@ Walking *forward* from the softmax finds the product with V; walking *back* find
 attention from class probabilities, routers and token pooling.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
 import onnx_ir as ir
 
+from atpatch_onnx.layout import Layout
 from atpatch_onnx.matching import chains
-from atpatch_onnx.matching.rules import Candidate, Rule, batch_reason, miss, type_reason
+from atpatch_onnx.matching.leading import Axis, Leading, name_leading
+from atpatch_onnx.matching.products import Product, read_product
+from atpatch_onnx.matching.rules import Candidate, Rule, miss, type_reason
 from atpatch_onnx.matching.view import View
-from atpatch_onnx.sites import Form, Layout, NearMiss
+from atpatch_onnx.sites import Dim, Form, NearMiss
 
 _FIRST_OPSET = 13
 """Before opset 13, Softmax flattens its input to two axes."""
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """A softmax, as one node or written out."""
+
+    node: ir.Node
+    scores: ir.Value
+    weights: ir.Value
+    axis: int
 
 
 def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
@@ -20,19 +37,57 @@ def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
 
     A softmax that feeds two products (differential attention) is two sites: each has values and an output of its own.
     """
-    meetings = [meeting for meeting in chains.forward(node.outputs[0]) if meeting.node.op_type != "IsNaN"]
+    softmax = _read(node, view)
+    if softmax is None:
+        return ()
+    meetings = [meeting for meeting in chains.forward(softmax.weights) if meeting.node.op_type != "IsNaN"]
     products = [meeting for meeting in meetings if _meets_values(meeting, view)]
     if not products:
-        return (_without_values(node, meetings, view),)
-    scores = _scores(node, view)
+        return (_without_values(softmax, meetings, view),)
+    scores = _scores(softmax, view)
     if isinstance(scores, NearMiss):
         return (scores,)
-    return tuple(_site(node, scores, meeting, view) for meeting in products)
+    if any(_is_a_piece(step) for meeting in products for step in meeting.path):
+        nodes = (scores.node, *scores.path, node, *(meeting.node for meeting in products))
+        reason = "attention, but its map is cut into pieces that meet values of their own (block-sparse attention)"
+        return (miss(nodes, reason, attention=True),)
+    return tuple(_site(softmax, scores, meeting, view) for meeting in products)
+
+
+def _is_a_piece(step: ir.Node) -> bool:
+    """Whether a step cuts a piece out of the map while other pieces go elsewhere; an attention sink goes nowhere."""
+    source = step.inputs[0]
+    if step.op_type != "Slice" or source is None:
+        return False
+    return any(user is not step and user.op_type not in ("Shape", "IsNaN") for user in source.consumers())
+
+
+def _read(node: ir.Node, view: View) -> _Softmax | None:
+    """A Softmax, or the Div of one written out, Exp(x) / ReduceSum(Exp(x)), as onnxruntime does in float16."""
+    if node.op_type == "Softmax":
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+        return _Softmax(node, node.inputs[0], node.outputs[0], axis)  # type: ignore[arg-type]
+    exponential, total = (_uncast(value) for value in node.inputs)
+    summed = None if total is None or total.op_type != "ReduceSum" else _uncast(total.inputs[0])
+    if exponential is None or exponential.op_type != "Exp" or summed is not exponential:
+        return None
+    axes = view.constant(total.inputs[1]) if total is not None and len(total.inputs) > 1 else None
+    if axes is None or axes.size != 1:
+        return None
+    return _Softmax(node, exponential.inputs[0], node.outputs[0], int(axes.reshape(-1)[0]))  # type: ignore[arg-type]
+
+
+def _uncast(value: ir.Value | None) -> ir.Node | None:
+    """The node that computes a value, but for conversions of its type."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type == "Cast":
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node
 
 
 def _meets_values(meeting: chains.Meeting, view: View) -> bool:
-    """Whether the map is multiplied, from the left, with something that depends on the model's input."""
-    if not meeting.is_product or (meeting.index != 0 and meeting.node.op_type != "Einsum"):
+    """Whether the map is multiplied with something that depends on the model's input."""
+    if not meeting.is_product:
         return False
     other = meeting.node.inputs[1 - meeting.index] if len(meeting.node.inputs) > 1 else None
     if other is None or view.is_static(other):
@@ -41,21 +96,26 @@ def _meets_values(meeting: chains.Meeting, view: View) -> bool:
     return rank is None or rank >= 3
 
 
-def _without_values(node: ir.Node, meetings: list[chains.Meeting], view: View) -> NearMiss:
+def _without_values(softmax: _Softmax, meetings: list[chains.Meeting], view: View) -> NearMiss:
     met = dict.fromkeys(meeting.node.op_type for meeting in meetings)
     if not met:
-        found = "is an output of the model" if node.outputs[0].is_graph_output() else "is not used"
+        found = "is an output of the model" if softmax.weights.is_graph_output() else "is not used"
     elif any(meeting.is_product for meeting in meetings):
-        found = "is multiplied with weights, or from the right, and not with a value matrix"
+        found = "is multiplied with weights and not with a value matrix"
     else:
         found = f"goes into {', '.join(met)} and does not meet a value matrix"
-    return miss([node], f"not attention: the result of the softmax {found}", attention=False)
+    padded = [meeting.node for meeting in meetings if meeting.node.op_type == "Pad"]
+    bands = [meeting for pad in padded for meeting in chains.forward(pad.outputs[0]) if _meets_values(meeting, view)]
+    if bands:
+        reason = "attention, but its map is padded and cut into overlapping windows (banded attention)"
+        return miss([softmax.node, *padded, *(band.node for band in bands)], reason, attention=True)
+    return miss([softmax.node], f"not attention: the result of the softmax {found}", attention=False)
 
 
-def _scores(node: ir.Node, view: View) -> chains.Product | NearMiss:
+def _scores(softmax: _Softmax, view: View) -> chains.Product | NearMiss:
     """The product of Q and K that the softmax is taken of, or why there is none."""
     linear = None
-    for product in chains.back(node.inputs[0]):  # type: ignore[arg-type]
+    for product in chains.back(softmax.scores):
         second = product.node.inputs[1]
         if view.is_static(second) and (view.rank(second) or 3) < 3:
             linear = linear or product
@@ -63,37 +123,83 @@ def _scores(node: ir.Node, view: View) -> chains.Product | NearMiss:
             return product
     if linear is not None:
         reason = "not attention: its scores come from a linear layer and not from a product of queries and keys"
-        return miss([linear.node, *linear.path, node], reason, attention=False)
-    return miss([node], "not attention: no product of queries and keys leads to the softmax", attention=False)
+        return miss([linear.node, *linear.path, softmax.node], reason, attention=False)
+    return miss([softmax.node], "not attention: no product of queries and keys leads to the softmax", attention=False)
 
 
-def _site(node: ir.Node, scores: chains.Product, meeting: chains.Meeting, view: View) -> Candidate | NearMiss:
-    nodes = (scores.node, *scores.path, node, *meeting.path, meeting.node)
-    reason = _refusal(node, meeting, view)
+def _site(softmax: _Softmax, scores: chains.Product, meeting: chains.Meeting, view: View) -> Candidate | NearMiss:
+    nodes = (scores.node, *scores.path, softmax.node, *meeting.path, meeting.node)
+    product = read_product(meeting, view)
+    leading = product if isinstance(product, str) else _leading(scores, meeting, product, view)
+    reason = leading if isinstance(leading, str) else _refusal(softmax, meeting, product, view)  # type: ignore[arg-type]
     if reason is not None:
         return miss(nodes, f"attention, but {reason}", attention=True)
-    value = meeting.node.inputs[1]
-    query, key = scores.node.inputs[:2]
-    batch, heads, queries, keys = view.shape(meeting.value)  # type: ignore[misc]
-    _, kv_heads, positions, depth = view.shape(value)  # type: ignore[misc]
+    assert isinstance(product, Product)
+    assert isinstance(leading, Leading)
+    named = dict(zip(product.leading, leading.letters, strict=True))
+    shapes = [view.shape(value) for value in (meeting.value, product.value)]
+    of_map, of_values = (
+        dict(zip(labels, shape or (None,) * len(labels), strict=True))
+        for labels, shape in zip((product.map, product.values), shapes, strict=True)
+    )
+    own_heads = [label for label in product.leading if "h" in named[label]]
+    shared = bool(own_heads) and of_values.get(own_heads[0]) == 1 != of_map[own_heads[0]]
+    grouped = [label for label in product.leading if "g" in named[label]]
+    kv_heads: Dim = leading.heads if not grouped else of_map[own_heads[0]]
+    alone = {label for label in product.leading if of_values.get(label) == 1 != of_map[label]}
     return Candidate(
-        anchor=node,
+        anchor=softmax.node,
         form=Form.SOFTMAX,
-        layout=Layout.HEADS,
         map=meeting.value,
-        query=query,  # type: ignore[arg-type]
-        key=key,  # type: ignore[arg-type]
-        value=value,  # type: ignore[arg-type]
+        map_layout=_layout(product.map, named),
+        value_layout=_layout(product.values, {**named, **dict.fromkeys(alone, "")}),
+        output_layout=_layout(product.output, named),
+        query=scores.node.inputs[0],  # type: ignore[arg-type]
+        key=scores.node.inputs[1],  # type: ignore[arg-type]
+        value=product.value,
         output=meeting.node.outputs[0],
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        queries=queries,
-        keys=positions if keys is None else keys,
-        depth=depth,
+        parts=leading.parts,
+        heads=leading.heads,
+        kv_heads=1 if shared else kv_heads,
+        queries=of_map["q"],
+        keys=of_values["k"] if of_map["k"] is None else of_map["k"],
+        depth=of_values["d"],
         masked=chains.can_hide(scores.path, view) or any(_zeroes(step) for step in meeting.path),
         nodes=nodes,
     )
+
+
+def _layout(labels: tuple[str, ...], named: Mapping[str, str]) -> str:
+    return str(Layout(tuple(named.get(label, label) for label in labels)))
+
+
+def _leading(scores: chains.Product, meeting: chains.Meeting, product: Product, view: View) -> Leading | str:
+    """The map's leading axes, followed back through the values, or through the queries where those are shared."""
+    shape = view.shape(meeting.value) or (None,) * len(product.map)
+    values = view.shape(product.value) or (None,) * len(product.values)
+    query = scores.node.inputs[0]
+    axes = []
+    for label in product.leading:
+        index = product.map.index(label)
+        traces = [(meeting.value, index)]
+        if label in product.values and values[product.values.index(label)] not in (1, None):
+            traces.insert(0, (product.value, product.values.index(label)))
+        if query is not None and view.rank(query) == len(shape):
+            traces.insert(-1, (query, index))
+        axes.append(Axis(shape[index], tuple(traces)))
+    extra = [label for label in product.values if label not in product.map and label != "d"]
+    if extra:
+        return "its values have more axes than its map: several heads share one map"
+    leading = name_leading(axes, view)
+    if isinstance(leading, str):
+        return leading
+    for label, letters, axis in zip(product.leading, leading.letters, axes, strict=True):
+        size = values[product.values.index(label)] if label in product.values else 1
+        if size == 1 and axis.size not in (1, None) and set(letters) - {"h", "g"}:
+            return "its values are shared by several samples or parts"
+        if axis.size == 1 and isinstance(size, int) and size > 1:
+            return "its map is shared by several heads or samples"
+    return leading
 
 
 def _zeroes(step: ir.Node) -> bool:
@@ -104,59 +210,37 @@ def _zeroes(step: ir.Node) -> bool:
     return condition is None or condition.op_type != "IsNaN"
 
 
-def _refusal(node: ir.Node, meeting: chains.Meeting, view: View) -> str | None:
+def _refusal(softmax: _Softmax, meeting: chains.Meeting, product: Product, view: View) -> str | None:
     """Why the map that meets V cannot be patched as it is; None where it can."""
     if view.opset < _FIRST_OPSET:
         return f"the model has opset {view.opset}; convert it to 13 or later (onnx.version_converter)"
-    if meeting.node.op_type != "MatMul":
-        return f"the map meets the values in {meeting.node.op_type}, not in MatMul"
-    shape, values = view.shape(meeting.value), view.shape(meeting.node.inputs[1])
-    if shape is None or values is None:
-        return "the shape of its map or values cannot be inferred"
-    if len(shape) != 4 or len(values) != 4:
-        return (
-            f"its map has {len(shape)} axes and its values {len(values)}, not the four of "
-            "[batch, heads, queries, keys] and [batch, heads, keys, depth]"
-        )
-    return (
-        _axis_reason(node, view)
-        or _path_reason(node, meeting, view)
-        or batch_reason(shape[0], view)
-        or type_reason(view.dtype(meeting.node.outputs[0]))
-    )
-
-
-def _axis_reason(node: ir.Node, view: View) -> str | None:
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
-    rank = view.rank(node.outputs[0])
-    if axis == -1 or (rank is not None and axis == rank - 1):
-        return None
-    return f"its softmax runs over axis {axis}, not over the last axis"
-
-
-def _path_reason(node: ir.Node, meeting: chains.Meeting, view: View) -> str | None:
-    """What happens to the map between the softmax and V must leave each row a distribution over the same keys."""
-    before, after = view.shape(node.outputs[0]), view.shape(meeting.value)
-    if before and after and before[-1] != after[-1] and None not in (before[-1], after[-1]):
-        return (
-            f"its map loses columns between the softmax and the values ({before[-1]} to {after[-1]}, an attention "
-            "sink), so that its rows do not sum to one"
-        )
+    position = softmax.axis % (view.rank(softmax.weights) or len(product.map))
     for step in meeting.path:
-        if step.op_type in {"Mul", "Div"}:
-            return (
-                "its map is multiplied by a head mask or gate after the softmax, so that its rows need not sum to one"
-            )
-        if step.op_type == "Transpose" and _moves_last(step):
-            return "its map is transposed between the softmax and the values"
+        following = _followed(step, position, view)
+        if following is None:
+            return "it cannot be told where the keys of its map go between the softmax and the values"
+        position = following
+    if product.map[position] != "k":
+        return "its softmax does not run over the keys: a row of its map does not share out one query's attention"
+    return type_reason(view.dtype(meeting.node.outputs[0]) or view.dtype(meeting.value))
+
+
+def _followed(step: ir.Node, position: int, view: View) -> int | None:
+    """Where a step takes an axis of its first operand; None where the axis does not stay one axis."""
+    before, after = view.sizes(step.inputs[0]), view.sizes(step.outputs[0])
+    if step.op_type == "Transpose":
+        rank = view.rank(step.inputs[0]) or 0
+        perm = step.attributes["perm"].as_ints() if "perm" in step.attributes else range(rank)[::-1]
+        return list(perm).index(position) if position in perm else None
+    if step.op_type not in ("Reshape", "Squeeze", "Unsqueeze"):
+        return position
+    if before is None or after is None:
+        return None
+    stride = prod(before[position + 1 :])
+    for axis, size in enumerate(after):
+        if (size, prod(after[axis + 1 :])) == (before[position], stride):
+            return axis
     return None
 
 
-def _moves_last(step: ir.Node) -> bool:
-    if "perm" not in step.attributes:
-        return True
-    perm = step.attributes["perm"].as_ints()
-    return perm[-1] != len(perm) - 1
-
-
-RULE = Rule(anchors=frozenset({("", "Softmax")}), answer=answer)
+RULE = Rule(anchors=frozenset({("", "Softmax"), ("", "Div")}), answer=answer)

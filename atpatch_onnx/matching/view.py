@@ -13,7 +13,13 @@ from atpatch_onnx.sites import Dim
 _READ_LIMIT = 2**24
 """Constants of more bytes than this are not read: whether a mask can hide a key is then answered with yes."""
 
-_TYPED_LIKE_SECOND = {"Where", "CastLike"}
+_MOVES = {"Slice", "Split", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cast", "Identity"}
+_MOVED = 6
+"""How many of these nodes are looked behind for a weight."""
+
+_TYPED_LIKE = {"Where": 1, "CastLike": 1, "EmbedLayerNormalization": 2}
+"""Operators whose result has the type of another than the first operand."""
+
 _UNTYPED = {"Shape", "Size", "NonZero", "ArgMax", "ArgMin", "IsNaN", "Equal", "Less", "Greater", "Not", "And", "Or"}
 
 
@@ -22,18 +28,25 @@ class View:
     """A model with what was worked out about it once, for all rules."""
 
     model: ir.Model
-    shapes: Mapping[str, tuple[Dim, ...]]
+    inferred: shapes.Inferred
     static: frozenset[str]
     """Names of the values that depend on weights and constants only, never on an input of the model."""
 
     batches: frozenset[Dim]
     """The first dimension of each input of the model."""
 
+    samples: int | None
+    """The first dimension of the inputs in numbers, as `sizes` has them."""
+
     opset: int
 
     def shape(self, value: ir.Value | None) -> tuple[Dim, ...] | None:
         """The shape of a value; None where not even the rank is known."""
-        return None if value is None or value.name is None else self.shapes.get(value.name)
+        return None if value is None or value.name is None else self.inferred.shapes.get(value.name)
+
+    def sizes(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """The shape of a value in numbers; where sizes are symbolic, in those that stand for them in a trial."""
+        return None if value is None or value.name is None else self.inferred.sizes.get(value.name)
 
     def rank(self, value: ir.Value | None) -> int | None:
         """The number of axes of a value, if known."""
@@ -43,6 +56,23 @@ class View:
     def is_static(self, value: ir.Value | None) -> bool:
         """Whether a value is the same for every input of the model."""
         return value is not None and value.name in self.static
+
+    def is_weight(self, value: ir.Value | None) -> bool:
+        """Whether a value is static, or cut from something static: exporters compute where a fused weight is cut."""
+        for _ in range(_MOVED):
+            if value is None or self.is_static(value):
+                return value is not None
+            node = value.producer()
+            if node is None or node.op_type not in _MOVES:
+                return False
+            value = node.inputs[0]
+        return False
+
+    def is_pointwise(self, conv: ir.Node) -> bool:
+        """Whether a Conv looks at one position at a time: a linear layer over the channels."""
+        kernel = self.shape(conv.inputs[1]) if len(conv.inputs) > 1 else None
+        strides = conv.attributes["strides"].as_ints() if "strides" in conv.attributes else ()
+        return kernel is not None and set(kernel[2:]) == {1} and set(strides) <= {1}
 
     def constant(self, value: ir.Value | None) -> np.ndarray | None:
         """The content of a weight or Constant; None for anything computed, or too large to read in passing."""
@@ -66,7 +96,7 @@ class View:
             if node.op_type == "Constant":
                 tensor = ir.convenience.get_const_tensor(value)
                 return None if tensor is None else tensor.dtype
-            index = 1 if node.op_type in _TYPED_LIKE_SECOND else 0
+            index = _TYPED_LIKE.get(node.op_type, 0)
             value = node.inputs[index] if len(node.inputs) > index else None
         return None
 
@@ -74,11 +104,13 @@ class View:
 def view(model: ir.Model) -> View:
     """Look at a model: infer its shapes and find what is constant in it."""
     known = shapes.infer(model)
+    inputs = _sample_inputs(model.graph, known.shapes)
     return View(
         model=model,
-        shapes=known,
+        inferred=known,
         static=frozenset(_static_values(model.graph)),
-        batches=frozenset(_batches(model.graph, known)),
+        batches=frozenset(known.shapes[name][0] for name in inputs),
+        samples=next((known.sizes[name][0] for name in inputs if name in known.sizes), None),
         opset=graph.opset_version(model),
     )
 
@@ -97,8 +129,8 @@ def _static_values(main: ir.Graph) -> Iterable[str]:
     return static
 
 
-def _batches(main: ir.Graph, known: Mapping[str, tuple[Dim, ...]]) -> Iterable[Dim]:
-    """First dimensions of the inputs; those of vectors and scalars count only where there is nothing else."""
-    inputs = [known.get(value.name or "") for value in main.inputs if value.name not in main.initializers]
-    ranked = [shape for shape in inputs if shape]
-    return {shape[0] for shape in ranked if len(shape) > 1} or {shape[0] for shape in ranked}
+def _sample_inputs(main: ir.Graph, known: Mapping[str, tuple[Dim, ...]]) -> list[str]:
+    """Names of the inputs with samples on their first axis; vectors and scalars count only where nothing else is."""
+    inputs = [str(value.name) for value in main.inputs if value.name not in main.initializers]
+    ranked = [name for name in inputs if known.get(name)]
+    return [name for name in ranked if len(known[name]) > 1] or ranked

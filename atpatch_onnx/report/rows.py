@@ -4,16 +4,20 @@ Figures come out of files that anyone may have written: names are made printable
 another type becomes None.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.metadata import PatchRecord
 from atpatch_onnx.metrics import Rate
 from atpatch_onnx.patch import Patch
-from atpatch_onnx.verify import Verification
+
+if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
+    from atpatch_onnx.evaluate import Evaluation
+    from atpatch_onnx.verify import Verification
 
 NONE = "-"
 """What stands for a figure that is not there."""

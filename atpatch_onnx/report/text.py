@@ -1,13 +1,15 @@
 """Results as rich renderables for the terminal: pure functions, nothing is printed. Made to be read at 80 columns."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.metadata import PatchRecord
 from atpatch_onnx.metrics import Rate
 from atpatch_onnx.patch import Patch
@@ -29,7 +31,10 @@ from atpatch_onnx.report.rows import (
 )
 from atpatch_onnx.report.verdict import missed_goal
 from atpatch_onnx.sites import AttentionSite, Dim, Matches
-from atpatch_onnx.verify import Verification
+
+if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
+    from atpatch_onnx.evaluate import Evaluation
+    from atpatch_onnx.verify import Verification
 
 
 def sites_table(matches: Matches, why: bool = False) -> Table:
@@ -40,7 +45,7 @@ def sites_table(matches: Matches, why: bool = False) -> Table:
     if why:
         table.add_column("What and where", overflow="fold", ratio=3)
         for site in matches.sites:
-            table.add_row(*_texts((str(site.index), shown(site.name), _whereabouts(site))))
+            table.add_row(*_texts((str(site.index), shown(site.name), _whereabouts(site, matches))))
         return table
     table.add_column("Form")
     for name in ("Heads", "Map", "Depth"):
@@ -48,23 +53,25 @@ def sites_table(matches: Matches, why: bool = False) -> Table:
     table.add_column("Type")
     table.add_column("Mask")
     for site in matches.sites:
-        size = f"{_dim(site.queries)} x {_dim(site.keys)}"
-        cells = (site.form.value, _heads(site), size, _dim(site.depth), shown(site.dtype.lower()))
+        cells = (site.form.value, _heads(site), _size(site), _dim(site.depth), shown(site.dtype.lower()))
         table.add_row(*_texts((str(site.index), shown(site.name), *cells, "yes" if site.masked else "no")))
     return table
 
 
-def _whereabouts(site: AttentionSite) -> str:
+def _size(site: AttentionSite) -> str:
+    parts = "" if site.parts in (0, 1) else f"{_dim(site.parts)} parts of "
+    return f"{parts}{_dim(site.queries)} x {_dim(site.keys)}"
+
+
+def _whereabouts(site: AttentionSite, matches: Matches) -> str:
     kind = "self-attention" if site.self_attention else "cross-attention"
-    form = (
-        f"{site.form.value}, {_heads(site)} heads, {_dim(site.queries)} x {_dim(site.keys)}, depth {_dim(site.depth)}"
-    )
+    form = f"{site.form.value}, {_heads(site)} heads, {_size(site)}, depth {_dim(site.depth)}"
     lines = [
         f"{form}, {shown(site.dtype.lower())}, {'masked' if site.masked else 'no mask'}",
-        f"{kind}, token axis {shown(site.token_axis)}",
-        f"map: {'inside the op' if site.map is None else shown(site.map)}",
-        f"values: {shown(site.value)}",
-        f"output: {shown(site.output)}",
+        f"{kind}, token axis {shown(site.token_axis)}; flags are {shown(matches.carry_note(site))}",
+        f"map: {'inside the op' if site.map is None else f'{shown(site.map)} [{site.map_layout}]'}",
+        f"values: {shown(site.value)} [{site.value_layout}]",
+        f"output: {shown(site.output)} [{site.output_layout}]",
         f"nodes: {', '.join(map(shown, site.nodes)) or NONE}",
     ]
     return "\n".join(lines)

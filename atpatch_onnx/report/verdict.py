@@ -1,15 +1,19 @@
 """The verdict of a report in one sentence, with what speaks against the fix, worst first."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.metadata import PatchRecord
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.report.rows import goal_rows, number, percent, residual, shown
-from atpatch_onnx.verify import Verification
+
+if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
+    from atpatch_onnx.evaluate import Evaluation
+    from atpatch_onnx.verify import Verification
 
 
 class Tone(StrEnum):

@@ -1,0 +1,43 @@
+"""Read and write models, fingerprint them, know their shapes.
+
+Weights in external data files are never read to do so: a model of tens of gigabytes is opened in the time its graph
+takes. A model file is untrusted input: external data must lie inside the model's folder, symlinks resolved.
+"""
+
+from atpatch_onnx.graph.carrying import External
+from atpatch_onnx.graph.external import external_folder
+from atpatch_onnx.graph.fingerprints import fingerprint
+from atpatch_onnx.graph.parts import (
+    PREFIX,
+    Model,
+    copy,
+    names,
+    opset_version,
+    undefined_value,
+    unique_name,
+    weights,
+)
+from atpatch_onnx.graph.reading import ModelOrPath, as_model, load
+from atpatch_onnx.graph.shapes import infer_shapes, skeleton
+from atpatch_onnx.graph.writing import save, to_bytes
+
+__all__ = [
+    "PREFIX",
+    "External",
+    "Model",
+    "ModelOrPath",
+    "as_model",
+    "copy",
+    "external_folder",
+    "fingerprint",
+    "infer_shapes",
+    "load",
+    "names",
+    "opset_version",
+    "save",
+    "skeleton",
+    "to_bytes",
+    "undefined_value",
+    "unique_name",
+    "weights",
+]

@@ -1,0 +1,38 @@
+"""Walks over the tensors of a file as protobuf holds them, before onnx-ir has seen it."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+
+def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a file: weights and attributes, in subgraphs and functions too."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from attribute_tensors(function.node)
+
+
+def attribute_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    """Every tensor in the attributes of nodes, those in the nodes of their subgraphs included."""
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            if attribute.HasField("g"):
+                yield from _graph_tensors(attribute.g)
+            for subgraph in attribute.graphs:
+                yield from _graph_tensors(subgraph)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    yield from attribute_tensors(graph.node)
+
+
+def tensor_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes a tensor's elements take; 4-bit types are packed two to a byte."""
+    count = int(np.prod([max(int(size), 0) for size in tensor.dims], dtype=np.int64)) if tensor.dims else 1
+    return (count * ir.DataType(tensor.data_type).bitwidth + 7) // 8

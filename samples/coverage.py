@@ -1,0 +1,510 @@
+"""What is found and patched in a corpus of exported graphs: writes docs/coverage.md.
+
+    python samples/coverage.py --corpus DIR --expected DIR/expected.json
+
+`DIR` holds graphs `<architecture>.<way>.onnx`, or `graphs.tar.xz` and the `load.py` that unpacks it. `expected.json`
+says of each how many attentions it holds (`softmax_sites` and `fused_sites`) and how many other softmaxes; without it,
+what is found is only listed. Every graph is matched and rehearsed (`atpatch_onnx.rehearse`) in a process of its own:
+one that crashes or takes too long is reported and does not end the run. `--json FILE` keeps a line for every graph; a
+run that is given the file again goes on where the last one ended.
+"""
+
+import argparse
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import atpatch_onnx as atp
+from atpatch_onnx.cli import progress_bars
+from atpatch_onnx.matching.rules import label
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 300
+MEMORY = 6 * 2**30
+GRAPHS_A_PROCESS = 40
+"""A worker's memory does not grow beyond what this many graphs leave behind."""
+
+CHOICES = {
+    "RandomNormalLike": "draws anew at every run",
+    "RandomUniformLike": "draws anew at every run",
+    "TopK": "may choose otherwise where scores are nearly equal",
+}
+"""Why outputs may differ although nothing is wrong."""
+
+FAR = 1e-3
+"""An export whose outputs are this far from the torch model's is not the same model."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What was found out about one graph."""
+
+    name: str
+    digest: str
+    sites: tuple[dict[str, Any], ...] = ()
+    """Name, layouts, chain of operators, map and nodes of each."""
+
+    refused: tuple[str, ...] = ()
+    """Why attention was not made a site."""
+
+    others: tuple[str, ...] = ()
+    """Why a softmax is not attention."""
+
+    choices: tuple[str, ...] = ()
+    """Its operators that draw at random, or choose by scores that may be nearly equal."""
+
+    rehearsal: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+    """Why there is no rehearsal."""
+
+    seconds: float = 0.0
+
+    @property
+    def architecture(self) -> str:
+        """The name's first part."""
+        return self.name.split(".")[0]
+
+    @property
+    def way(self) -> str:
+        """How it was exported, the name's second part."""
+        return self.name.split(".")[1]
+
+    @property
+    def outcome(self) -> str:
+        """`ok`, `no attention`, `export broken`, `fails` or `no result`."""
+        if not self.rehearsal:
+            return "no result"
+        if not self.rehearsal["runs"]:
+            return "export broken"
+        if not self.sites:
+            return "no attention"
+        return "ok" if self.rehearsal["passed"] else "fails"
+
+
+# One graph
+
+
+def examine(path: Path) -> Graph:
+    """Match and rehearse one graph."""
+    began = time.monotonic()
+    model = atp.load(path)
+    matches = atp.explain(model)
+    operators = {label(node): node.op_type for node in model.graph}
+    sites = tuple(
+        {
+            "name": site.name,
+            "form": site.form.value,
+            "layouts": " ".join((site.map_layout, site.value_layout, site.output_layout)),
+            "chain": " > ".join(operators.get(node, "?") for node in site.nodes),
+            "map": site.map,
+            "product": site.nodes[-1],
+        }
+        for site in matches.sites
+    )
+    rehearsal = atp.rehearse(model, threads=1).to_json()
+    numbers = rehearsal.pop("sites")
+    for name in ("difference", "product"):  # relative to what is allowed
+        rehearsal[f"worst_{name}"] = max((of_site[name] / of_site["allowed"] for of_site in numbers), default=0.0)
+    return Graph(
+        name=path.name,
+        digest=digest(path),
+        sites=sites,
+        refused=tuple(miss.reason for miss in matches.near_misses if miss.attention),
+        others=tuple(miss.reason for miss in matches.near_misses if not miss.attention),
+        choices=tuple(sorted({operator for operator in operators.values() if operator in CHOICES})),
+        rehearsal=rehearsal,
+        seconds=round(time.monotonic() - began, 1),
+    )
+
+
+def digest(path: Path) -> str:
+    """Tells whether a graph changed since it was examined."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+class Worker:
+    """A process that examines one graph after the other; another one takes over where it dies."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._process: subprocess.Popen[str] | None = None
+        self._count = 0
+
+    def examine(self, path: Path) -> Graph:
+        """Examine a graph, within the time limit."""
+        if self._count == GRAPHS_A_PROCESS:
+            self.stop()
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(self._seconds, process.kill)
+        timer.start()
+        with suppress(BrokenPipeError):
+            process.stdin.write(f"{path}\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
+        late = not timer.is_alive()
+        timer.cancel()
+        self._count += 1
+        if line:
+            return Graph(**json.loads(line))
+        self.stop()
+        error = f"not done after {self._seconds:g} s" if late else f"crashed with exit code {process.returncode}"
+        return Graph(path.name, digest(path), error=error)
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process, self._count = None, 0
+
+    def _started(self) -> "subprocess.Popen[str]":
+        if self._process is None:
+            command = [sys.executable, __file__, "--worker"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self._process
+
+
+def work() -> None:
+    """What a worker does: a path a line in, a graph a line out."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    for line in sys.stdin:
+        path = Path(line.strip())
+        try:
+            graph = examine(path)
+        except Exception as error:  # said in the document; the run goes on
+            graph = Graph(path.name, digest(path), error=f"{type(error).__name__}: {error}")
+        print(json.dumps(asdict(graph)), flush=True)
+
+
+# The corpus
+
+
+@contextmanager
+def unpacked(corpus: Path) -> Iterator[Path]:
+    """The folder with the graphs; unpacked for the time of the run, if they are not."""
+    loader = corpus / "load.py"
+    if not loader.is_file() or any(corpus.glob("*.onnx")):
+        yield corpus
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, str(loader), folder], check=True)
+        yield Path(folder)
+
+
+def one_way_each(paths: Iterable[Path]) -> list[Path]:
+    """One graph of each architecture; the ways take turns."""
+    by_architecture: dict[str, list[Path]] = defaultdict(list)
+    for path in paths:
+        by_architecture[path.name.split(".")[0]].append(path)
+    return [ways[number % len(ways)] for number, ways in enumerate(by_architecture.values())]
+
+
+def read(file: Path | None) -> dict[tuple[str, str], Graph]:
+    """What earlier runs kept, by name and digest."""
+    if file is None or not file.is_file():
+        return {}
+    kept = (Graph(**json.loads(line)) for line in file.read_text().splitlines())
+    return {(graph.name, graph.digest): graph for graph in kept}
+
+
+def examine_all(
+    paths: Sequence[Path], file: Path | None, jobs: int, seconds: float, report: Callable[[str, int, int], None]
+) -> list[Graph]:
+    """Examine graphs, `jobs` at a time, and keep each in `file` as soon as it is done."""
+    kept = read(file)
+    done = {path: kept[key] for path in paths if (key := (path.name, digest(path))) in kept}
+    left = iter([path for path in paths if path not in done])
+    lock = threading.Lock()
+
+    def take_turns() -> None:
+        worker = Worker(seconds)
+        while True:
+            with lock:
+                path = next(left, None)
+            if path is None:
+                break
+            graph = worker.examine(path)
+            with lock:
+                done[path] = graph
+                if file is not None:
+                    with file.open("a") as stream:
+                        stream.write(json.dumps(asdict(graph)) + "\n")
+                report("rehearsing", len(done), len(paths))
+        worker.stop()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(take_turns) for _ in range(jobs)]:
+            future.result()
+    return [done[path] for path in paths]
+
+
+# The document
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the survey says, by graph; empty where there is none."""
+
+    graphs: Mapping[str, Mapping[str, Any]]
+    ways: Mapping[str, str]
+
+    @classmethod
+    def read(cls, file: Path | None) -> "Expected":
+        """Read `expected.json`."""
+        if file is None:
+            return cls({}, {})
+        content = json.loads(file.read_text())
+        return cls(content["graphs"], content["ways"])
+
+    def attentions(self, graph: Graph) -> int | None:
+        """How many attentions a graph has, with and without a map of their own."""
+        known = self.graphs.get(graph.name)
+        return None if known is None else int(known["softmax_sites"] + known["fused_sites"])
+
+    def others(self, graph: Graph) -> int | None:
+        """How many softmaxes are something else."""
+        known = self.graphs.get(graph.name)
+        return None if known is None else int(known["softmax_not_attention"])
+
+    def far(self, graph: Graph) -> float:
+        """How far the export was from the torch model when the survey ran both."""
+        return float(self.graphs.get(graph.name, {}).get("max_abs_diff_to_torch") or 0.0)
+
+
+def second_products(graph: Graph) -> dict[str, list[str]]:
+    """Products with values that read a map that an earlier site reads, by map."""
+    by_map: dict[str, list[str]] = defaultdict(list)
+    for site in graph.sites:
+        if site["map"] is not None:
+            by_map[site["map"]].append(site["product"])
+    return {name: products for name, products in by_map.items() if len(products) > 1}
+
+
+def gap(graph: Graph, expected: Expected) -> str | None:
+    """Why a graph does not have what the survey says, where it does not."""
+    attentions, others = expected.attentions(graph), expected.others(graph)
+    if graph.error or attentions is None or (attentions, others) == (len(graph.sites), len(graph.others)):
+        return None
+    reasons = [
+        f"one softmax feeds {len(products)} products with values, each a site, the survey counted softmaxes:"
+        f" {', '.join(f'`{name}`' for name in products)}"
+        for products in second_products(graph).values()
+    ]
+    explained = sum(len(products) - 1 for products in second_products(graph).values())
+    reasons += [f"refused: {reason}" for reason in graph.refused]
+    if len(graph.sites) - explained + len(graph.refused) != attentions or len(graph.others) != others:
+        reasons.append(f"not explained: {attentions} and {others} others expected, {len(graph.others)} others found")
+    return "; ".join(reasons)
+
+
+def cell(graph: Graph, expected: Expected) -> str:
+    """A graph in the table."""
+    attentions = expected.attentions(graph)
+    if graph.outcome == "no result":
+        return graph.outcome
+    as_expected = attentions in (None, len(graph.sites))
+    count = str(len(graph.sites)) if as_expected else f"{len(graph.sites)} of {attentions}*"
+    if graph.outcome == "no attention":
+        return "none" if not attentions else count
+    return f"{count} {graph.outcome}"
+
+
+def document(graphs: Sequence[Graph], expected: Expected, command: str) -> str:
+    """docs/coverage.md."""
+    return "\n".join(
+        [
+            "# Coverage",
+            "",
+            f"Written by `{command}`.",
+            "",
+            *_totals(graphs, expected),
+            *_table(graphs, expected),
+            *_list("Found, but not as many as the survey says", _gaps(graphs, expected)),
+            *_list("Rehearsals that fail", _failures(graphs)),
+            *_list("Graphs whose export itself is wrong in onnxruntime", _broken(graphs, expected)),
+            *_list("Exports that onnxruntime runs, with NaN or infinite outputs", _nonfinite(graphs)),
+            *_list("Softmaxes that are not attention", _others(graphs)),
+            *_patterns(graphs),
+        ]
+    )
+
+
+def _totals(graphs: Sequence[Graph], expected: Expected) -> Iterator[str]:
+    outcomes = Counter(graph.outcome for graph in graphs)
+    sites = sum(len(graph.sites) for graph in graphs)
+    known = [graph for graph in graphs if expected.attentions(graph) is not None]
+    as_expected = sum(gap(graph, expected) is None for graph in known)
+    architectures = len({graph.architecture for graph in graphs})
+    yield f"{len(graphs)} graphs of {architectures} architectures, {sites} attention sites."
+    if known:
+        yield (
+            f"Of {len(known)} graphs, {as_expected} have exactly the attentions, and the softmaxes that are none, that"
+            " the survey counted; the others are explained below."
+        )
+    yield ""
+    yield from _rows(("Rehearsal", "Graphs"), outcomes.most_common())
+    differences = [graph.rehearsal["worst_difference"] for graph in graphs if graph.outcome == "ok"]
+    if differences:
+        yield (
+            f"Where a rehearsal is ok, the largest difference of a corrected output to the numpy reference is"
+            f" {max(differences):.0%} of what is allowed (`verify.TOLERANCE`)."
+        )
+        yield ""
+
+
+def _table(graphs: Sequence[Graph], expected: Expected) -> Iterator[str]:
+    ways = sorted({graph.way for graph in graphs})
+    yield from ("## Architectures and ways of export", "")
+    if expected.ways:
+        yield from (f"- **{way}**: {expected.ways.get(way, 'not said')}" for way in ways)
+        yield ""
+    yield from (
+        "A cell says how many attention sites were found and how the rehearsal went, with both emissions, without and"
+        " with onnxruntime's optimizations:",
+        "",
+        "- **6 ok**: 6 sites, as many as the survey says. A drawn patch that does not fire leaves every output"
+        " bit-identical; where it fires, every site computes what the numpy reference makes of its own map, the first"
+        " one's map and values are the base's own bits, samples without a flag keep their outputs bit for bit, and"
+        " stripping gives the base's fingerprint back.",
+        "- **4 of 2* ok**: not as many sites as the survey says; explained below.",
+        "- **6 export broken**: the sites were found, but onnxruntime does not run the graph as it was exported.",
+        "- **6 fails**: the rehearsal failed. **no result**: it crashed or took too long.",
+        "- **none**: a graph without attention. An empty cell: not in the corpus.",
+        "",
+    )
+    cells = {(graph.architecture, graph.way): cell(graph, expected) for graph in graphs}
+    names = sorted({graph.architecture for graph in graphs})
+    yield from _rows(("Architecture", *ways), ((name, *(cells.get((name, way), "") for way in ways)) for name in names))
+
+
+def _gaps(graphs: Sequence[Graph], expected: Expected) -> Iterator[str]:
+    for graph in graphs:
+        if (reason := gap(graph, expected)) is not None:
+            yield f"`{graph.name}`: {len(graph.sites)} sites, {expected.attentions(graph)} expected; {reason}"
+
+
+def _failures(graphs: Sequence[Graph]) -> Iterator[str]:
+    for graph in graphs:
+        if graph.outcome == "no result":
+            yield f"`{graph.name}`: {graph.error}"
+        elif graph.outcome == "fails":
+            for check in graph.rehearsal["checks"]:
+                if not check["passed"]:
+                    yield f"`{graph.name}`: {check['name']}: {check['detail']}"
+
+
+def _broken(graphs: Sequence[Graph], expected: Expected) -> Iterator[str]:
+    for graph in graphs:
+        if graph.rehearsal.get("reason"):
+            yield f"`{graph.name}`: {_cause(graph.rehearsal['reason'])}"
+        if expected.far(graph) > FAR:
+            causes = "".join(f"; its {operator} {CHOICES[operator]}" for operator in graph.choices)
+            yield f"`{graph.name}`: its outputs are up to {expected.far(graph):.1f} from the torch model's{causes}"
+
+
+def _cause(reason: str) -> str:
+    """What onnxruntime says, without its own file names."""
+    said = reason.split("found ", 1)[-1].split("; default optimization", 1)[0]
+    said = said.removesuffix(" Check it with onnxruntime alone first.")
+    return " ".join(word for word in said.split() if not word.startswith("/onnxruntime_src"))
+
+
+def _nonfinite(graphs: Sequence[Graph]) -> Iterator[str]:
+    for graph in graphs:
+        if graph.rehearsal.get("nonfinite"):
+            yield f"`{graph.name}`: {', '.join(graph.rehearsal['nonfinite'])}"
+
+
+def _others(graphs: Sequence[Graph]) -> Iterator[str]:
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for graph in graphs:
+        for reason in graph.others:
+            by_reason[reason].append(graph.name)
+    for reason, names in sorted(by_reason.items()):
+        architectures = sorted({name.split(".")[0] for name in names})
+        yield f"{reason} ({len(names)} in {', '.join(architectures)})"
+
+
+def _patterns(graphs: Sequence[Graph]) -> Iterator[str]:
+    for title, key in (
+        ("Layouts of map, values and output", "layouts"),
+        ("Operators from the scores to the values", "chain"),
+    ):
+        counts: Counter[str] = Counter()
+        owners: dict[str, set[str]] = defaultdict(set)
+        for graph in graphs:
+            for site in graph.sites:
+                counts[site[key]] += 1
+                owners[site[key]].add(graph.architecture)
+        yield from (f"## {title}", "", f"{len(counts)} are met.", "")
+        rows = ((f"`{name}`", count, len(owners[name])) for name, count in counts.most_common())
+        yield from _rows((title.split()[0], "Sites", "Architectures"), rows)
+
+
+def _rows(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for row in rows:
+        yield f"| {' | '.join(str(entry) for entry in row)} |"
+    yield ""
+
+
+def _list(title: str, entries: Iterable[str]) -> Iterator[str]:
+    found = list(entries)
+    if found:
+        yield from (f"## {title}", "", *(f"- {entry}" for entry in found), "")
+
+
+# The command
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run it; 1 where a graph fails or has no result, or what the survey says is not explained."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, help="folder of .onnx files, or of graphs.tar.xz and load.py")
+    parser.add_argument("--expected", type=Path, help="what each graph holds")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", help="the document")
+    parser.add_argument("--json", type=Path, help="a line for every graph; an existing one is gone on with")
+    parser.add_argument("--fast", action="store_true", help="every architecture in one way, the ways taking turns")
+    parser.add_argument("--jobs", type=int, default=1, help="graphs at a time")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit for a graph")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        work()
+        return 0
+    if options.corpus is None:
+        parser.error("--corpus is missing")
+    console = Console(stderr=True)
+    with unpacked(options.corpus) as folder, progress_bars() as report:
+        paths = sorted(folder.glob("*.onnx"))
+        chosen = one_way_each(paths) if options.fast else paths
+        graphs = examine_all(chosen, options.json, options.jobs, options.seconds, report)
+    expected = Expected.read(options.expected)
+    command = "python samples/coverage.py --corpus DIR" + (" --expected DIR/expected.json" if expected.graphs else "")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(document(graphs, expected, command + (" --fast" if options.fast else "")))
+    outcomes = Counter(graph.outcome for graph in graphs)
+    console.print(f"{options.out}: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.most_common())}")
+    wrong = [graph.name for graph in graphs if "not explained" in (gap(graph, expected) or "")]
+    return 1 if wrong or outcomes["fails"] or outcomes["no result"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
