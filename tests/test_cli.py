@@ -271,6 +271,20 @@ def test_bake_with_options(place, here, capsys, options, emission, outputs, func
     assert {entry.key: entry.value for entry in model.metadata_props}["atpatch.emission"] == emission
 
 
+def test_bake_writes_what_quantizers_must_be_told(place, here, capsys):
+    options = "--emission branchless --quantizer-settings quantize.json --json"
+    assert call(place, f"bake @base.onnx @fix.safetensors -o out.onnx {options}") == 0
+    assert json.loads(capsys.readouterr().out)["quantizer_settings"] == "quantize.json"
+    assert json.loads(Path("quantize.json").read_text()) == atp.quantizer_settings(atp.load("out.onnx"))
+
+
+def test_quantizer_settings_that_cannot_be_written_are_one_line(place, here, capsys):
+    assert call(place, "bake @base.onnx @fix.safetensors -o out.onnx --quantizer-settings nowhere/quantize.json") == 1
+    shown = capsys.readouterr().err
+    assert "nowhere/quantize.json" in shown
+    assert "Traceback" not in shown
+
+
 def test_bake_carries_external_data_along(here, capsys):
     (here / "base").mkdir()
     (here / "out").mkdir()

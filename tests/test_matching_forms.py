@@ -156,6 +156,19 @@ ACCEPTED = {
         ("nhqk", "nhkd", "nqhd", 4, "FLOAT"),
     ),
     "sink": (f"{SCORES} {SINK}", f"{QKV}, float[2,4,5,1] sink", "float[2,4,5,8] y", None),
+    "an Einsum with an ellipsis": (
+        f'{SCORES} p = Softmax <axis = -1> (s) y = Einsum <equation = "...qk,...kd->...qd"> (p, v)',
+        QKV,
+        "float[2,4,5,8] y",
+        None,
+    ),
+    "a softmax written out": (
+        f"{SCORES} e = Exp (s) last = Constant <value_ints = [-1]> () n = ReduceSum <keepdims = 1> (e, last) "
+        "p = Div (e, n) y = MatMul (p, v)",
+        QKV,
+        "float[2,4,5,8] y",
+        None,
+    ),
     "head mask": (
         f"{SCORES} p = Softmax <axis = -1> (s) m = Mul (p, h) y = MatMul (m, v)",
         f"{QKV}, float[2,4,1,1] h",
@@ -197,7 +210,25 @@ def test_attention_of_another_form_is_found(case: str) -> None:
     assert (site.queries, site.keys, site.depth, site.parts) == (5, 7, 8, 1)
 
 
+CUT = (
+    "zero = Constant <value_ints = [0]> () three = Constant <value_ints = [3]> () end = Constant <value_ints = [7]> () "
+)
+CUT += "last = Constant <value_ints = [-1]> ()"
 REFUSED = {
+    "pieces of one map": (
+        f"{SCORES} {CUT} p = Softmax <axis = -1> (s) a = Slice (p, zero, three, last) b = Slice (p, three, end, last) "
+        "y = MatMul (a, v) z = MatMul (b, w)",
+        "float[2,4,5,8] q, float[2,4,7,8] k, float[2,4,3,8] v, float[2,4,4,8] w",
+        "float[2,4,5,8] y, float[2,4,5,8] z",
+        "its map is cut into pieces that meet values of their own",
+    ),
+    "a map that is padded into bands": (
+        f"{SCORES} p = Softmax <axis = -1> (s) pads = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0, 3]> () "
+        "m = Pad (p, pads) y = MatMul (m, v)",
+        "float[2,4,5,8] q, float[2,4,7,8] k, float[2,4,10,8] v",
+        "float[2,4,5,8] y",
+        "its map is padded and cut into overlapping windows",
+    ),
     "float64": (
         f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)",
         QKV.replace("float", "double"),

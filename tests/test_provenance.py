@@ -164,3 +164,36 @@ def test_factors_multiply_to_the_axis(axis: int) -> None:
         assert isinstance(factor, Factor)
         size *= factor.size
     assert size == (8, 16, 3)[axis]
+
+
+def test_patches_tell_of_frames_beside_a_copied_class_token() -> None:
+    """TimeSformer: frames are folded into the batch, and the class token is copied for each of them."""
+    body = (
+        f"{ints('f', 8, 4, 12)} frames = Reshape (x, f) {ints('three', 2, 4, 1, 12)} {ints('one', 2, 1, 1, 12)} "
+        f"{ints('first', 0)} {ints('second', 1)} {ints('axis', 1)} c = Slice (x, first, second, axis) "
+        f"u = Reshape (c, one) e = Expand (u, three) {ints('g', 8, 1, 12)} t = Reshape (e, g) "
+        "y = Concat <axis = 1> (t, frames)"
+    )
+    assert found(sketch(body)) == [(2, B), (4, W)]
+
+
+def test_batches_one_after_the_other_are_parts_that_come_first() -> None:
+    assert found(sketch("a = Relu (x) y = Concat <axis = 0> (x, a)")) == [(2, W), (2, B)]
+
+
+def test_one_of_several_batches_is_the_samples() -> None:
+    body = f"a = Relu (x) c = Concat <axis = 0> (x, a) {ints('z', 0)} {ints('two', 2)} y = Slice (c, z, two, z)"
+    assert found(sketch(body)) == [(2, B)]
+
+
+def test_a_weight_that_is_cut_where_a_computation_says_is_a_weight() -> None:
+    cut = f"n = Shape (x) {ints('i', 2)} e = Gather (n, i) {ints('z', 0)} half = Slice (w, z, e, z)"
+    split = f"{ints('s', 2, 16, 4, 3)} a = Reshape (p, s) y = Transpose <perm = [2, 0, 1, 3]> (a)"
+    body = f"{cut} p = MatMul (x, half) {split}"
+    assert found(sketch(body)) == [(4, H)]
+
+
+def test_a_convolution_of_one_position_keeps_positions() -> None:
+    body = f"t = Transpose <perm = [0, 2, 1]> (x) {ints('s', 12, 12, 1)} k = Reshape (w, s) y = Conv (t, k)"
+    assert found(sketch(body), 1) == [(12, H)]
+    assert found(sketch(body), 2) == [(16, W)]

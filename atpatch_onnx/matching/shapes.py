@@ -41,7 +41,7 @@ def infer(model: ir.Model) -> Inferred:
     inferred = graph.infer_shapes(model, bare)
     known = {name: tuple(_own(size, symbols) for size in shape) for name, shape in inferred.items()}
     numbers = {symbol.name: symbol.first for symbol in symbols}
-    if (symbols and _incomplete(model, known)) or _unranked(model, known):
+    if _incomplete(model, known):
         first, second, symbols = _trials(bare, symbols)
         for name, shape in _compared(first.shapes, second.shapes, symbols).items():
             old = known.get(name, ())
@@ -141,12 +141,9 @@ def _own(size: Dim, symbols: _Symbols) -> Dim:
 
 
 def _incomplete(model: ir.Model, known: Mapping[str, tuple[Dim, ...]]) -> bool:
-    return any(None in known.get(value.name or "", (None,)) for node in model.graph for value in node.outputs)
-
-
-def _unranked(model: ir.Model, known: Mapping[str, tuple[Dim, ...]]) -> bool:
-    """Whether onnx's inference gave up on some value: runtimes' own operators, and what follows them."""
-    return any(value.name and value.name not in known for node in model.graph for value in node.outputs)
+    """Whether onnx's inference left some size open: at shape arithmetic, or at operators that a runtime brings."""
+    names = [value.name for node in model.graph for value in node.outputs if value.name]
+    return any(None in known.get(name, (None,)) for name in names)
 
 
 _ATTEMPTS = 8
@@ -164,7 +161,7 @@ def _trials(proto: onnx.ModelProto, symbols: _Symbols) -> tuple[sized_shapes.Tri
                 break
         else:
             break
-    second = sized_shapes.run(proto, {symbol.name: symbol.second for symbol in symbols})
+    second = sized_shapes.run(proto, {symbol.name: symbol.second for symbol in symbols}) if symbols else first
     return first, second, symbols
 
 
