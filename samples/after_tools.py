@@ -34,12 +34,12 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 import atpatch_onnx as atp
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.drawing import draw_detector, draw_inputs, draw_redistribution, feature_count
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import AtPatchError, BakeError, StripError
 from atpatch_onnx.metadata import is_patched
 from atpatch_onnx.patch import Features, Patch, SitePatch
 from atpatch_onnx.quantization import quantizer_settings
+from atpatch_onnx.rehearsal.drawing import draw_detector, draw_inputs, draw_redistribution, feature_count
 from atpatch_onnx.runtime import Session
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "tools.md"

@@ -16,10 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import atpatch_onnx as atp
 from atpatch_onnx import rehearsal, weave
-from atpatch_onnx.drawing import PAST, WAVE, draw_inputs
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.inspection import SiteValues
 from atpatch_onnx.rehearsal import rehearse
+from atpatch_onnx.rehearsal.base import run_base
+from atpatch_onnx.rehearsal.drawing import PAST, WAVE, draw_inputs
+from atpatch_onnx.rehearsal.mixing import mixing_outputs
 
 COVERAGE = Path(__file__).parent.parent / "samples" / "coverage.py"
 
@@ -47,7 +49,8 @@ def test_a_sound_net_passes(name):
     net = NETS[name]
     result = rehearse(net.model())
     assert result.passed, result.failures
-    assert (result.runs, result.reason, result.found, result.nonfinite) == (True, "", net.layers, ())
+    assert (result.runs, result.reason, result.found) == (True, "", net.layers)
+    assert (result.nonfinite, result.mixing) == ((), ())
     emissions = ["branchless"] if net.half else ["conditional", "branchless"]
     settings = [(emission, optimized) for emission in emissions for optimized in (False, True)]
     assert [(of.emission, of.optimized) for of in result.sites[:: net.layers]] == settings
@@ -149,7 +152,49 @@ def test_outputs_that_are_not_finite_are_named():
     assert result.passed
 
 
-def test_an_emission_that_disturbs_the_output(monkeypatch):
+def compared(net: Net) -> ir.Model:
+    """As CLIP does it: `similar` `[batch, batch]` compares every sample with every other, `hidden` does not."""
+    proto = net.proto()
+    proto.graph.node.append(helper.make_node("Transpose", ["pooled"], ["columns"], name="columns"))
+    proto.graph.node.append(helper.make_node("MatMul", ["pooled", "columns"], ["similar"], name="similar"))
+    proto.graph.output.append(helper.make_tensor_value_info("similar", TensorProto.FLOAT, (net.batch, net.batch)))
+    return ir.from_proto(proto)
+
+
+def test_outputs_that_mix_samples_are_named_and_left_out():
+    result = rehearse(compared(Net()))
+    assert result.passed, result.failures
+    assert result.mixing == ("similar",)
+    assert result.to_json()["mixing"] == ["similar"]
+    spared = [check.detail for check in result.checks if check.name.startswith("samples without a flag")]
+    assert spared == ["1 of 2 without a flag; similar left out, which mix samples"] * 4
+
+
+def test_without_the_exception_they_fail(monkeypatch):
+    monkeypatch.setattr(rehearsal, "mixing_outputs", lambda *_: ())
+    result = rehearse(compared(Net()))
+    assert failed(result) == {"samples without a flag"}
+    assert all(check.detail.endswith("changed in similar") for check in result.failures)
+
+
+def test_the_other_outputs_are_still_checked(monkeypatch):
+    disturb(monkeypatch)
+    result = rehearse(compared(Net()))
+    spared = [check for check in result.failures if check.name.startswith("samples without a flag")]
+    assert len(spared) == 4
+    assert all("changed in logits, hidden; similar left out" in check.detail for check in spared)
+
+
+@pytest.mark.parametrize("flagged", [[False, False], [True, True]])
+def test_with_all_or_no_samples_flagged_nothing_is_said_to_mix(flagged):
+    model = compared(Net())
+    runs = run_base(model, None, np.random.default_rng(0), 2, (True,), 1)
+    assert mixing_outputs(model, runs, np.array(flagged), 1) == ()
+    assert mixing_outputs(model, runs, np.array([True, False]), 1) == ("similar",)
+
+
+def disturb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every site's output is off by a little."""
     repair = weave.repair_output
 
     def disturbed(at, site, handles, repair_, emission):
@@ -162,6 +207,10 @@ def test_an_emission_that_disturbs_the_output(monkeypatch):
             node.replace_input_with(index, moved)
 
     monkeypatch.setattr(weave, "repair_output", disturbed)
+
+
+def test_an_emission_that_disturbs_the_output(monkeypatch):
+    disturb(monkeypatch)
     assert {"nothing fires", "samples without a flag"} <= failed(rehearse(Net().model()))
 
 

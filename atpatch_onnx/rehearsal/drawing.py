@@ -17,6 +17,9 @@ PAST = 5
 WAVE = 64
 """Points of a waveform for each of the tokens that it becomes, roughly, where its size is free."""
 
+NEVER = 3.0
+"""A threshold that no score exceeds: scores are differences of two cosines."""
+
 BETA = 0.5
 """Benign attention of a drawn patch: neither nothing nor the row's uniform share."""
 
