@@ -454,6 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"the document whose tables are written, as {DOCUMENT.name}")
     parser.add_argument("--fast", action="store_true", help="two exports only")
     options = parser.parse_args(arguments)
+    document = options.out.read_text() if options.out else ""  # before the work: it may not be there
     for name in ("onnx_ir", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)  # they tell of every constant that they do not fold
     found: list[Finding] = []
@@ -472,7 +473,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = "\n".join((f"{len(names)} graphs: {', '.join(names)}.", "", *rows(found)))
     print(text)
     if options.out:
-        document = options.out.read_text()
         start, end = document.index(BEGIN) + len(BEGIN), document.index(END)
         options.out.write_text(f"{document[:start]}\n{text}\n{document[end:]}")
     return 0 if all(finding.sound for finding in found) else 1

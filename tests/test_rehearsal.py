@@ -402,7 +402,8 @@ def test_a_graph_that_takes_too_long_does_not_end_the_run(corpus, tmp_path):
     assert "`dense.a.onnx`: not done after 0.01 s" in written
 
 
-def test_a_softmax_with_two_products_explains_itself():
+def test_a_softmax_with_two_products_explains_itself(monkeypatch):
+    monkeypatch.syspath_prepend(COVERAGE.parent)
     coverage = runpy.run_path(str(COVERAGE))
     sites = ({"map": "P", "product": "one"}, {"map": "P", "product": "two"}, {"map": "Q", "product": "three"})
     graph = coverage["Graph"]("net.a.onnx", "", sites)
