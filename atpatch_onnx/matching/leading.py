@@ -31,8 +31,11 @@ class Leading:
 
 def name_leading(axes: Sequence[Axis], view: View) -> Leading | str:
     """The letters of a map's leading axes, or why they cannot be told."""
-    found = _without_repeats([_factors(axis, view) for axis in axes], view)
-    unseen = all(factor.source is not Source.SAMPLES for factors in found for factor in factors or ())
+    traced: list[tuple[Factor, ...] | None] = []
+    for axis in axes:
+        traced.append(_factors(axis, view, known=any(_has(Source.SAMPLES, before) for before in traced)))
+    found = _without_repeats(traced, view)
+    unseen = not any(_has(Source.SAMPLES, of_axis) for of_axis in found)
     if axes and unseen and axes[0].size in view.batches:  # lost on the way, and as many as the samples
         found[0] = None
     if None in found:
@@ -60,16 +63,27 @@ def name_leading(axes: Sequence[Axis], view: View) -> Leading | str:
     return Leading(tuple(named), _symbolic_heads(axes, named, heads), parts)
 
 
-def _factors(axis: Axis, view: View) -> tuple[Factor, ...] | None:
-    """The first trace without parts, if there is one: a cache of keys and values is an input, its heads unmarked."""
+def _has(source: Source, traced: Sequence[Factor] | None) -> bool:
+    return any(factor.source is source for factor in traced or ())
+
+
+def _factors(axis: Axis, view: View, *, known: bool) -> tuple[Factor, ...] | None:
+    """The first trace without parts, if there is one: a cache of keys and values is an input, its heads unmarked.
+
+    Where the samples are `known` to be another axis, a trace that names them is a mask's, whose first axis it is.
+    """
     found = [traced for value, index in axis.traces if (traced := factors(value, index, view)) is not None]
-    plain = [traced for traced in found if all(factor.source is not Source.PARTS for factor in traced)]
-    return next(iter(plain or found), None)
+    others = [traced for traced in found if not (known and _has(Source.SAMPLES, traced))] or found
+    plain = [traced for traced in others if not _has(Source.PARTS, traced)]
+    return next(iter(plain or others), None)
 
 
 def _without_repeats(found: Sequence[tuple[Factor, ...] | None], view: View) -> list[tuple[Factor, ...] | None]:
-    """Copies are samples where nothing else is, and as many as these; behind heads they are heads that share keys."""
-    unseen = all(factor.source is not Source.SAMPLES for of_axis in found for factor in of_axis or ())
+    """Copies are samples where nothing else is, and as many as these; else they are heads that share keys and values.
+
+    What is copied for each head is a head itself, also where keys and values are inputs of the model.
+    """
+    unseen = not any(_has(Source.SAMPLES, of_axis) for of_axis in found)
     result: list[tuple[Factor, ...] | None] = []
     for of_axis in found:
         named: list[Factor] = []
@@ -78,6 +92,8 @@ def _without_repeats(found: Sequence[tuple[Factor, ...] | None], view: View) -> 
             if source is Source.REPEATS:
                 source = Source.SAMPLES if unseen and not named and size == view.samples else Source.HEADS
                 unseen = unseen and source is not Source.SAMPLES
+                if source is Source.HEADS and [part.source for part in named] == [Source.PARTS]:
+                    size *= named.pop().size
             if named and named[-1].source is source:
                 size *= named.pop().size
             named.append(Factor(size, source))
