@@ -1,7 +1,7 @@
 """Matching and patching beside other tools: optimizers and a quantizer; writes the tables of docs/tools.md.
 
-    python samples/after_tools.py                       # fresh exports of tiny models
-    python samples/after_tools.py --graphs DIR          # every .onnx file of a folder instead
+    python -m samples.after_tools                       # fresh exports of tiny models
+    python -m samples.after_tools --graphs DIR          # every .onnx file of a folder instead
 
 Each tool treats each graph twice: before it is patched (are the same sites found, does the same patch raise the same
 flags?) and after (does the patched graph raise the same flags, and do inputs without a flag keep the outputs of the
@@ -43,7 +43,7 @@ from atpatch_onnx.rehearsal.drawing import draw_detector, draw_inputs, draw_redi
 from atpatch_onnx.runtime import Session
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "tools.md"
-BEGIN, END = "<!-- written by samples/after_tools.py -->", "<!-- end -->"
+BEGIN, END = "<!-- written by samples.after_tools -->", "<!-- end -->"
 
 INPUTS = 6
 """How many inputs each graph is run on."""
@@ -71,7 +71,8 @@ def optimized_by_onnxruntime(level: str) -> "Treatment":
 
 def optimized_by_onnxscript(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Functions inlined, constants folded, onnxscript's rewrite rules applied, initializers deduplicated."""
-    return onnxscript.optimizer.optimize(proto)
+    optimized: onnx.ModelProto = onnxscript.optimizer.optimize(proto)
+    return optimized
 
 
 def cleaned_by_onnx_ir(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -92,7 +93,8 @@ def cleaned_by_onnx_ir(proto: onnx.ModelProto) -> onnx.ModelProto:
 def slimmed(proto: onnx.ModelProto) -> onnx.ModelProto:
     """What onnxslim does by default."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return onnxslim.slim(proto)
+        slim: onnx.ModelProto = onnxslim.slim(proto)
+    return slim
 
 
 def quantized(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -173,6 +175,7 @@ def fresh_exports(fast: bool) -> Iterator[tuple[str, ir.Model]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(module, (), kwargs=inputs, dynamo=True, opset_version=opset, verbose=False)
+        assert program is not None  # it is None only where a path is given
         yield f"{name}, {way}", ir.from_proto(program.model_proto)
 
 
@@ -229,6 +232,7 @@ class Case:
         gaps = np.diff(scores)
         gap = int(gaps.argmax())
         threshold = float(np.float32((scores[gap] + scores[gap + 1]) / 2))
+        assert entries[0].detector is not None
         first = replace(entries[0], detector=replace(entries[0].detector, threshold=threshold))
         patch = replace(patch, sites=(first, *entries[1:]))
         return cls(name, model, found, inputs, patch, run(patched(model, patch), inputs))

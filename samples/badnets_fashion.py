@@ -1,7 +1,7 @@
 """BadNets on Fashion-MNIST: train a backdoored ViT, fix its .onnx, and measure the fix on the 10,000 test images.
 
     apt-get install dataset-fashion-mnist          # or --data DIR with the four idx files
-    python samples/badnets_fashion.py --out out/fashion
+    python -m samples.badnets_fashion --out out/fashion
 
 5,000 of the 60,000 training images are kept from the training: they are the debug data, in which the fit finds
 everything it needs. `--fast` trains on fewer images for fewer epochs and measures on 2,000: weaker figures, sooner.
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from idx import DEBIAN, Images, load_fashion
 from rich.console import Console
 
 import atpatch_onnx as atp
@@ -26,6 +25,7 @@ from atpatch_onnx.demo.walk import WalkResult, walk
 from atpatch_onnx.errors import AtPatchError
 from atpatch_onnx.report import text
 from atpatch_onnx.runtime import Progress
+from samples.idx import DEBIAN, Images, load_fashion
 
 TARGET = 0
 TRIGGER = Trigger(row=25, column=25, size=3)

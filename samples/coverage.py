@@ -1,6 +1,6 @@
 """What is found and patched in a corpus of exported graphs: writes docs/coverage.md.
 
-    python samples/coverage.py --corpus DIR --expected DIR/expected.json
+    python -m samples.coverage --corpus DIR --expected DIR/expected.json
 
 `DIR` holds graphs `<architecture>.<way>.onnx`, or `graphs.tar.xz` and the `load.py` that unpacks it. `expected.json`
 says of each how many attentions it holds (`softmax_sites` and `fused_sites`) and how many other softmaxes; without it,
@@ -26,12 +26,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coverage_page import CHOICES, Expected, document, gap
 from rich.console import Console
 
 import atpatch_onnx as atp
 from atpatch_onnx.cli import progress_bars
 from atpatch_onnx.matching.rules import label
+from samples.coverage_page import CHOICES, Expected, document, gap
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 300
@@ -166,8 +166,10 @@ class Worker:
 
     def _started(self) -> "subprocess.Popen[str]":
         if self._process is None:
-            command = [sys.executable, __file__, "--worker"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            command = [sys.executable, "-m", "samples.coverage", "--worker"]
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
         return self._process
 
 
@@ -271,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = one_way_each(paths) if options.fast else paths
         graphs = examine_all(chosen, options.json, options.jobs, options.seconds, report)
     expected = Expected.read(options.expected)
-    command = "python samples/coverage.py --corpus DIR" + (" --expected DIR/expected.json" if expected.graphs else "")
+    command = "python -m samples.coverage --corpus DIR" + (" --expected DIR/expected.json" if expected.graphs else "")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(document(graphs, expected, command + (" --fast" if options.fast else "")))
     outcomes = Counter(graph.outcome for graph in graphs)

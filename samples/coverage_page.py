@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coverage import Graph
+    from samples.coverage import Graph
 
 CHOICES = {
     "RandomNormalLike": "draws anew at every run",

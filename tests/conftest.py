@@ -1,4 +1,4 @@
-"""What all tests share: the helper modules in this folder can be imported, and hypothesis draws the same everywhere."""
+"""What all tests share: helper modules and samples can be imported, and hypothesis draws the same everywhere."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode leaves it alone
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # pytest's importlib mode leaves it alone
 
 settings.register_profile("steady", deadline=None, derandomize=True)  # however busy the machine
 settings.load_profile("steady")

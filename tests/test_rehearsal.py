@@ -1,7 +1,6 @@
 """Rehearsals: sound nets pass, and whatever is wrong with a net, its patch or the arithmetic is named."""
 
 import json
-import runpy
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -22,8 +21,9 @@ from atpatch_onnx.rehearsal import rehearse
 from atpatch_onnx.rehearsal.base import run_base
 from atpatch_onnx.rehearsal.drawing import PAST, WAVE, draw_inputs
 from atpatch_onnx.rehearsal.mixing import mixing_outputs
+from samples import coverage
 
-COVERAGE = Path(__file__).parent.parent / "samples" / "coverage.py"
+ROOT = Path(__file__).parent.parent
 
 NETS = {
     "softmax": Net(),
@@ -365,8 +365,9 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def cover(corpus: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(COVERAGE), "--corpus", str(corpus), "--expected", str(corpus / "expected.json")]
-    return subprocess.run([*command, "--out", str(out), *options], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "samples.coverage", "--corpus", str(corpus)]
+    command += ["--expected", str(corpus / "expected.json"), "--out", str(out), *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
@@ -402,13 +403,11 @@ def test_a_graph_that_takes_too_long_does_not_end_the_run(corpus, tmp_path):
     assert "`dense.a.onnx`: not done after 0.01 s" in written
 
 
-def test_a_softmax_with_two_products_explains_itself(monkeypatch):
-    monkeypatch.syspath_prepend(COVERAGE.parent)
-    coverage = runpy.run_path(str(COVERAGE))
+def test_a_softmax_with_two_products_explains_itself():
     sites = ({"map": "P", "product": "one"}, {"map": "P", "product": "two"}, {"map": "Q", "product": "three"})
-    graph = coverage["Graph"]("net.a.onnx", "", sites)
+    graph = coverage.Graph("net.a.onnx", "", sites)
     counts = {"softmax_sites": 2, "fused_sites": 0, "softmax_not_attention": 0}
-    expected = coverage["Expected"]({"net.a.onnx": counts}, {})
-    reason = coverage["gap"](graph, expected)
+    expected = coverage.Expected({"net.a.onnx": counts}, {})
+    reason = coverage.gap(graph, expected)
     assert "`one`, `two`" in reason
     assert "not explained" not in reason

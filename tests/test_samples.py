@@ -81,8 +81,8 @@ def test_the_demo_shows_what_it_promises(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_the_fashion_sample(tmp_path):
-    command = [sys.executable, str(ROOT / "samples" / "badnets_fashion.py"), "--fast", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "samples.badnets_fashion", "--fast", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["asr_base"] >= 0.95

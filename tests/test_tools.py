@@ -1,10 +1,7 @@
 """Beside other tools: what they leave of a base is matched, and what they leave of a patched graph does the same."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,21 +18,9 @@ from atpatch_onnx.errors import BakeError
 from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.matching import explain
 from atpatch_onnx.quantization import quantizer_settings
+from samples import after_tools
 
 ROOT = Path(__file__).parent.parent
-
-
-def sample() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("after_tools", ROOT / "samples" / "after_tools.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-after_tools = sample()
 
 NETS = {"decomposed": Net(batch=2, tokens=6), "Attention": Net(batch=2, tokens=6, opset=23, form="attention")}
 

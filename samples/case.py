@@ -1,0 +1,115 @@
+"""One case of a task: a base with something wrong in it, its pairs, and what our fix makes of it."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import atpatch_onnx as atp
+from atpatch_onnx.evaluate import Evaluation
+from atpatch_onnx.graph import to_bytes
+from atpatch_onnx.runtime import Progress, silent
+from atpatch_onnx.verify import Verification
+
+VERIFIED = 500
+"""Pairs that are verified at most: each is run six times a side, and compared with the reference at every site."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """What a task hands over."""
+
+    name: str
+    """Such as `vit/badnets-fixed`."""
+
+    seed: int
+    base: Path
+    """The base, an `.onnx` file."""
+
+    debug: atp.DebugSet
+    """Pairs for the fit, of inputs that the training did not see."""
+
+    unseen: atp.DebugSet
+    """Pairs with labels that neither the training nor the fit saw."""
+
+    options: atp.FitOptions
+    """Of the fit."""
+
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Figures of the training: poisoning rate, accuracy of the unpoisoned twin (`accuracy_twin`), seconds, ..."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What came of a case."""
+
+    case: Case
+    patch: atp.Patch
+    evaluation: Evaluation
+    verification: Verification
+    strip_identical: bool
+    seconds: Mapping[str, float]
+    """Of `fit`, `bake`, `verify` and `evaluate`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain JSON types."""
+        return {
+            "case": self.case.name,
+            "seed": self.case.seed,
+            "training": dict(self.case.training),
+            "evaluation": self.evaluation.to_json(),
+            "verified": self.verification.passed,
+            "strip_identical": self.strip_identical,
+            "fit": dict(self.patch.figures),
+            "seconds": dict(self.seconds),
+        }
+
+
+def measure(case: Case, folder: Path, *, force: bool = False, progress: Progress = silent) -> Measured:
+    """Fit, bake, strip, verify and evaluate; leaves `fix.safetensors` and `patched.onnx` in `folder`.
+
+    Args:
+        case: The base and its pairs.
+        folder: Made if it is not there.
+        force: Go on with a patch that misses the goal of its fit.
+        progress: Told of all long work.
+
+    Raises:
+        TargetMissedError: The fit does not reach its goal, and `force` is not set.
+        VerificationError: The patched model differs from the base where it must not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = _Clock()
+    base = atp.load(case.base)
+    options = replace(case.options, force=case.options.force or force)
+    with clock("fit"):
+        patch = atp.fit(base, case.debug, options, progress=progress)
+    patch.save(folder / "fix.safetensors")
+    with clock("bake"):
+        atp.save(atp.bake(base, atp.Patch.load(folder / "fix.safetensors")), folder / "patched.onnx")
+    patched = atp.load(folder / "patched.onnx")
+    with clock("verify"):
+        verification = atp.verify(
+            base, patched, case.unseen.take(range(min(len(case.unseen), VERIFIED))), progress=progress
+        )
+    verification.raise_if_failed()
+    with clock("evaluate"):
+        evaluation = atp.evaluate(base, patched, case.unseen, progress=progress)
+    stripped = atp.strip(patched)
+    identical = atp.fingerprint(base) == atp.fingerprint(stripped) and to_bytes(base) == to_bytes(stripped)
+    return Measured(case, patch, evaluation, verification, identical, clock.seconds)
+
+
+class _Clock:
+    """How long each stage took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[stage] = round(time.monotonic() - started, 1)
