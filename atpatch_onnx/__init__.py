@@ -10,7 +10,7 @@
     atp.verify("model.onnx", "patched.onnx", debug).raise_if_failed()
 
 Each verb is a function here and a module of the same name: `atpatch_onnx.fit` is the function, and
-`from atpatch_onnx.fit import FitOptions` reads from the module. A module is imported when a name of it is first used:
+`from atpatch_onnx.evaluate import Curve` reads from the module. A module is imported when a name of it is first used:
 listing a model's sites takes neither onnxscript nor onnxruntime, which together take longer to import than it does.
 """
 
@@ -25,10 +25,11 @@ if typing.TYPE_CHECKING:
     from atpatch_onnx.emission import Emission
     from atpatch_onnx.errors import AtPatchError
     from atpatch_onnx.evaluate import Evaluation, evaluate
-    from atpatch_onnx.fit import FitOptions, fit
+    from atpatch_onnx.fit import fit
     from atpatch_onnx.goal import Goal, Outcome
     from atpatch_onnx.graph import fingerprint, load, save
     from atpatch_onnx.matching import explain, find_sites
+    from atpatch_onnx.options import FitOptions
     from atpatch_onnx.patch import Patch
     from atpatch_onnx.quantization import quantizer_settings
     from atpatch_onnx.rehearsal import Rehearsal, rehearse
@@ -74,7 +75,7 @@ _HOMES = {
     "DebugSet": "debugset",
     "Emission": "emission",
     "Evaluation": "evaluate",
-    "FitOptions": "fit",
+    "FitOptions": "options",
     "Goal": "goal",
     "Matches": "sites",
     "NearMiss": "sites",

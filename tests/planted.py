@@ -15,7 +15,8 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.fit import FitOptions, fit
+from atpatch_onnx.fit import fit
+from atpatch_onnx.options import FitOptions
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.training import Training
 

@@ -10,15 +10,17 @@ from models import run, same_bits
 from planted import QUICK, Planted, fitted
 
 from atpatch_onnx import fit as fitting_function
-from atpatch_onnx import runtime
+from atpatch_onnx import preparation, runtime
 from atpatch_onnx.bake import bake
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError, RunError, TargetMissedError
-from atpatch_onnx.fit import BETAS, FitOptions, Search, fit
+from atpatch_onnx.fit import fit
 from atpatch_onnx.goal import Goal
 from atpatch_onnx.graph import fingerprint
 from atpatch_onnx.matching import find_sites
+from atpatch_onnx.options import BETAS, FitOptions
 from atpatch_onnx.patch import Features, Patch
+from atpatch_onnx.search import Search
 from atpatch_onnx.trial import Setting, Trial
 
 TRUTHS = {
@@ -399,16 +401,13 @@ def test_unknown_sites(sites):
 
 def test_sites_of_two_token_axes_are_refused(monkeypatch):
     """Flags are carried along one token axis: sites of another would silently be left out."""
-    import sys
-
-    module = sys.modules["atpatch_onnx.fit"]
     names = Planted().sites
 
     def other_axis(model):
         first, *others = find_sites(model)
         return (first, *(replace(site, token_axis="elsewhere") for site in others))
 
-    monkeypatch.setattr(module, "find_sites", other_axis)
+    monkeypatch.setattr(preparation, "find_sites", other_axis)
     with pytest.raises(FitError, match="sites of one token axis") as raised:
         fit(Planted().model(), Planted().debug(), FitOptions(sites=names[:2]))
     assert "elsewhere" in raised.value.found

@@ -1,0 +1,51 @@
+"""How a patch is fitted: settings only."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from atpatch_onnx.errors import FitError
+from atpatch_onnx.goal import Goal
+from atpatch_onnx.patch import Features
+from atpatch_onnx.training import Training
+
+BETAS = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03, 0.0)
+"""Benign attention is the first of these, the largest, that meets the goal."""
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a patch is fitted."""
+
+    goal: Goal = field(default_factory=Goal)
+    training: Training = field(default_factory=Training)
+
+    value: Literal["neutral", "own"] = "neutral"
+    """What a flagged token hands over: the site's mean value, or its own as in the paper."""
+
+    betas: tuple[float, ...] = BETAS
+    """Benign attention to try, from the largest."""
+
+    features: Features | None = None
+    """What detectors read; None: whole columns where the map's size is fixed and unmasked, else summaries."""
+
+    sites: tuple[str, ...] | None = None
+    """Names of the candidate sites; None: all on the token axis of the first."""
+
+    output: str | None = None
+    """Output that predictions are read from; None: the first float output `[batch, classes]`."""
+
+    batch_size: int = 32
+    seed: int = 0
+
+    force: bool = False
+    """Write a patch that misses its goal, marked as such."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("value", self.value in ("neutral", "own"), "'neutral' or 'own'"),
+            ("betas", bool(self.betas) and all(0 <= beta <= 1 for beta in self.betas), "numbers from 0 to 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+        )
+        for name, holds, expected in checks:
+            if not holds:
+                found = repr(getattr(self, name))
+                raise FitError(f"option {name}", expected=expected, found=found, advice="Choose an allowed value.")
