@@ -9,9 +9,6 @@ every batch. We differ from AtPatch (arXiv 2601.21695) in what decides: the diff
 prototypes, so that one threshold, calibrated later, means the same at every site.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,18 +17,8 @@ from torch.nn import functional
 from atpatch_onnx.collect import Columns
 from atpatch_onnx.errors import FitError
 from atpatch_onnx.patch import Array, Detector
+from atpatch_onnx.threads import one_thread
 from atpatch_onnx.training import Training
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Tensors this small are faster on one thread, and their sums do not depend on how many cores there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @one_thread()

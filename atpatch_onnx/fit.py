@@ -20,6 +20,7 @@ from atpatch_onnx.patch import Detector, Patch, Redistribution, SitePatch
 from atpatch_onnx.preparation import Prepared, prepare
 from atpatch_onnx.probe import choose_features
 from atpatch_onnx.runtime import Progress, silent
+from atpatch_onnx.scored import ScoredPart
 from atpatch_onnx.search import Calibration, Found, Search
 from atpatch_onnx.sites import AttentionSite
 from atpatch_onnx.trial import Trial
@@ -60,8 +61,11 @@ def fit(
         entries.append((column.site, _site_patch(column, train_detector(column, training), options)))
         progress("training detectors", number, len(columns))
     trial = Trial(model, entries, prepared.output)
-    calibration = Calibration.of(trial, parts.calibration, options, progress)
-    search = Search(trial, calibration, parts.validation, options, progress)
+    run = {"batch_size": options.batch_size, "progress": progress}
+    to_calibrate = ScoredPart(trial, parts.calibration, stage="calibrating", **run)  # type: ignore[arg-type]
+    calibration = Calibration.of(to_calibrate, options.goal.clean_flag_rate)
+    to_validate = ScoredPart(trial, parts.validation, stage="validating", **run)  # type: ignore[arg-type]
+    search = Search(to_validate, calibration, options, progress)
     found = search.run()
     return _patch(model, prepared, entries, calibration, search, found, options)
 

@@ -26,8 +26,8 @@ class Setting:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     """Of the detecting sites, by name."""
 
-    betas: Mapping[str, float] = field(default_factory=dict)
-    """Benign attention of the redistributing sites, by name."""
+    betas: Mapping[str, float | Array] = field(default_factory=dict)
+    """Benign attention of the redistributing sites, by name: a number, or a profile `[heads, queries, 1]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +37,13 @@ class TrialResult:
     logits: Array
     """`[samples, classes]`."""
 
-    flags: NDArray[np.bool_]
-    """`[samples, keys]`: the columns flagged at any site."""
-
     margins: Mapping[str, Array]
     """`[samples, keys]` by site: score minus threshold; `-inf` where the site does not detect."""
+
+    @property
+    def flags(self) -> NDArray[np.bool_]:
+        """`[samples, keys]`: the columns flagged at any site."""
+        return np.any([margin > 0 for margin in self.margins.values()], axis=0)
 
 
 class Trial:
@@ -51,19 +53,27 @@ class Trial:
         model: The base.
         entries: Every candidate site with its detector and redistribution, in graph order, on one token axis.
         output: Name of the output that predictions are read from.
+        instead: Functions that stand in for those of ours with the same name: an arithmetic to compare with.
     """
 
-    def __init__(self, model: ir.Model, entries: Sequence[tuple[AttentionSite, SitePatch]], output: str) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        entries: Sequence[tuple[AttentionSite, SitePatch]],
+        output: str,
+        *,
+        instead: Sequence[ir.Function] = (),
+    ) -> None:
         trial = graphs.copy(model)
         woven = weave(trial, entries, Emission.CONDITIONAL, _inputs)
         end = Insertion(trial.graph, "trial")
-        self._flags = _output(trial, end, woven[-1].flags, "flags", ir.DataType.BOOL)
         self._margins = {
-            step.site.name: _output(trial, end, step.margin, f"{step.site.name}/margin", ir.DataType.FLOAT)
+            step.site.name: _output(trial, end, step.margin, f"{step.site.name}/margin")
             for step in woven
             if step.margin is not None
         }
         import_functions(trial)
+        trial.functions.update({function.identifier(): function for function in instead})
         self._logits = output
         self._sites = [site.name for site, _ in entries]
         self._session = Session(trial)
@@ -81,18 +91,18 @@ class Trial:
         constants: dict[str, Array] = {}
         for name in self._sites:
             constants[_name(name, "threshold")] = np.array([setting.thresholds.get(name, np.inf)], np.float32)
-            constants[_name(name, "beta")] = np.full((1, 1, 1), setting.betas.get(name, 1.0), np.float32)
+            constants[_name(name, "beta")] = np.array(setting.betas.get(name, 1.0), np.float32, ndmin=3)
             constants[_name(name, "switch")] = np.array([name in setting.betas])
         outputs = self._session.collect(
             inputs,
-            [self._logits, self._flags, *self._margins.values()],
+            [self._logits, *self._margins.values()],
             batch_size=batch_size,
             constants=constants,
             progress=progress,
             stage=stage,
         )
         margins = {site: outputs[name] for site, name in self._margins.items()}
-        return TrialResult(outputs[self._logits], outputs[self._flags], margins)
+        return TrialResult(outputs[self._logits], margins)
 
     def scores(
         self, inputs: Mapping[str, Array], *, batch_size: int = 32, progress: Progress = silent, stage: str = "scoring"
@@ -109,21 +119,21 @@ def _name(site: str, control: str) -> str:
 def _inputs(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls:
     """Thresholds, benign attention and switches as inputs of the graph."""
 
-    def control(name: str, dtype: ir.DataType, shape: list[int]) -> ir.Value:
+    def control(name: str, dtype: ir.DataType, shape: list[int | None]) -> ir.Value:
         value = ir.Value(name=_name(site.name, name), shape=ir.Shape(shape), type=ir.TensorType(dtype))
         at.graph.inputs.append(value)
         return value
 
     return Controls(
         threshold=control("threshold", ir.DataType.FLOAT, [1]),
-        beta=control("beta", ir.DataType.FLOAT, [1, 1, 1]),
+        beta=control("beta", ir.DataType.FLOAT, [None, None, 1]),
         switch=control("switch", ir.DataType.BOOL, [1]),
     )
 
 
-def _output(model: ir.Model, end: Insertion, value: ir.Value, name: str, dtype: ir.DataType) -> str:
+def _output(model: ir.Model, end: Insertion, value: ir.Value, name: str) -> str:
     result = end.op("Identity", value, name=name)
-    result.dtype = dtype
+    result.dtype = ir.DataType.FLOAT
     model.graph.outputs.append(result)
     assert result.name is not None
     return result.name

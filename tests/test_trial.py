@@ -3,13 +3,15 @@
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from models import draw_site_patch, same_bits
 from planted import Planted
 
 from atpatch_onnx.bake import bake
 from atpatch_onnx.emission import Emission
-from atpatch_onnx.graph import fingerprint
+from atpatch_onnx.functions import local_functions
+from atpatch_onnx.graph import fingerprint, opset_version
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.runtime import Session
@@ -118,3 +120,40 @@ def test_flags_are_carried_to_later_sites_only(case):
     changed = (after.logits != base).any(axis=1)
     assert changed.any()
     assert not (changed & ~after.flags.any(axis=1)).any()
+
+
+def test_benign_attention_may_be_a_profile(case):
+    """A profile of one number everywhere is that number; another profile does something else."""
+    _, entries, trial, inputs = case
+    site = entries[0][0]
+    thresholds = {site.name: some_threshold(trial.scores(inputs).margins[site.name])}
+    even = np.full((site.heads, site.queries if isinstance(site.queries, int) else 1, 1), 0.5, np.float32)
+    tilted = even.copy()
+    tilted[0] = 0.0
+    uniform, as_profile, other = (
+        trial.run(inputs, Setting(thresholds, {site.name: beta})).logits for beta in (0.5, even, tilted)
+    )
+    assert same_bits(uniform, as_profile)
+    assert not np.array_equal(uniform, other)
+
+
+def test_another_arithmetic_may_stand_in(case):
+    """`instead` exchanges a function: with the identity for the map and the values, flagged inputs are the base's."""
+    model, entries, trial, inputs = case
+    name = entries[0][0].name
+    setting = Setting({name: some_threshold(trial.scores(inputs).margins[name])}, {name: 0.0})
+    functions = local_functions(opset_version(model))
+    unchanged = [untouched(functions[function]) for function in ("RedistributedMap", "NeutralValues")]
+    idle = Trial(model, entries, "logits", instead=unchanged).run(inputs, setting)
+    base = Session(model).collect(inputs)["logits"]
+    assert idle.flags.any()
+    np.testing.assert_allclose(idle.logits, base, atol=1e-5)  # the product is summed in another order
+    assert np.abs(trial.run(inputs, setting).logits - base).max() > 1e-3
+
+
+def untouched(function: ir.Function) -> ir.Function:
+    """A function of the same name and inputs that hands its first input on."""
+    inputs = [ir.Value(name=value.name) for value in function.inputs]
+    node = ir.node("Identity", inputs[:1])
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports=function.opset_imports)
+    return ir.Function(function.domain, function.name, graph=graph, attributes=[])
