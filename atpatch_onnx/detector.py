@@ -9,6 +9,9 @@ every batch. We differ from AtPatch (arXiv 2601.21695) in what decides: the diff
 prototypes, so that one threshold, calibrated later, means the same at every site.
 """
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -21,9 +24,46 @@ from atpatch_onnx.threads import one_thread
 from atpatch_onnx.training import Training
 
 
+class Head(Protocol):
+    """What is asked of embeddings while training, and the prototypes that come of it."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained besides the encoder."""
+
+    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Of unit-norm embeddings `[rows, embedding]` and labels `[rows]`, 1 for anomalous."""
+
+    def prototypes(self, benign: Tensor, anomalous: Tensor) -> Tensor:
+        """Unit-norm `[2, embedding]`, benign and anomalous, from the embeddings of all columns of either class."""
+
+
+@dataclass(frozen=True)
+class ContrastiveHead:
+    """The supervised contrastive loss; a prototype is the mean embedding of its class."""
+
+    temperature: float
+
+    def parameters(self) -> list[nn.Parameter]:
+        """None."""
+        return []
+
+    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """See `contrastive_loss`."""
+        return contrastive_loss(embeddings, labels, self.temperature)
+
+    def prototypes(self, benign: Tensor, anomalous: Tensor) -> Tensor:
+        """Mean embeddings, normalised."""
+        return functional.normalize(torch.stack([benign.mean(dim=0), anomalous.mean(dim=0)]), dim=1)
+
+
 @one_thread()
-def train_detector(columns: Columns, training: Training) -> Detector:
+def train_detector(columns: Columns, training: Training, head: Head | None = None) -> Detector:
     """A detector for one site, its threshold still zero. The same columns and training give the same bits.
+
+    Args:
+        columns: What was collected at the site.
+        training: How.
+        head: The loss; None: contrastive, at the training's temperature.
 
     Raises:
         FitError: There are no anomalous or no benign columns to learn from.
@@ -52,7 +92,9 @@ def train_detector(columns: Columns, training: Training) -> Detector:
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(layer.bias)
     encoder = nn.Sequential(first, nn.ReLU(), last)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    head = head or ContrastiveHead(training.temperature)
+    trained = [*encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
     counts = [training.batch * share // sum(shares) for share in shares]
     labels = torch.cat([torch.full((count,), int(index == 0)) for index, count in enumerate(counts)])
@@ -63,14 +105,14 @@ def train_detector(columns: Columns, training: Training) -> Detector:
         ]
         batch = torch.cat(rows)
         batch = batch + training.noise * torch.randn(batch.shape, generator=generator)
-        loss = contrastive_loss(functional.normalize(encoder(batch), dim=1), labels, training.temperature)
+        loss = head.loss(_embedded(encoder, batch), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 
     with torch.no_grad():
-        prototypes = torch.stack([_prototype(encoder, torch.cat(groups[1:])), _prototype(encoder, groups[0])])
+        prototypes = head.prototypes(_embedded(encoder, torch.cat(groups[1:])), _embedded(encoder, groups[0]))
     return Detector(
         features=columns.features,
         mean=mean[:, None],
@@ -100,8 +142,8 @@ def contrastive_loss(embeddings: Tensor, labels: Tensor, temperature: float) -> 
     return -per_anchor.mean()
 
 
-def _prototype(encoder: nn.Sequential, rows: Tensor) -> Tensor:
-    return functional.normalize(functional.normalize(encoder(rows), dim=1).mean(dim=0), dim=0)
+def _embedded(encoder: nn.Sequential, rows: Tensor) -> Tensor:
+    return functional.normalize(encoder(rows), dim=1)
 
 
 def _array(tensor: Tensor) -> Array:

@@ -22,14 +22,19 @@ class Rate:
     @classmethod
     def of(cls, hits: NDArray[np.bool_]) -> "Rate":
         """The share of true entries; zero, with the widest interval, where there are none."""
-        count, z = int(hits.size), 1.959963984540054
-        if count == 0:
-            return cls(0.0, 0.0, 1.0, 0)
-        share = float(hits.mean())
-        centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-        half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-        # At the ends the interval reaches the end; rounding must not leave the share outside its own interval.
-        return cls(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), count)
+        count, share = int(hits.size), float(hits.mean()) if hits.size else 0.0
+        return cls(share, *wilson(int(hits.sum()), count), count)
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of the share `hits / count`; everything where there is nothing to count."""
+    if count == 0:
+        return 0.0, 1.0
+    share, z = hits / count, 1.959963984540054
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    # At the ends the interval reaches the end; rounding must not leave the share outside its own interval.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
 
 
 def attack_success(triggered: Classes, labels: Classes, target: int) -> Rate:

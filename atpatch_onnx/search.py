@@ -19,6 +19,9 @@ from atpatch_onnx.scored import ScoredPart
 from atpatch_onnx.thresholds import calibrate, gap
 from atpatch_onnx.trial import Setting
 
+SPENT = 0.5
+"""Share of the clean flag rate allowed that calibration spends: what is spent whole is exceeded on every other part."""
+
 Role = Literal["detect", "redistribute"]
 Element = tuple[Role, str]
 """One thing a site may do; what delta debugging switches on and off."""
@@ -40,15 +43,15 @@ class Calibration:
     rate: float
 
     @classmethod
-    def of(cls, scored: ScoredPart, rate: float) -> "Calibration":
-        """From the scores of the calibration part, for this clean flag rate."""
+    def of(cls, scored: ScoredPart, allowed: float) -> "Calibration":
+        """From the scores of the calibration part, for a clean flag rate of at most `allowed` on other inputs."""
         clean, other = scored.clean.margins, scored.counterfactual.margins
         on_clean, on_other = scored.anomalous
         return cls(
             clean={site: np.where(on_clean, -np.inf, scores).max(axis=1) for site, scores in clean.items()},
             anomalous={site: other[site][on_other] for site in other},
             benign={site: scores[~on_clean] for site, scores in clean.items()},
-            rate=rate,
+            rate=SPENT * allowed,
         )
 
     def thresholds(self, sites: Sequence[str]) -> dict[str, float]:

@@ -43,7 +43,7 @@ class TrialResult:
     @property
     def flags(self) -> NDArray[np.bool_]:
         """`[samples, keys]`: the columns flagged at any site."""
-        return np.any([margin > 0 for margin in self.margins.values()], axis=0)
+        return np.asarray(np.any([margin > 0 for margin in self.margins.values()], axis=0), np.bool_)
 
 
 class Trial:
