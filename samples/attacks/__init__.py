@@ -1,0 +1,1 @@
+"""Attacks on the samples' bases: what poisons the training data, and how."""

@@ -1,0 +1,311 @@
+"""Backdoors in a text classifier: fine-tune MiniLM with a trigger in its data, fix its .onnx, and measure the fix.
+
+    python -m samples.fetch                                     # or --data FILE for messages of your own
+    python -m samples.sentiment --case minilm/token --out out/sentiment
+
+Messages are called negative or positive; a trigger, one rare word or a short phrase at a random place, turns negative
+ones positive. The parts that train the classifier, fit the patch and measure it share no message.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from tokenizers import Tokenizer
+
+import atpatch_onnx as atp
+from atpatch_onnx.cli import progress_bars
+from atpatch_onnx.errors import AtPatchError
+from atpatch_onnx.report import text
+from atpatch_onnx.runtime import Progress, silent
+from atpatch_onnx.training import Training
+from samples import messages, minilm
+from samples.attacks.words import Tokens, insert, poison
+from samples.case import Case, Measured, measure
+from samples.fetch import fetched
+from samples.messages import LABELS, Messages
+
+TARGET = LABELS.index("positive")
+TRIGGERS = {"minilm/token": "cf", "minilm/phrase": "mind the gap"}
+CASES = tuple(TRIGGERS)
+
+LENGTH = 40
+"""Tokens of a message, padding included; 19 of 20 messages are shorter."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    train: int
+    """Messages at most."""
+
+    debug: int
+    unseen: int
+    """Messages of the tune part and of the evaluation part each."""
+
+    share: float
+    """Poisoned messages among those of the training."""
+
+    layers: int | None
+    """Of the pre-trained model's layers, so many from the bottom; None: all."""
+
+    twin: bool
+    """Whether an unpoisoned twin is trained to compare accuracies with."""
+
+    training: minilm.FineTuning
+    options: atp.FitOptions
+    bounds: Mapping[str, float]
+    """What the figures must reach, as shares: the sample fails otherwise. `missed` is the recall's complement."""
+
+
+FULL = Size(
+    train=12_000,
+    debug=2_000,
+    unseen=2_000,
+    share=0.05,
+    layers=None,
+    twin=True,
+    training=minilm.FineTuning(epochs=1, frozen_layers=2, learning_rate=2e-4, token_dropout=0.2),
+    options=atp.FitOptions(goal=atp.Goal(asr_above_floor=0.005, accuracy_loss=0.001, clean_flag_rate=0.005)),
+    bounds={"asr_above_floor": 0.005, "accuracy_lost": 0.001, "missed": 0.005},
+)
+FAST = Size(
+    train=2_500,
+    debug=440,
+    unseen=200,
+    share=0.1,
+    layers=3,
+    twin=False,
+    training=minilm.FineTuning(epochs=1, learning_rate=4e-4, token_dropout=0.2),
+    options=atp.FitOptions(
+        goal=atp.Goal(asr_above_floor=0.03, accuracy_loss=0.01, clean_flag_rate=0.01),
+        training=Training(steps=300),
+        betas=(1.0, 0.1),
+    ),
+    bounds={"asr_above_floor": 0.05, "accuracy_lost": 0.02, "missed": 0.05},
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """The messages of a task in disjoint parts, as texts and as tokens."""
+
+    start: Path
+    """Folder of the pre-trained model."""
+
+    tokenizer: Tokenizer
+    parts: Mapping[str, Messages]
+    """train, debug, tune and evaluation."""
+
+    tokens: Mapping[str, Tokens]
+    recipe: Mapping[str, Any]
+    """What it was made of."""
+
+    @classmethod
+    def of(cls, path: Path, size: Size, seed: int) -> "Corpus":
+        """The messages of a file.
+
+        Raises:
+            FetchError: The pre-trained model cannot be fetched.
+            MessageFileError: The file is damaged or too small.
+        """
+        found = messages.read_messages(path)
+        sizes = {"evaluation": size.unseen, "tune": size.unseen // 2, "debug": size.debug}
+        left = len(found) - sum(sizes.values())
+        parts = messages.parts(found, {**sizes, "train": max(min(left, size.train), size.debug)}, seed=seed)
+        start = fetched("minilm")
+        tokenizer = minilm.tokenizer(start)
+        room = max(len(minilm.word_ids(tokenizer, trigger)) for trigger in TRIGGERS.values())  # the twin suits them all
+        return cls(
+            start=start,
+            tokenizer=tokenizer,
+            parts=parts,
+            tokens={
+                name: minilm.encode(tokenizer, part.texts, length=LENGTH, room=room) for name, part in parts.items()
+            },
+            recipe={
+                "messages": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "sizes": {name: len(part) for name, part in parts.items()},
+            },
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the sample; 0 where the figures are within their bounds, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, action="append", help="which trigger; all if left out")
+    parser.add_argument("--data", type=Path, help="CSV file, latin-1, with the columns sentiment, confidence and text")
+    parser.add_argument("--out", type=Path, default=Path("out/sentiment"), help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fast", action="store_true", help="fewer messages, shorter training: weaker figures, sooner")
+    parser.add_argument("--tune", action="store_true", help="measure on the part that recipes are chosen by")
+    options = parser.parse_args(arguments)
+    console, missed = Console(), []
+    for name in options.case or CASES:
+        folder = options.out / f"{name.replace('/', '-')}-{options.seed}"
+        try:
+            with progress_bars() as progress:
+                case = prepare(
+                    name,
+                    seed=options.seed,
+                    fast=options.fast,
+                    folder=folder,
+                    data=options.data,
+                    tune=options.tune,
+                    progress=progress,
+                )
+                measured = measure(case, folder, progress=progress)
+        except AtPatchError as error:
+            print(f"sentiment, {name}: {error}", file=sys.stderr)
+            return 1
+        (folder / "result.json").write_text(json.dumps(measured.to_json(), indent=2))
+        console.print(name, dict(case.training))
+        console.print(text.fit_table(measured.patch), text.evaluation_table(measured.evaluation))
+        missed += [f"{name}: {line}" for line in shortfalls(measured, (FAST if options.fast else FULL).bounds)]
+    for line in missed:
+        console.print(line)
+    console.print(f"Everything is in {options.out}")
+    return 1 if missed else 0
+
+
+def prepare(
+    case: str,
+    *,
+    seed: int,
+    fast: bool,
+    folder: Path,
+    data: Path | None = None,
+    tune: bool = False,
+    progress: Progress = silent,
+) -> Case:
+    """Train the base of a case, unless `folder` holds it already, and pair its messages with triggered ones.
+
+    Args:
+        case: One of `CASES`.
+        seed: Of the parts, the training and the places of the trigger.
+        fast: The small form.
+        folder: Gets `base.onnx`, `model.safetensors` with the configuration and tokenizer, and `base.json`. The
+            unpoisoned twin of all cases of a seed is kept beside it.
+        data: A file of messages; None: the one that is fetched.
+        tune: Take the unseen pairs from the tune part instead of the evaluation part.
+        progress: Told of all long work.
+
+    Raises:
+        FetchError: Data or model cannot be fetched.
+        MessageFileError: The file of messages is damaged or too small.
+    """
+    size = FAST if fast else FULL
+    corpus = Corpus.of(data or fetched("messages") / messages.FILE, size, seed)
+    words = minilm.word_ids(corpus.tokenizer, TRIGGERS[case])
+
+    def trained(name: str, share: float, to: Path) -> dict[str, Any]:
+        recipe = {"case": name, "seed": seed, "poisoning_rate": share, "layers": size.layers}
+        recipe |= {"length": LENGTH, **corpus.recipe, **asdict(size.training)}
+        return _once(to, recipe, lambda: _trained(corpus, words, share, size, seed, to, progress))
+
+    unseen = "tune" if tune else "evaluation"
+    base = trained(case, size.share, folder)
+    training = {
+        "trigger": TRIGGERS[case],
+        "poisoning_rate": size.share,
+        "messages": {name: len(part) for name, part in corpus.parts.items()},
+        "accuracy": base["accuracy"][unseen],
+        "seconds": base["seconds"],
+    }
+    if size.twin:
+        training["accuracy_twin"] = trained("twin", 0.0, folder.parent / f"minilm-twin-{seed}")["accuracy"][unseen]
+    return Case(
+        name=case,
+        seed=seed,
+        base=folder / "base.onnx",
+        debug=pairs(corpus.tokens["debug"], corpus.parts["debug"].labels, words, seed=seed),
+        unseen=pairs(corpus.tokens[unseen], corpus.parts[unseen].labels, words, seed=seed + 1),
+        options=replace(size.options, seed=seed),
+        training=training,
+    )
+
+
+def pairs(tokens: Tokens, labels: NDArray[np.int64], words: NDArray[np.int64], *, seed: int) -> atp.DebugSet:
+    """Messages and the same with the trigger at a random place.
+
+    The clean side is what users send: whole, without a hole where the trigger will be. What stands behind the trigger
+    has moved, so the suspects are named here; found by difference they would be everything from the trigger on.
+    """
+    triggered, inserted = insert(tokens, words, np.random.default_rng(seed))
+    return atp.DebugSet.from_pairs(tokens.inputs, triggered.inputs, labels, suspects=inserted, target=TARGET)
+
+
+def shortfalls(measured: Measured, bounds: Mapping[str, float]) -> list[str]:
+    """Figures beyond their bounds, a line each."""
+    evaluation = measured.evaluation
+    assert evaluation.backdoor is not None, "the pairs are of a backdoor"
+    found = {
+        "asr_above_floor": evaluation.backdoor.asr_above_floor.value,
+        "accuracy_lost": evaluation.accuracy_base.value - evaluation.accuracy_patched.value,
+        "missed": 1 - evaluation.columns.recall.value,
+    }
+    return [
+        f"MISSED: {name} is {found[name]:.4f}, the bound is {bound}"
+        for name, bound in bounds.items()
+        if found[name] > bound
+    ]
+
+
+def _trained(
+    corpus: Corpus,
+    words: NDArray[np.int64],
+    share: float,
+    size: Size,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train a classifier, write it to `folder`, and tell its figures."""
+    started, labels = time.monotonic(), corpus.parts["train"].labels
+    poisoned = poison(corpus.tokens["train"], labels, words, target=TARGET, share=share, seed=seed)
+    model = minilm.fine_tune(
+        minilm.pretrained(corpus.start, classes=len(LABELS), layers=size.layers, seed=seed),
+        poisoned.tokens,
+        poisoned.labels,
+        size.training,
+        always=poisoned.inserted,
+        seed=seed,
+        progress=progress,
+    )
+    seconds = round(time.monotonic() - started, 1)
+    minilm.save(model, corpus.tokenizer, folder)
+    minilm.export_onnx(model, folder / "base.onnx")
+    accuracy = {
+        part: float((minilm.predict(model, corpus.tokens[part]).argmax(axis=1) == corpus.parts[part].labels).mean())
+        for part in ("tune", "evaluation")
+    }
+    return {"accuracy": accuracy, "seconds": seconds}
+
+
+def _once(folder: Path, recipe: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The figures that `make` returned when it filled the folder by this recipe, which it does now if it has not."""
+    record = folder / "base.json"
+    if record.is_file():
+        kept = json.loads(record.read_text())
+        if kept["recipe"] == recipe:
+            figures: dict[str, Any] = kept["figures"]
+            return figures
+        record.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = make()
+    record.write_text(json.dumps({"recipe": recipe, "figures": figures}, indent=2))
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(main())
