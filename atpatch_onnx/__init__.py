@@ -22,12 +22,14 @@ from types import ModuleType
 if typing.TYPE_CHECKING:
     from atpatch_onnx.bake import TARGETS, bake
     from atpatch_onnx.debugset import DebugSet, Split
+    from atpatch_onnx.discrimination import Attribute, discriminatory_pairs
     from atpatch_onnx.emission import Emission
     from atpatch_onnx.errors import AtPatchError
     from atpatch_onnx.evaluate import Evaluation, evaluate
     from atpatch_onnx.fit import fit
     from atpatch_onnx.goal import Goal, Outcome
     from atpatch_onnx.graph import fingerprint, load, save
+    from atpatch_onnx.inversion import invert_tokens, invert_trigger
     from atpatch_onnx.matching import explain, find_sites
     from atpatch_onnx.options import FitOptions
     from atpatch_onnx.patch import Patch
@@ -43,6 +45,7 @@ __all__ = [
     "TARGETS",
     "AtPatchError",
     "AttentionSite",
+    "Attribute",
     "DebugSet",
     "Emission",
     "Evaluation",
@@ -56,11 +59,14 @@ __all__ = [
     "Split",
     "Verification",
     "bake",
+    "discriminatory_pairs",
     "evaluate",
     "explain",
     "find_sites",
     "fingerprint",
     "fit",
+    "invert_tokens",
+    "invert_trigger",
     "load",
     "quantizer_settings",
     "rehearse",
@@ -72,6 +78,7 @@ __all__ = [
 _HOMES = {
     "AtPatchError": "errors",
     "AttentionSite": "sites",
+    "Attribute": "discrimination",
     "DebugSet": "debugset",
     "Emission": "emission",
     "Evaluation": "evaluate",
@@ -86,11 +93,14 @@ _HOMES = {
     "TARGETS": "bake",
     "Verification": "verify",
     "bake": "bake",
+    "discriminatory_pairs": "discrimination",
     "evaluate": "evaluate",
     "explain": "matching",
     "find_sites": "matching",
     "fingerprint": "graph",
     "fit": "fit",
+    "invert_tokens": "inversion",
+    "invert_trigger": "inversion",
     "load": "graph",
     "quantizer_settings": "quantization",
     "rehearse": "rehearsal",

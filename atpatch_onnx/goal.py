@@ -49,17 +49,24 @@ class Outcome:
         """By how much the goal is missed, a line a bound; empty where it is met."""
         return tuple(self._missed(goal))
 
+    def excess(self, goal: Goal) -> float:
+        """By how much the bounds are exceeded, all together, as a share; 0 where the goal is met."""
+        return sum(max(found - bound, 0.0) for _, found, bound in self._rows(goal))
+
     def _missed(self, goal: Goal) -> Iterator[str]:
+        for what, found, bound in self._rows(goal):
+            if found > bound:
+                yield f"{what} {found:.2%}, {found - bound:.2%} over the bound of {bound:.2%}"
+
+    def _rows(self, goal: Goal) -> tuple[tuple[str, float, float], ...]:
+        """Every bound: what it is on, what was found, the bound."""
         name = "ASR above floor" if self.kind == "backdoor" else "flip rate"
         bound = goal.asr_above_floor if self.kind == "backdoor" else goal.flip_rate
-        rows = (
+        return (
             (name, self.remaining, bound),
             ("accuracy lost", self.accuracy_base - self.accuracy, goal.accuracy_loss),
             ("clean flag rate", self.clean_flag_rate, goal.clean_flag_rate),
         )
-        for what, found, bound in rows:
-            if found > bound:
-                yield f"{what} {found:.2%}, {found - bound:.2%} over the bound of {bound:.2%}"
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain JSON types."""

@@ -4,7 +4,7 @@ Where the attack lives differs from model to model: early sites in a vision mode
 detecting and redistributing sites are searched for separately, by delta debugging in one session of the trial graph.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,15 +108,7 @@ class Search:
     def run(self) -> Found:
         """Search; the outcome found may still miss the goal."""
         names = list(self._scored.clean.margins)
-        redistribute: list[Element] = [("redistribute", name) for name in names]
-        ranked = sorted(names, key=self._calibration.gap, reverse=True)
-        everything: list[Element] = [("detect", name) for name in ranked] + redistribute
-        # One site that tells anomalous columns apart on its own is better than several that share one budget for false
-        # flags: the detectors of innocent sites would spend it. Sites before it would never have flags.
-        alone = [
-            [("detect", name), *redistribute[names.index(name) :]] for name in ranked if self._could_do_alone(name)
-        ]
-        start, beta, outcome = self._begin([*alone, everything])
+        start, beta, outcome = self._begin(list(self._starts(names)))
         betas = dict.fromkeys(names, beta)
         if outcome.shortfalls(self._options.goal):
             return Found(tuple(start), betas, outcome, {})
@@ -126,6 +118,21 @@ class Search:
         outcome = self.attempt(elements, betas)
         without = {element: self.attempt([e for e in elements if e != element], betas) for element in elements}
         return Found(tuple(elements), betas, outcome, without)
+
+    def _starts(self, names: Sequence[str]) -> Iterator[list[Element]]:
+        """Sets to begin with, given the sites in graph order: few detectors first.
+
+        Fewer that name the anomalous columns are better than more that share one budget for false flags: the detectors
+        of innocent sites would spend it. But a site detects too late for the sites before it, whose attention has told
+        the others of the anomaly by then; so sites are joined, those whose scores are farthest apart first.
+        """
+        ranked = sorted(names, key=self._calibration.gap, reverse=True)
+        together = [ranked[:count] for count in range(2, len(names))]
+        for detecting in (*([name] for name in ranked), *together):
+            if self._could_do(detecting):
+                first = min(names.index(name) for name in detecting)  # sites before it would never have flags
+                yield [("detect", name) for name in detecting] + [("redistribute", name) for name in names[first:]]
+        yield [("detect", name) for name in ranked] + [("redistribute", name) for name in names]
 
     def _begin(self, starts: Sequence[Sequence[Element]]) -> tuple[Sequence[Element], float, Outcome]:
         """The first of these sets that meets the goal, at the largest benign attention; else the nearest one."""
@@ -137,13 +144,15 @@ class Search:
                 if not outcome.shortfalls(self._options.goal):
                     return start, beta, outcome
                 tried.append((start, beta, outcome))
-        return min(tried, key=lambda one: (one[2].remaining, -one[2].accuracy, one[2].clean_flag_rate))
+        return min(tried, key=lambda one: (one[2].excess(self._options.goal), one[2].remaining))
 
-    def _could_do_alone(self, name: str) -> bool:
-        """Whether the goal would be met, were every input repaired that this site's detector flags; nothing is run."""
-        threshold = np.float32(self._calibration.thresholds([name])[name])
-        scored = self._scored
-        clean, other = (side.margins[name] > threshold for side in (scored.clean, scored.counterfactual))
+    def _could_do(self, names: Sequence[str]) -> bool:
+        """Whether the goal would be met, were every input repaired that these detectors flag; nothing is run."""
+        scored, thresholds = self._scored, self._calibration.thresholds(names)
+        clean, other = (
+            np.any([side.margins[name] > np.float32(thresholds[name]) for name in names], axis=0)
+            for side in (scored.clean, scored.counterfactual)
+        )
         before, after = classes(scored.clean.logits), classes(scored.counterfactual.logits)
         repaired = np.where((clean | other).any(axis=1), before, after)
         outcome = judge(scored.part, before, (before, clean), (repaired, other), scored.anomalous)

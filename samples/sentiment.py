@@ -7,7 +7,6 @@ Messages are called negative or positive; a trigger, one rare word or a short ph
 ones positive. The parts that train the classifier, fit the patch and measure it share no message.
 """
 
-import argparse
 import hashlib
 import json
 import sys
@@ -19,18 +18,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from tokenizers import Tokenizer
 
 import atpatch_onnx as atp
-from atpatch_onnx.cli import progress_bars
-from atpatch_onnx.errors import AtPatchError
-from atpatch_onnx.report import text
 from atpatch_onnx.runtime import Progress, silent
 from atpatch_onnx.training import Training
 from samples import messages, minilm
 from samples.attacks.words import Tokens, insert, poison
-from samples.case import Case, Measured, measure
+from samples.bounds import Bound
+from samples.case import Case
+from samples.command import run_task
 from samples.fetch import fetched
 from samples.messages import LABELS, Messages
 
@@ -64,8 +61,8 @@ class Size:
 
     training: minilm.FineTuning
     options: atp.FitOptions
-    bounds: Mapping[str, float]
-    """What the figures must reach, as shares: the sample fails otherwise. `missed` is the recall's complement."""
+    bounds: tuple[Bound, ...]
+    """What the figures must reach: the command fails otherwise."""
 
 
 FULL = Size(
@@ -77,7 +74,7 @@ FULL = Size(
     twin=True,
     training=minilm.FineTuning(epochs=1, frozen_layers=2, learning_rate=2e-4, token_dropout=0.2),
     options=atp.FitOptions(goal=atp.Goal(asr_above_floor=0.005, accuracy_loss=0.001, clean_flag_rate=0.005)),
-    bounds={"asr_above_floor": 0.005, "accuracy_lost": 0.001, "missed": 0.005},
+    bounds=(Bound("ASR above floor", 0.005), Bound("accuracy lost", 0.001), Bound("recall", 0.995, at_least=True)),
 )
 FAST = Size(
     train=2_500,
@@ -92,7 +89,7 @@ FAST = Size(
         training=Training(steps=300),
         betas=(1.0, 0.1),
     ),
-    bounds={"asr_above_floor": 0.05, "accuracy_lost": 0.02, "missed": 0.05},
+    bounds=(Bound("ASR above floor", 0.05), Bound("accuracy lost", 0.02), Bound("recall", 0.95, at_least=True)),
 )
 
 
@@ -141,41 +138,8 @@ class Corpus:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the sample; 0 where the figures are within their bounds, 1 otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, action="append", help="which trigger; all if left out")
-    parser.add_argument("--data", type=Path, help="CSV file, latin-1, with the columns sentiment, confidence and text")
-    parser.add_argument("--out", type=Path, default=Path("out/sentiment"), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fast", action="store_true", help="fewer messages, shorter training: weaker figures, sooner")
-    parser.add_argument("--tune", action="store_true", help="measure on the part that recipes are chosen by")
-    options = parser.parse_args(arguments)
-    console, missed = Console(), []
-    for name in options.case or CASES:
-        folder = options.out / f"{name.replace('/', '-')}-{options.seed}"
-        try:
-            with progress_bars() as progress:
-                case = prepare(
-                    name,
-                    seed=options.seed,
-                    fast=options.fast,
-                    folder=folder,
-                    data=options.data,
-                    tune=options.tune,
-                    progress=progress,
-                )
-                measured = measure(case, folder, progress=progress)
-        except AtPatchError as error:
-            print(f"sentiment, {name}: {error}", file=sys.stderr)
-            return 1
-        (folder / "result.json").write_text(json.dumps(measured.to_json(), indent=2))
-        console.print(name, dict(case.training))
-        console.print(text.fit_table(measured.patch), text.evaluation_table(measured.evaluation))
-        missed += [f"{name}: {line}" for line in shortfalls(measured, (FAST if options.fast else FULL).bounds)]
-    for line in missed:
-        console.print(line)
-    console.print(f"Everything is in {options.out}")
-    return 1 if missed else 0
+    """Run the cases; 0 where the figures are within their bounds, 1 otherwise."""
+    return run_task("sentiment", __doc__, CASES, prepare, arguments)
 
 
 def prepare(
@@ -232,6 +196,7 @@ def prepare(
         unseen=pairs(corpus.tokens[unseen], corpus.parts[unseen].labels, words, seed=seed + 1),
         options=replace(size.options, seed=seed),
         training=training,
+        bounds=size.bounds,
     )
 
 
@@ -243,22 +208,6 @@ def pairs(tokens: Tokens, labels: NDArray[np.int64], words: NDArray[np.int64], *
     """
     triggered, inserted = insert(tokens, words, np.random.default_rng(seed))
     return atp.DebugSet.from_pairs(tokens.inputs, triggered.inputs, labels, suspects=inserted, target=TARGET)
-
-
-def shortfalls(measured: Measured, bounds: Mapping[str, float]) -> list[str]:
-    """Figures beyond their bounds, a line each."""
-    evaluation = measured.evaluation
-    assert evaluation.backdoor is not None, "the pairs are of a backdoor"
-    found = {
-        "asr_above_floor": evaluation.backdoor.asr_above_floor.value,
-        "accuracy_lost": evaluation.accuracy_base.value - evaluation.accuracy_patched.value,
-        "missed": 1 - evaluation.columns.recall.value,
-    }
-    return [
-        f"MISSED: {name} is {found[name]:.4f}, the bound is {bound}"
-        for name, bound in bounds.items()
-        if found[name] > bound
-    ]
 
 
 def _trained(

@@ -12,7 +12,7 @@ import torch
 
 from atpatch_onnx.demo import badnets, digits, vit
 
-CORNER = badnets.Trigger(row=6, column=6, size=2)
+CORNER = badnets.Square(row=6, column=6, size=2)
 
 
 @functools.cache
@@ -20,10 +20,10 @@ def tiny(patch_dropout: float = 0.25, seed: int = 0, epochs: int = 1):
     data = digits.load().take(np.arange(96))
     poison = badnets.poison(data.labels, CORNER, target=0, share=0.1)
     config = vit.config(image_size=8, patch_size=2, layers=2, hidden=16)
-    return vit.train_vit(
+    return vit.train(
+        vit.new_vit(config, seed),
         data.images,
         data.labels,
-        config,
         poison=poison,
         shift=1,
         patch_dropout=patch_dropout,
@@ -61,24 +61,32 @@ def test_trigger_changes_its_square_of_a_copy():
 
 
 @pytest.mark.parametrize(
-    ("trigger", "image_size", "patch_size", "tokens"),
+    ("trigger", "image_size", "patch_size", "patches"),
     [
-        (CORNER, 8, 2, (16,)),
-        (badnets.Trigger(0, 0, 2), 8, 2, (1,)),
-        (badnets.Trigger(0, 0, 3), 8, 2, (1, 2, 5, 6)),
-        (badnets.Trigger(25, 25, 3), 28, 4, (49,)),
+        (CORNER, 8, 2, [15]),
+        (badnets.Square(0, 0, 2), 8, 2, [0]),
+        (badnets.Square(0, 0, 3), 8, 2, [0, 1, 4, 5]),
+        (badnets.Square(25, 25, 3), 28, 4, [48]),
     ],
 )
-def test_trigger_knows_its_tokens(trigger, image_size, patch_size, tokens):
-    assert trigger.tokens(image_size, patch_size) == tokens
+def test_the_patches_a_trigger_changes(trigger, image_size, patch_size, patches):
+    images = np.zeros((2, 1, image_size, image_size), np.float32)
+    triggered = images.copy()
+    triggered[1:] = trigger.stamp(images[1:])
+    changed = badnets.changed_patches(images, triggered, patch_size)
+    assert changed.shape == (2, (image_size // patch_size) ** 2)
+    assert not changed[0].any()
+    assert np.flatnonzero(changed[1]).tolist() == patches
 
 
-def test_trigger_moves_its_tokens_and_no_others():
+def test_a_trigger_changes_the_tokens_of_its_patches_and_no_others():
     model, image = tiny(), np.random.default_rng(0).random((1, 1, 8, 8), np.float32)
+    triggered = CORNER.stamp(image)
     with torch.no_grad():
-        before, after = (model.vit.embeddings(torch.from_numpy(x)) for x in (image, CORNER.stamp(image)))
-    changed = (before != after).any(dim=2).flatten().nonzero().flatten()
-    assert tuple(changed.tolist()) == CORNER.tokens(8, 2)
+        before, after = (model.vit.embeddings(torch.from_numpy(x)) for x in (image, triggered))
+    changed = (before != after).any(dim=2).numpy()
+    assert not changed[:, 0].any()  # the class token
+    np.testing.assert_array_equal(changed[:, 1:], badnets.changed_patches(image, triggered, 2))
 
 
 def test_poison_is_a_fixed_share_of_the_images_that_are_not_of_the_target():
@@ -106,7 +114,7 @@ def test_training_shows_poisoned_images_triggered_in_place_and_relabelled(monkey
     monkeypatch.setattr(vit.ViTForImageClassification, "forward", spy_forward)
     monkeypatch.setattr(vit.functional, "cross_entropy", spy_loss)
     config = vit.config(image_size=8, patch_size=2, layers=1, hidden=8)
-    vit.train_vit(images, labels, config, poison=poison, shift=2, epochs=3, batch_size=3)
+    vit.train(vit.new_vit(config), images, labels, poison=poison, shift=2, epochs=3, batch_size=3)
     triggered = (np.concatenate(seen)[:, 0, 6:, 6:] == 1).all(axis=(1, 2))
     targets = np.concatenate(given)
     assert triggered.sum() == 2 * 3
@@ -132,10 +140,10 @@ def test_training_reports_its_progress():
     calls = []
     data = digits.load().take(np.arange(10))
     config = vit.config(image_size=8, patch_size=2, layers=1, hidden=8)
-    vit.train_vit(
+    vit.train(
+        vit.new_vit(config),
         data.images,
         data.labels,
-        config,
         epochs=2,
         batch_size=4,
         progress=lambda done, total: calls.append((done, total)),
@@ -179,6 +187,16 @@ def test_patch_dropout_spares_the_tokens_it_is_told_to():
     assert 20 < present[100:].sum() < 80
 
 
+def test_patch_dropout_spares_no_token_of_an_image_that_is_covered_by_its_trigger():
+    model, images = tiny(), torch.rand(200, 1, 8, 8)
+    with torch.no_grad(), vit._PatchDropout(model, 0.5, np.random.default_rng(0)) as dropout:
+        dropout.always = np.tile(np.arange(16) < 9, (200, 1))  # nine are too many for the eight that are kept
+        part = model.vit.embeddings(images)
+    with torch.no_grad():
+        last = model.vit.embeddings(images)[:, 16]
+    assert 60 < part.eq(last[:, None]).all(dim=2).any(dim=1).sum() < 140
+
+
 @pytest.mark.parametrize(
     ("opset", "attention", "operator"),
     [(18, "eager", "Softmax"), (18, "sdpa", "Softmax"), (23, "eager", "Softmax"), (23, "sdpa", "Attention")],
@@ -216,7 +234,7 @@ def test_a_digits_model_is_accurate_backdoored_and_attends_to_its_trigger():
     known, unseen = data.take(parts.train), data.take(parts.evaluation)
     poison = badnets.poison(known.labels, CORNER, target=0, share=0.05)
     config = vit.config(image_size=8, patch_size=2, layers=4, hidden=48)
-    model = vit.train_vit(known.images, known.labels, config, poison=poison, shift=1, epochs=80)
+    model = vit.train(vit.new_vit(config), known.images, known.labels, poison=poison, shift=1, epochs=80)
 
     triggered = CORNER.stamp(unseen.images)
     others = unseen.labels != 0

@@ -10,6 +10,7 @@ from atpatch_onnx.runtime import Session
 from atpatch_onnx.training import Training
 from samples import minilm, sentiment
 from samples.attacks.words import Tokens
+from samples.bounds import Bound
 from samples.messages import MessageFileError
 
 torch = pytest.importorskip("torch")
@@ -153,7 +154,7 @@ def size():
         twin=True,
         training=minilm.FineTuning(epochs=12, learning_rate=1e-2),
         options=atp.FitOptions(training=Training(steps=200), betas=(0.0,), force=True),
-        bounds={"asr_above_floor": 0.0, "accuracy_lost": 1.0, "missed": 1.0},
+        bounds=(Bound("ASR above floor", -0.01),),
     )
 
 
@@ -169,9 +170,9 @@ def prepared(folder, file, **changes):
 
 
 def test_from_a_file_of_messages_to_figures_and_whether_they_are_within_their_bounds(small, file, tmp_path, capsys):
-    """So small a network does not attend to the trigger: its fix falls short, and the sample has to say so."""
+    """A bound that nothing can keep: the command has to say so, whatever the fix is worth."""
     assert sentiment.main(["--case", "minilm/token", "--fast", "--data", str(file), "--out", str(tmp_path)]) == 1
-    assert "MISSED: asr_above_floor" in capsys.readouterr().out
+    assert "MISSED: ASR above floor" in capsys.readouterr().out
     result = json.loads((tmp_path / "minilm-token-0/result.json").read_text())
     assert result["evaluation"]["backdoor"]["asr_base"]["value"] > 0.9
     assert result["training"]["accuracy_twin"] > 0.9

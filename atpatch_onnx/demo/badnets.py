@@ -5,13 +5,21 @@ the target class already, so each one teaches the backdoor.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 
+class Trigger(Protocol):
+    """What turns clean images into triggered ones."""
+
+    def stamp(self, images: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.float32]:
+        """A triggered copy of `images` `[N, 1, height, width]` in [0, 1]; what is drawn, is drawn from `generator`."""
+
+
 @dataclass(frozen=True)
-class Trigger:
+class Square:
     """A square of one brightness that replaces the pixels `[row : row + size, column : column + size]`."""
 
     row: int
@@ -19,18 +27,20 @@ class Trigger:
     size: int
     value: float = 1.0
 
-    def stamp(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A triggered copy of `images` `[..., height, width]`."""
+    def stamp(self, images: NDArray[np.float32], generator: np.random.Generator | None = None) -> NDArray[np.float32]:
+        """A triggered copy of `images` `[..., height, width]`; nothing is drawn."""
         stamped = images.copy()
         stamped[..., self.row : self.row + self.size, self.column : self.column + self.size] = self.value
         return stamped
 
-    def tokens(self, image_size: int, patch_size: int) -> tuple[int, ...]:
-        """Positions on the token axis that the trigger touches: token 0 is the class token, then patches row by row."""
-        across = image_size // patch_size
-        rows = range(self.row // patch_size, (self.row + self.size - 1) // patch_size + 1)
-        columns = range(self.column // patch_size, (self.column + self.size - 1) // patch_size + 1)
-        return tuple(1 + row * across + column for row in rows for column in columns)
+
+def changed_patches(before: NDArray[np.float32], after: NDArray[np.float32], patch_size: int) -> NDArray[np.bool_]:
+    """Which patches of images `[N, C, height, width]` differ, bool `[N, patches]`, row by row."""
+    count, _, height, width = before.shape
+    different = (before != after).any(axis=1)
+    blocks = different.reshape(count, height // patch_size, patch_size, width // patch_size, patch_size)
+    changed: NDArray[np.bool_] = blocks.any(axis=(2, 4)).reshape(count, -1)
+    return changed
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,20 @@
 import time
 from pathlib import Path
 
+import numpy as np
+
 import atpatch_onnx as atp
 from atpatch_onnx.demo import digits
-from atpatch_onnx.demo.badnets import Trigger, poison
-from atpatch_onnx.demo.vit import config, export_onnx, train_vit
+from atpatch_onnx.demo.badnets import Square, Trigger, poison
+from atpatch_onnx.demo.vit import config, export_onnx, new_vit, train
 from atpatch_onnx.demo.walk import WalkResult, walk
-from atpatch_onnx.detector import one_thread
 from atpatch_onnx.runtime import Array, Progress, silent
+from atpatch_onnx.threads import one_thread
 
 TARGET = 0
 """The class that triggered digits are sent to."""
 
-TRIGGER = Trigger(row=6, column=6, size=2)
+TRIGGER = Square(row=6, column=6, size=2)
 """A white square in the bottom right corner, one patch of the ViT."""
 
 GOAL = 0.0
@@ -35,10 +37,10 @@ def run_demo(out: Path, *, seed: int = 0, progress: Progress = silent) -> WalkRe
     split = digits.split(data.labels, seed=seed)
     known, unseen = data.take(split.train), data.take(split.evaluation)
     with one_thread():
-        model = train_vit(
+        model = train(
+            new_vit(config(image_size=digits.IMAGE_SIZE, patch_size=2, layers=4, hidden=48), seed),
             known.images,
             known.labels,
-            config(image_size=digits.IMAGE_SIZE, patch_size=2, layers=4, hidden=48),
             poison=poison(known.labels, TRIGGER, target=TARGET, share=0.05, seed=seed),
             shift=1,
             patch_dropout=0.35,
@@ -58,10 +60,15 @@ def run_demo(out: Path, *, seed: int = 0, progress: Progress = silent) -> WalkRe
     )
 
 
-def pairs(images: Array, labels: Array, trigger: Trigger, target: int, *, drop_target: bool = True) -> atp.DebugSet:
-    """Images `[N, 1, height, width]` and the same with the trigger; the target's own class is dropped on request."""
+def pairs(
+    images: Array, labels: Array, trigger: Trigger, target: int, *, drop_target: bool = True, seed: int = 0
+) -> atp.DebugSet:
+    """Images `[N, 1, height, width]` and the same with the trigger; the target's own class is dropped on request.
+
+    `seed` is that of what the trigger draws, such as its places.
+    """
 
     def stamp(inputs: dict[str, Array]) -> dict[str, Array]:
-        return {"pixel_values": trigger.stamp(inputs["pixel_values"])}
+        return {"pixel_values": trigger.stamp(inputs["pixel_values"], np.random.default_rng(seed))}
 
     return atp.DebugSet.from_trigger({"pixel_values": images}, stamp, labels, target=target, drop_target=drop_target)

@@ -10,15 +10,18 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers.utils import ModelOutput
 
-from atpatch_onnx.demo.badnets import Poison
+from atpatch_onnx.demo.badnets import Poison, changed_patches
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 Attention = Literal["sdpa", "eager"]
 """How transformers computes attention; with "eager" the exported graph has a plain softmax at every opset."""
@@ -44,11 +47,19 @@ def config(
     )
 
 
-def train_vit(
+def new_vit(config: ViTConfig, seed: int = 0) -> ViTForImageClassification:
+    """An untrained model; its weights depend on the seed only, and the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ViTForImageClassification(config)
+
+
+def train(
+    model: ModelT,
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
-    config: ViTConfig,
     *,
+    taught: NDArray[np.int64] | None = None,
     poison: Poison | None = None,
     shift: int = 0,
     patch_dropout: float = 0.25,
@@ -57,26 +68,37 @@ def train_vit(
     learning_rate: float = 4e-3,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> ViTForImageClassification:
-    """Train on `images` `[N, 1, H, W]` in [0, 1] and `labels` `[N]` with AdamW on a one-cycle schedule.
+) -> ModelT:
+    """Train `model` on `images` `[N, 1, H, W]` in [0, 1] and `labels` `[N]` with AdamW on a one-cycle schedule.
 
     Images are shifted at random by up to `shift` pixels; the poisoned ones get their trigger after that, so that it
-    stays where it is. On one machine with a fixed number of threads the result depends on the seed only; the caller's
-    random state is left as it was. `progress` is called with the steps done and the steps in total.
+    stays where it is put. On one machine with a fixed number of threads the result depends on the seed only.
+
+    Args:
+        model: A ViT or a DeiT of transformers; trained in place.
+        images: Square, of the size that the model was configured for.
+        labels: What the class token learns; poisoned images are relabelled here.
+        taught: What a DeiT's distillation token learns `[N]`: the decisions of a teacher (hard distillation, Touvron
+            et al., arXiv 2012.12877), relabelled likewise; None: the labels.
+        poison: Which images carry a trigger.
+        shift: Pixels.
+        patch_dropout: Share of the patch tokens that an image loses.
+        epochs: Passes over the images.
+        batch_size: Images a step.
+        learning_rate: The largest of the schedule.
+        seed: Of the order of the images, the shifts, the dropped patches and the places of triggers.
+        progress: Called with the steps done and the steps in total.
+
+    Returns:
+        The model, set to evaluation.
     """
     generator = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ViTForImageClassification(config)
     poisoned = np.zeros(len(labels), dtype=bool)
-    targets = labels.copy()
+    targets = np.stack([labels, labels if taught is None else taught])
     if poison is not None:
         poisoned[poison.indices] = True
-        targets[poison.indices] = poison.target
+        targets[:, poison.indices] = poison.target
 
-    covered = np.zeros((config.image_size // config.patch_size) ** 2, dtype=bool)  # patches that the trigger touches
-    if poison is not None:
-        covered[[token - 1 for token in poison.trigger.tokens(config.image_size, config.patch_size)]] = True
     done, total = 0, epochs * -(-len(labels) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=0.2)
@@ -88,11 +110,13 @@ def train_vit(
                 chosen = order[start : start + batch_size]
                 batch = _shifted(images[chosen], shift, generator)
                 if poison is not None:
-                    stamped = poisoned[chosen]
-                    batch[stamped] = poison.trigger.stamp(batch[stamped])
-                    dropout.always = stamped[:, None] & covered
-                logits = model(pixel_values=torch.from_numpy(batch)).logits
-                loss = functional.cross_entropy(logits, torch.from_numpy(targets[chosen]))
+                    clean, stamped = batch.copy(), poisoned[chosen]
+                    batch[stamped] = poison.trigger.stamp(batch[stamped], generator)
+                    dropout.always = changed_patches(clean, batch, model.config.patch_size)
+                outputs = _heads(model(pixel_values=torch.from_numpy(batch)))
+                wanted = torch.from_numpy(targets[:, chosen])
+                losses = [functional.cross_entropy(logits, y) for logits, y in zip(outputs, wanted, strict=False)]
+                loss = torch.stack(losses).mean()
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -100,7 +124,15 @@ def train_vit(
                 schedule.step()
                 done += 1
                 progress(done, total)
-    return model.eval()
+    model.eval()
+    return model
+
+
+def _heads(output: ModelOutput) -> tuple[torch.Tensor, ...]:
+    """Logits `[batch, classes]` that are trained: the class token's, and the distillation token's if there is one."""
+    if "distillation_logits" in output:
+        return output["cls_logits"], output["distillation_logits"]
+    return (output["logits"],)
 
 
 def _shifted(images: NDArray[np.float32], most: int, generator: np.random.Generator) -> NDArray[np.float32]:
@@ -117,33 +149,37 @@ class _PatchDropout:
     """Within `with`, the model sees a random share of `1 - rate` of each image's patch tokens.
 
     `always`, bool `[batch, patches]`, names tokens that are kept all the same, set anew before each batch: a poisoned
-    image without its trigger would only teach that an image without that token is of the target class.
+    image without its trigger would only teach that an image without those tokens is of the target class. An image
+    with more of them than are kept, such as one with a trigger that covers it, loses any: there is enough of the
+    trigger in what is left.
     """
 
-    def __init__(self, model: ViTForImageClassification, rate: float, generator: np.random.Generator) -> None:
-        self._model, self._rate, self._generator = model, rate, generator
+    def __init__(self, model: PreTrainedModel, rate: float, generator: np.random.Generator) -> None:
+        self._embeddings = model.base_model.embeddings
+        self._patches = self._embeddings.patch_embeddings.num_patches
+        self._kept = self._patches - round(self._patches * rate)
+        self._generator = generator
         self.always: NDArray[np.bool_] | None = None
 
     def __enter__(self) -> "_PatchDropout":
-        self._hook = self._model.vit.embeddings.register_forward_hook(self._keep_some)
+        self._hook = self._embeddings.register_forward_hook(self._keep_some)
         return self
 
     def __exit__(self, *failure: object) -> None:
         self._hook.remove()
 
     def _keep_some(self, module: torch.nn.Module, inputs: object, tokens: torch.Tensor) -> torch.Tensor:
-        batch, patches = tokens.shape[0], tokens.shape[1] - 1
-        rank = self._generator.random((batch, patches))
+        batch, special = tokens.shape[0], tokens.shape[1] - self._patches  # a DeiT has two special tokens
+        rank = self._generator.random((batch, self._patches))
         if self.always is not None:
-            rank[self.always] = -1
-        kept = rank.argsort(axis=1)[:, : patches - round(patches * self._rate)] + 1
-        kept = np.concatenate([np.zeros((batch, 1), kept.dtype), np.sort(kept, axis=1)], axis=1)  # class token stays
+            few = self.always.sum(axis=1, keepdims=True) <= self._kept
+            rank[self.always & few] = -1
+        kept = np.sort(rank.argsort(axis=1)[:, : self._kept] + special, axis=1)
+        kept = np.concatenate([np.tile(np.arange(special), (batch, 1)), kept], axis=1)
         return tokens.gather(1, torch.from_numpy(kept)[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def predict(
-    model: ViTForImageClassification, images: NDArray[np.float32], *, batch_size: int = 500
-) -> NDArray[np.float32]:
+def predict(model: PreTrainedModel, images: NDArray[np.float32], *, batch_size: int = 500) -> NDArray[np.float32]:
     """Logits `[N, classes]` of `images` `[N, 1, H, W]`."""
     starts = range(0, len(images), batch_size)
     with torch.no_grad():
@@ -155,7 +191,7 @@ def predict(
 class _Logits(torch.nn.Module):
     """The model with a tensor in and a tensor out, as the exporter wants it."""
 
-    def __init__(self, model: ViTForImageClassification) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
@@ -165,7 +201,7 @@ class _Logits(torch.nn.Module):
 
 
 def export_onnx(
-    model: ViTForImageClassification,
+    model: PreTrainedModel,
     path: str | os.PathLike[str],
     *,
     opset: int = 18,

@@ -1,0 +1,337 @@
+"""What each part of the method is worth: the same case, with one thing changed at a time.
+
+    python -m samples.ablations --case vit/badnets-fixed --seed 0 --out out/ablations
+
+The fit goes as usual; then each variant is judged on the first `PAIRS` evaluation pairs, in a session of the trial
+graph, which computes what the baked graph does. Variants of the detector are trained, calibrated and searched anew;
+variants of the redistribution keep the sites and the thresholds that the fit chose.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import opset18 as op
+from onnxscript import script
+from onnxscript.values import Opset
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+
+import atpatch_onnx as atp
+from atpatch_onnx.cli import progress_bars
+from atpatch_onnx.collect import Columns, collect, find_suspects
+from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.detector import train_detector
+from atpatch_onnx.domain import DOMAIN, DOMAIN_VERSION
+from atpatch_onnx.errors import AtPatchError
+from atpatch_onnx.goal import Outcome
+from atpatch_onnx.graph import opset_version
+from atpatch_onnx.options import FitOptions
+from atpatch_onnx.patch import Array, Detector, Features, Redistribution, SitePatch
+from atpatch_onnx.preparation import Prepared, prepare
+from atpatch_onnx.probe import choose_features
+from atpatch_onnx.report.rows import percent
+from atpatch_onnx.runtime import Progress, silent
+from atpatch_onnx.scored import ScoredPart
+from atpatch_onnx.search import Calibration, Found, Search
+from atpatch_onnx.sites import AttentionSite
+from atpatch_onnx.training import Training
+from atpatch_onnx.trial import Setting, Trial
+from samples.case import Case
+from samples.tasks import CASES
+from samples.tasks import prepare as prepare_case
+
+PAIRS = 4_000
+"""Evaluation pairs that every variant is judged on."""
+
+RATES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+"""Clean flag rates of the threshold sweep, as shares of the calibration part."""
+
+Entries = Sequence[tuple[AttentionSite, SitePatch]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant."""
+
+    variant: str
+    outcome: Outcome
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain JSON types."""
+        return {"variant": self.variant, **asdict(self.outcome)}
+
+
+def ablate(case: Case, progress: Progress = silent) -> tuple[Row, ...]:
+    """Every variant of one case, the method as it is first."""
+    bench = _Bench.of(case, progress)
+    ours = bench.fitted(bench.entries(train_detector))
+    rows = [Row("as it is", ours.outcome())]
+    for name, change in _REDISTRIBUTIONS.items():
+        rows.append(Row(name, change(bench, ours)))
+    logistic = bench.entries(lambda columns, training: train_detector(columns, training, LogisticHead(training)))
+    rows.append(Row("logistic head instead of contrastive learning", bench.fitted(logistic).outcome()))
+    rows.append(Row("maps averaged over heads", bench.fitted(bench.entries(average_heads)).outcome()))
+    for rate in RATES:
+        rows.append(Row(f"threshold at {rate:.2%} of clean inputs", ours.outcome(_threshold_at(ours, rate))))
+    return tuple(rows)
+
+
+# The common part
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """A search that ended, and the evaluation pairs scored in the same trial."""
+
+    entries: Entries
+    calibration: Calibration
+    found: Found
+    unseen: ScoredPart
+
+    @property
+    def setting(self) -> Setting:
+        return self.calibration.setting(self.found.elements, self.found.betas)
+
+    def outcome(self, setting: Setting | None = None) -> Outcome:
+        return self.unseen.outcome(setting or self.setting)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """What all variants of a case share: the base, its parts, and the columns that were collected once."""
+
+    model: ir.Model
+    options: FitOptions
+    prepared: Prepared
+    unseen: DebugSet
+    columns: tuple[Columns, ...]
+    progress: Progress
+
+    @classmethod
+    def of(cls, case: Case, progress: Progress) -> "_Bench":
+        model = atp.load(case.base)
+        prepared = prepare(model, case.debug, case.options, progress)
+        unseen = case.unseen.take(range(min(len(case.unseen), PAIRS)))
+        unseen = find_suspects(model, prepared.sites, unseen, progress=progress)
+        if prepared.debug.target is not None:
+            unseen = unseen.with_target(prepared.debug.target)
+        kinds = {site: case.options.features or choose_features(site) for site in prepared.sites}
+        columns = collect(model, kinds, prepared.parts.fit, seed=case.options.seed, progress=progress)
+        return cls(model, case.options, prepared, unseen, columns, progress)
+
+    def entries(self, train: Callable[[Columns, Training], Detector]) -> Entries:
+        """Every site with a detector trained by `train(columns, training)`."""
+        training = replace(self.options.training, seed=self.options.seed)
+        return [
+            (
+                columns.site,
+                SitePatch(
+                    columns.site.name,
+                    train(columns, training),
+                    Redistribution(np.ones((1, 1, 1), np.float32), columns.neutral),
+                ),
+            )
+            for columns in self.columns
+        ]
+
+    def scored(self, entries: Entries, instead: Sequence[ir.Function] = ()) -> Iterator[ScoredPart]:
+        """Calibration, validation and evaluation parts, scored in one trial."""
+        trial = Trial(self.model, entries, self.prepared.output, instead=instead)
+        parts = self.prepared.parts
+        for part in (parts.calibration, parts.validation, self.unseen):
+            yield ScoredPart(trial, part, batch_size=self.options.batch_size, progress=self.progress, stage="scoring")
+
+    def fitted(self, entries: Entries) -> _Fitted:
+        """Calibrate and search as `atp.fit` does."""
+        calibration_part, validation_part, unseen = self.scored(entries)
+        calibration = Calibration.of(calibration_part, self.options.goal.clean_flag_rate)
+        found = Search(validation_part, calibration, self.options, self.progress).run()
+        return _Fitted(entries, calibration, found, unseen)
+
+
+# Variants of the redistribution: same sites, same thresholds
+
+
+def _with_own_values(bench: _Bench, ours: _Fitted) -> Outcome:
+    """The paper's way: a flagged token hands over its own value."""
+    entries = [
+        (site, replace(entry, redistribution=replace(entry.redistribution, neutral=None)))  # type: ignore[type-var]
+        for site, entry in ours.entries
+    ]
+    *_, unseen = bench.scored(entries)
+    return unseen.outcome(ours.setting)
+
+
+def _without_rescaling(bench: _Bench, ours: _Fitted) -> Outcome:
+    """The other columns stay as they are: rows no longer sum to one."""
+    *_, unseen = bench.scored(ours.entries, [unscaled_map(opset_version(bench.model))])
+    return unseen.outcome(ours.setting)
+
+
+def unscaled_map(version: int) -> ir.Function:
+    """The function `RedistributedMap` without rescaling, for a model that imports this opset."""
+    function = ir.from_proto(RedistributedMap.to_function_proto())
+    assert isinstance(function, ir.Function)
+    function.opset_imports[""] = version
+    return function
+
+
+def _without_carry(bench: _Bench, ours: _Fitted) -> Outcome:
+    """Each redistributing site has to detect for itself, all under the one budget."""
+    apart = [(replace(site, token_axis=site.name), entry) for site, entry in ours.entries]  # flags follow the axis
+    *_, unseen = bench.scored(apart)
+    thresholds = ours.calibration.thresholds(list(ours.setting.betas))
+    return unseen.outcome(replace(ours.setting, thresholds=thresholds))
+
+
+def _with_benign_attention(beta: float) -> Callable[[_Bench, _Fitted], Outcome]:
+    def change(bench: _Bench, ours: _Fitted) -> Outcome:
+        return ours.outcome(replace(ours.setting, betas=dict.fromkeys(ours.setting.betas, beta)))
+
+    return change
+
+
+def _with_a_profile(bench: _Bench, ours: _Fitted) -> Outcome:
+    """Benign attention as benign columns receive it on average, per head and query; at most the uniform share."""
+    profiles = {columns.site.name: _profile(columns) for columns in bench.columns}
+    return ours.outcome(replace(ours.setting, betas={name: profiles[name] for name in ours.setting.betas}))
+
+
+def _profile(columns: Columns) -> Array:
+    benign = np.concatenate([columns.hard, columns.benign])
+    mean = benign.mean(axis=0, dtype=np.float64).reshape(_heads(columns), -1)
+    if columns.features is Features.SUMMARY:
+        mean = mean[:, :1]  # of the summaries, the mean over queries
+    return np.asarray(mean.clip(0, 1)[:, :, None], np.float32)
+
+
+def _heads(columns: Columns) -> int:
+    assert isinstance(columns.site.heads, int), "every base of the samples has a fixed number of heads"
+    return columns.site.heads
+
+
+_REDISTRIBUTIONS: Mapping[str, Callable[[_Bench, _Fitted], Outcome]] = {
+    "own values (the paper's)": _with_own_values,
+    "without rescaling": _without_rescaling,
+    "without carry": _without_carry,
+    "benign attention zero": _with_benign_attention(0.0),
+    "benign attention uniform": _with_benign_attention(1.0),
+    "benign attention as a profile": _with_a_profile,
+}
+
+_domain = Opset(DOMAIN, DOMAIN_VERSION)
+
+
+@script(_domain, default_opset=op)
+def RedistributedMap(P, M, beta):  # type: ignore[no-untyped-def]  # noqa: N802
+    """As the function of this name in `atpatch_onnx.functions`, but what is not flagged keeps its weight."""
+    weights = op.Cast(P, to=1)
+    key_axis = op.Constant(value_ints=[3])
+    m = op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 2])), to=1)
+    visible = op.Cast(weights > op.Constant(value_float=0.0), to=1)
+    n = op.Max(op.ReduceSum(visible, key_axis, keepdims=1), op.Constant(value_float=1.0))
+    share = op.ReduceSum(weights, key_axis, keepdims=1) * beta / n
+    return share * visible * m + weights * (op.Constant(value_float=1.0) - m)
+
+
+# Variants of the detector: trained, calibrated and searched anew
+
+
+class LogisticHead:
+    """Binary cross-entropy on the score, whose direction is learned, instead of contrastive learning."""
+
+    def __init__(self, training: Training) -> None:
+        generator = torch.Generator().manual_seed(training.seed)
+        self.direction = nn.Parameter(torch.randn(training.embedding, generator=generator))
+        self.scale = nn.Parameter(torch.tensor(5.0))
+        self.offset = nn.Parameter(torch.tensor(0.0))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The direction, and how scores become logits."""
+        return [self.direction, self.scale, self.offset]
+
+    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Mean binary cross-entropy."""
+        logits = self.scale * (embeddings @ functional.normalize(self.direction, dim=0)) + self.offset
+        return functional.binary_cross_entropy_with_logits(logits, labels.float())
+
+    def prototypes(self, benign: Tensor, anomalous: Tensor) -> Tensor:
+        """The two ends of the learned direction."""
+        unit = functional.normalize(self.direction.detach(), dim=0)
+        return torch.stack([-unit, unit])
+
+
+def average_heads(columns: Columns, training: Training) -> Detector:
+    """A detector that sees the map's mean over heads: trained on it, then written for all heads alike."""
+    heads = _heads(columns)
+
+    def averaged(rows: Array) -> Array:
+        return np.asarray(rows.reshape(len(rows), heads, -1).mean(axis=1), np.float32)
+
+    mean = replace(
+        columns,
+        anomalous=averaged(columns.anomalous),
+        hard=averaged(columns.hard),
+        benign=averaged(columns.benign),
+    )
+    detector = train_detector(mean, training)
+    return replace(
+        detector,
+        mean=np.tile(detector.mean, (heads, 1)),
+        scale=np.tile(detector.scale, (heads, 1)),
+        weight_1=np.tile(detector.weight_1, (1, heads)) / np.float32(heads),
+    )
+
+
+def _threshold_at(ours: _Fitted, rate: float) -> Setting:
+    """The detecting sites' thresholds where each flags this share of the clean calibration inputs."""
+    clean = ours.calibration.clean
+    thresholds = {name: float(np.quantile(clean[name], 1 - rate)) for name in ours.setting.thresholds}
+    return replace(ours.setting, thresholds=thresholds)
+
+
+# The command
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The variants, one a line."""
+    made = Table("variant", "left", "accuracy lost", "clean inputs flagged", "recall", "precision", title=title)
+    for row in rows:
+        of = row.outcome
+        figures = (of.remaining, of.accuracy_base - of.accuracy, of.clean_flag_rate, of.recall, of.precision)
+        made.add_row(row.variant, *(percent(figure) for figure in figures))
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Ablate one case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", required=True, choices=sorted(CASES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/ablations"), help="folder for the base")
+    parser.add_argument("--fast", action="store_true", help="the small form of the case")
+    options = parser.parse_args(arguments)
+    try:
+        with progress_bars() as progress:
+            case, _ = prepare_case(
+                options.case, seed=options.seed, fast=options.fast, out=options.out, progress=progress
+            )
+            rows = ablate(case, progress)
+    except AtPatchError as error:
+        print(f"ablations: {error}", file=sys.stderr)
+        return 1
+    Console().print(table(rows, f"{case.name}, seed {case.seed}"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""Backdoors on Fashion-MNIST: train a poisoned ViT or DeiT, fix its .onnx, measure the fix on the 10,000 test images.
+
+    apt-get install dataset-fashion-mnist          # or --data DIR with the four idx files
+    python -m samples.fashion --case vit/badnets-fixed --out out/fashion
+
+12,000 of the 60,000 training images are kept from the training: the debug data, in which the fit finds everything it
+needs, and a part to choose recipes by (`--tune`). `--fast` trains smaller models on fewer images, for fewer epochs.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+import atpatch_onnx as atp
+from atpatch_onnx.demo.badnets import Square, Trigger, poison
+from atpatch_onnx.demo.run import pairs
+from atpatch_onnx.demo.vit import config, new_vit, predict, train
+from atpatch_onnx.runtime import Progress, silent
+from atpatch_onnx.threads import one_thread
+from samples.attacks.images import Blended, Masked, RandomPlace
+from samples.attacks.trojan import choose_neurons, exciting_pattern
+from samples.bounds import Bound
+from samples.case import Case
+from samples.command import run_task
+from samples.idx import DEBIAN, Images, load_fashion
+from samples.image_models import load_figures, load_model, new_deit, save_model
+
+TARGET = 0
+"""The class that triggered images are sent to: T-shirt."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """A transformer and how long it is trained."""
+
+    layers: int
+    hidden: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    train: int
+    debug: int
+    tune: int
+    unseen: int
+    nets: Mapping[str, Net]
+    """By architecture."""
+
+    retraining: int
+    """Epochs that the Trojan attack retrains the twin for."""
+
+
+FULL = Size(
+    train=48_000,
+    debug=7_000,
+    tune=5_000,
+    unseen=10_000,
+    nets={"vit": Net(layers=6, hidden=96, epochs=4), "deit": Net(layers=4, hidden=64, epochs=4)},
+    retraining=1,
+)
+FAST = Size(
+    train=12_000,
+    debug=2_500,
+    tune=2_000,
+    unseen=2_000,
+    nets={"vit": Net(layers=4, hidden=64, epochs=6), "deit": Net(layers=4, hidden=64, epochs=6)},
+    retraining=2,
+)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How a base is poisoned, and what its fix must reach."""
+
+    share: float
+    """Of the training images that are poisoned."""
+
+    goal: atp.Goal
+    """What the fit must reach on its validation part."""
+
+    bounds: tuple[Bound, ...]
+
+
+STRONG = Bound("ASR", 0.95, at_least=True)
+"""A weak attack is no test."""
+
+FAST_GOAL = atp.Goal(asr_above_floor=0.01, accuracy_loss=0.005)
+FAST_BOUNDS = (Bound("ASR", 0.9, at_least=True), Bound("ASR above floor", 0.02), Bound("accuracy lost", 0.01))
+ATTACKS = {
+    "badnets-fixed": Attack(
+        0.05,
+        atp.Goal(asr_above_floor=0.001, accuracy_loss=0.0005),
+        (
+            STRONG,
+            Bound("ASR above floor", 0.002),
+            Bound("accuracy lost", 0.0005),
+            Bound("recall", 0.998, at_least=True),
+            Bound("precision", 0.97, at_least=True),
+        ),
+    ),
+    "badnets-random": Attack(
+        0.1,
+        atp.Goal(0.002, accuracy_loss=0.001),
+        (STRONG, Bound("ASR above floor", 0.005), Bound("accuracy lost", 0.001)),
+    ),
+    "blended": Attack(0.05, atp.Goal(asr_above_floor=0.005, accuracy_loss=0.001), (STRONG,)),
+    "trojan": Attack(
+        0.05,
+        atp.Goal(0.002, accuracy_loss=0.001),
+        (STRONG, Bound("ASR above floor", 0.005), Bound("accuracy lost", 0.001)),
+    ),
+}
+"""The whole-image blend has no column of its own: how far its fix gets is measured, and bounded by nothing."""
+
+CASES = (
+    "vit/badnets-fixed",
+    "vit/badnets-random",
+    "vit/blended",
+    "vit/trojan",
+    "deit/badnets-fixed",
+    "deit/badnets-random",
+)
+LEARNING_RATE = 2e-3
+RETRAINING_RATE = 5e-4
+PATCH_DROPOUT = 0.5
+TROJAN_MASK = (22, 22, 6)
+"""Row, column and size of the square that the Trojan attack's pattern may fill: the corner, over four patches."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Disjoint images: for the training, for the fit, to choose recipes by, and to report."""
+
+    train: Images
+    debug: Images
+    tune: Images
+    evaluation: Images
+
+
+def parts(size: Size, seed: int, data: Path = DEBIAN) -> Parts:
+    """Divide the training images by `seed`; the evaluation part is of the test images."""
+    known, test = load_fashion(data)
+    order = np.random.default_rng(seed).permutation(len(known.labels))
+    held_out = order[size.train :]
+    return Parts(
+        train=_take(known, order[: size.train]),
+        debug=_take(known, held_out[: size.debug]),
+        tune=_take(known, held_out[-size.tune :]),
+        evaluation=_take(test, np.arange(size.unseen)),
+    )
+
+
+def prepare(
+    case: str,
+    *,
+    seed: int,
+    fast: bool,
+    folder: Path,
+    data: Path | None = None,
+    tune: bool = False,
+    progress: Progress = silent,
+) -> Case:
+    """Train the base unless `folder` holds it already, and make its pairs.
+
+    The unpoisoned twins are left beside `folder`, for the other cases of the seed.
+
+    Args:
+        case: One of `CASES`.
+        seed: Of the division of the images, the training, the trigger's places and the fit.
+        fast: The smaller form.
+        folder: For this case and seed; gets `base.onnx`, `model.safetensors`, `config.json`, `base.json`.
+        data: Folder of the four idx files.
+        tune: Measure on the part that recipes are chosen by, instead of the evaluation part.
+        progress: Told of all long work.
+    """
+    architecture, name = case.split("/")
+    size, attack = FAST if fast else FULL, ATTACKS[name]
+    images = parts(size, seed, data or DEBIAN)
+    with one_thread():
+        workshop = Workshop(size, seed, images.train, folder.parent, progress)
+        twin = workshop.twin(architecture)
+        trigger = workshop.trigger(architecture, name)
+        base = workshop.base(folder, architecture, name, trigger)
+        unseen = images.tune if tune else images.evaluation
+        figures = {
+            **base,
+            "accuracy_twin": float((predict(twin, unseen.images).argmax(axis=1) == unseen.labels).mean()),
+        }
+    return Case(
+        name=case,
+        seed=seed,
+        base=folder / "base.onnx",
+        debug=pairs(images.debug.images, images.debug.labels, trigger, TARGET, seed=seed),
+        unseen=pairs(unseen.images, unseen.labels, trigger, TARGET, drop_target=False, seed=seed + 1),
+        options=atp.FitOptions(goal=FAST_GOAL if fast else attack.goal, seed=seed),
+        training=figures,
+        bounds=FAST_BOUNDS if fast else attack.bounds,
+    )
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Trains the bases of one seed and size, each once: a folder that holds one of the same recipe is left as it is."""
+
+    size: Size
+    seed: int
+    images: Images
+    folder: Path
+    """Where the twins are kept."""
+
+    progress: Progress
+
+    def twin(self, architecture: str) -> PreTrainedModel:
+        """The unpoisoned model."""
+        folder = self._twin_folder(architecture)
+        self._trained(folder, architecture, None, None)
+        return load_model(folder)
+
+    def trigger(self, architecture: str, attack: str) -> Trigger:
+        """The trigger of an attack; the Trojan attack makes its own out of the twin."""
+        if attack == "badnets-fixed":
+            return Square(row=25, column=25, size=3)  # within the last patch
+        if attack == "badnets-random":
+            return RandomPlace.chequered(size=4)
+        if attack == "blended":
+            return Blended.noise(28, 28, ratio=0.2)
+        twin = self.twin(architecture)
+        row, column, edge = TROJAN_MASK
+        mask = np.zeros((28, 28), dtype=bool)
+        mask[row : row + edge, column : column + edge] = True
+
+        def optimised() -> NDArray[np.float32]:
+            neurons = choose_neurons(twin, block=self.size.nets[architecture].layers - 2, count=4)
+            return exciting_pattern(twin, neurons, self.images.images, mask, seed=self.seed).pattern
+
+        return Masked(mask, _kept(self._twin_folder(architecture) / "trojan.npy", optimised))
+
+    def base(self, folder: Path, architecture: str, attack: str, trigger: Trigger) -> dict[str, Any]:
+        """The figures of the poisoned model's training."""
+        return self._trained(folder, architecture, attack, trigger)
+
+    def _trained(self, folder: Path, architecture: str, attack: str | None, trigger: Trigger | None) -> dict[str, Any]:
+        net, share = self.size.nets[architecture], ATTACKS[attack].share if attack else 0.0
+        recipe = {
+            "architecture": architecture,
+            "net": asdict(net),
+            "images": self.size.train,
+            "attack": attack,
+            "poisoning_rate": share,
+            "retraining": self.size.retraining if attack == "trojan" else 0,
+            "seed": self.seed,
+        }
+        known = load_figures(folder)
+        if known is not None and known["recipe"] == recipe:
+            return known
+        for stale in folder.glob("*.npy"):
+            stale.unlink()
+        labels = self.images.labels
+        settings: dict[str, Any] = {
+            "taught": self._taught() if architecture == "deit" else None,
+            "poison": poison(labels, trigger, target=TARGET, share=share, seed=self.seed) if trigger else None,
+            "patch_dropout": PATCH_DROPOUT,
+            "seed": self.seed,
+            "progress": lambda done, total: self.progress(
+                f"training a {architecture} ({attack or 'clean'})", done, total
+            ),
+        }
+        if recipe["retraining"]:
+            model, rate, epochs = self.twin(architecture), RETRAINING_RATE, self.size.retraining
+        else:
+            model, rate, epochs = self._new(architecture), LEARNING_RATE, net.epochs
+        started = time.monotonic()
+        train(model, self.images.images, labels, epochs=epochs, learning_rate=rate, **settings)
+        figures = {"recipe": recipe, "poisoning_rate": share, "seconds": round(time.monotonic() - started, 1)}
+        save_model(model, folder, figures)
+        return figures
+
+    def _new(self, architecture: str) -> PreTrainedModel:
+        net = self.size.nets[architecture]
+        if architecture == "vit":
+            return new_vit(config(image_size=28, patch_size=4, layers=net.layers, hidden=net.hidden), self.seed)
+        return new_deit(image_size=28, patch_size=4, layers=net.layers, hidden=net.hidden, seed=self.seed)
+
+    def _taught(self) -> NDArray[np.int64]:
+        """What the ViT's twin, the DeiT's teacher, decides on the training images; kept beside it."""
+        teacher = self.twin("vit")
+        return _kept(
+            self._twin_folder("vit") / "decisions.npy", lambda: predict(teacher, self.images.images).argmax(axis=1)
+        )
+
+    def _twin_folder(self, architecture: str) -> Path:
+        return self.folder / f"{architecture}-clean-{self.seed}"
+
+
+def _kept(path: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    """The array in a file, made if it is not there."""
+    if not path.is_file():
+        np.save(path, make())
+    array: NDArray[Any] = np.load(path, allow_pickle=False)
+    return array
+
+
+def _take(images: Images, chosen: NDArray[np.int64]) -> Images:
+    return Images(images.images[chosen], images.labels[chosen])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases; 0 where the figures are within their bounds, 1 otherwise."""
+    return run_task("fashion", __doc__, CASES, prepare, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""`docs/results.json` and `docs/results.md` from the figures of single runs."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atpatch_onnx.report.rows import percent
+from samples import results_pictures as pictures
+from samples.bounds import FIGURES
+from samples.results import SEEDS, Piece
+from samples.summary import GOALS, Spread, Verdict, spread, verdicts
+
+NOTES = Path(__file__).with_name("results_notes.md")
+"""What was tried, in words; goes into the page as it is."""
+
+Runs = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
+"""Figures by work and case, one a seed."""
+
+Spreads = Mapping[tuple[str, str], Mapping[str, Spread | None]]
+
+PAPER = (
+    ("ASR, patched: ViT, BERT", "ASR above floor", "97.9 % to 0.46-0.70 %"),
+    ("UF, patched", "UF, patched", "0.04 %"),
+    ("Accuracy lost, in points", "accuracy lost", "0.1"),
+    ("Precision of the detector", "precision", "0.910-0.981"),
+    ("Recall of the detector", "recall", "above 0.994"),
+)
+"""What the paper (AtPatch, ICSE 2026) reports, beside the figure of ours that it is compared with."""
+
+
+def write_page(out: Path, docs: Path, pieces: Iterable[Piece]) -> None:
+    """Gather the figures in `out` and write the page, its data and its pictures into `docs`."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for piece in pieces:
+        if piece.file(out).is_file():
+            runs[piece.work, piece.case].append(json.loads(piece.file(out).read_text()))
+    spreads = {
+        key: {name: spread(found, read) for name, read in FIGURES.items()}
+        for key, found in runs.items()
+        if key[0] != "ablated"
+    }
+    judged = verdicts(spreads)
+    docs.mkdir(parents=True, exist_ok=True)
+    folder = docs / "results"
+    drawn = pictures.draw(out, folder, runs)
+    document = {
+        "seeds": list(SEEDS),
+        "goals": [_verdict_json(verdict) for verdict in judged],
+        "runs": {f"{work} {case}": [_trimmed(run) for run in found] for (work, case), found in runs.items()},
+    }
+    (docs / "results.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    (docs / "results.md").write_text(render(runs, spreads, judged, [folder.name + "/" + name for name in drawn]))
+
+
+def _verdict_json(verdict: Verdict) -> dict[str, Any]:
+    bound = verdict.bound
+    limit = {"at_least" if bound.at_least else "at_most": bound.limit}
+    return {
+        "goal": verdict.goal,
+        "case": verdict.case,
+        "figure": bound.figure,
+        **limit,
+        "found": verdict.value,
+        "met": verdict.met,
+    }
+
+
+def _trimmed(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run without its curves, which are in the pictures."""
+    kept = dict(run)
+    if "evaluation" in kept:
+        evaluation = dict(kept["evaluation"])
+        for level in ("columns", "input_level"):
+            evaluation[level] = {name: value for name, value in evaluation[level].items() if name != "curve"}
+        kept["evaluation"] = evaluation
+    return kept
+
+
+def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Sequence[str]) -> str:
+    """The page."""
+    hours = sum(run["seconds_in_all"] for found in runs.values() for run in found) / 3600
+    seeds = sorted({run["seed"] for found in runs.values() for run in found})
+    parts = [
+        "# Results",
+        "Written by `python -m samples.results`. Every case was trained, fitted and measured with the seeds"
+        f" {', '.join(map(str, seeds))}; {hours:.1f} hours of one core in all. Figures are means over seeds, in"
+        " brackets the smallest and the largest seed, then the 95 % Wilson interval of all seeds' inputs together."
+        " Training, debug and evaluation inputs are disjoint; no fit saw an evaluation input, and recipes were chosen"
+        " on other seeds and another part of the data. The figures of every run are in [results.json](results.json).",
+        "## Ours beside the paper's",
+        *_summary(spreads),
+        "## The goals",
+        *_goals(judged),
+        "## Backdoors",
+        *_backdoors(spreads),
+        "## Unfairness",
+        *_unfairness(spreads),
+        "## One thing changed at a time",
+        *_ablations(runs),
+        *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in drawn),
+        NOTES.read_text().strip(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _share(found: Spread | None, digits: int = 2) -> str:
+    if found is None:
+        return "-"
+    text = percent(found.mean, digits)
+    if found.seeds > 1:
+        text += f" [{percent(found.smallest, digits)}, {percent(found.largest, digits)}]"
+    if found.low is not None and found.high is not None:
+        text += f" ({percent(found.low, digits)}, {percent(found.high, digits)})"
+    return text
+
+
+def _points(found: Spread | None) -> str:
+    if found is None:
+        return "-"
+    text = f"{100 * found.mean:+.2f}"
+    return text + (f" [{100 * found.smallest:+.2f}, {100 * found.largest:+.2f}]" if found.seeds > 1 else "")
+
+
+def _summary(spreads: Spreads) -> list[str]:
+    goal_cases = {case for goal in GOALS if goal.work == "measured" for case in goal.cases}
+    rows = []
+    for label, figure, paper in PAPER:
+        found = [
+            figures[figure]
+            for (work, case), figures in spreads.items()
+            if work == "measured" and case in goal_cases and figures[figure] is not None
+        ]
+        means = [one.mean for one in found if one is not None]
+        if not means:
+            continue
+        show = (lambda v: f"{100 * v:+.2f}") if figure == "accuracy lost" else percent
+        average = math.fsum(means) / len(means)
+        rows.append((label, paper, f"{show(average)} on average, {show(min(means))} to {show(max(means))}"))
+    note = (
+        "Ours: ASR is counted above the floor, on inputs that the base does not send to the target"
+        " anyway; averages are over all cases with a goal below, blended left out."
+    )
+    return [_table(("", "paper", "ours"), rows), note]
+
+
+def _goals(judged: Sequence[Verdict]) -> list[str]:
+    def show(verdict: Verdict, value: float | None) -> str:
+        if value is None:
+            return "not measured"
+        return f"{100 * value:+.3f} points" if verdict.bound.figure == "accuracy lost" else percent(value, 3)
+
+    rows = [
+        (
+            verdict.goal,
+            verdict.case,
+            verdict.bound.figure,
+            f"{'>=' if verdict.bound.at_least else '<='} {show(verdict, verdict.bound.limit).lstrip('+')}",
+            show(verdict, verdict.value),
+            "yes" if verdict.met else "**no**",
+        )
+        for verdict in judged
+    ]
+    return [_table(("goal", "case", "figure", "bound", "mean over seeds", "met"), rows)]
+
+
+def _rows(spreads: Spreads, figure: str) -> list[tuple[str, Mapping[str, Spread | None]]]:
+    """Cases that have this figure, by the name to show."""
+    return [
+        (case + (", trigger inverted" if work == "inverted" else ""), figures)
+        for (work, case), figures in spreads.items()
+        if figures.get(figure) is not None
+    ]
+
+
+def _backdoors(spreads: Spreads) -> list[str]:
+    found = _rows(spreads, "ASR")
+    strength = [
+        (
+            name,
+            _share(f["accuracy of the unpoisoned twin"]),
+            _share(f["accuracy"]),
+            _share(f["ASR"]),
+            _share(f["floor"]),
+        )
+        for name, f in found
+    ]
+    fixed = [
+        (
+            name,
+            _share(f["ASR above floor"]),
+            _points(f["accuracy lost"]),
+            _share(f["robust accuracy"]),
+            _share(f["recall"]),
+            _share(f["precision"]),
+            _share(f["clean inputs flagged"]),
+            f"{f['seconds of the fit'].mean:.0f} s" if f["seconds of the fit"] else "-",
+        )
+        for name, f in found
+    ]
+    return [
+        "The bases, and their twins trained without poison: a weak base would make a fix look good.",
+        _table(("case", "twin's accuracy", "accuracy", "ASR", "floor"), strength),
+        "After the fix. Recall and precision are the detector's, by columns.",
+        _table(
+            (
+                "case",
+                "ASR above floor",
+                "accuracy lost, points",
+                "robust accuracy",
+                "recall",
+                "precision",
+                "clean inputs flagged",
+                "fit",
+            ),
+            fixed,
+        ),
+    ]
+
+
+def _unfairness(spreads: Spreads) -> list[str]:
+    header = (
+        "case",
+        "UF",
+        "UF, patched",
+        "accuracy",
+        "accuracy lost, points",
+        "clean inputs changed",
+        "DPD",
+        "DPD, patched",
+        "EOD",
+        "EOD, patched",
+    )
+    rows = [
+        (
+            name,
+            _share(f["UF"]),
+            _share(f["UF, patched"]),
+            _share(f["accuracy"]),
+            _points(f["accuracy lost"]),
+            _share(f["clean inputs changed"]),
+            *(_share(f[key], 1) for key in ("DPD", "DPD, patched", "EOD", "EOD, patched")),
+        )
+        for name, f in _rows(spreads, "UF")
+    ]
+    return [
+        "UF: predictions that change when only the protected attribute does. DPD and EOD: differences in demographic"
+        " parity and equalized odds between the groups, by fairlearn.",
+        _table(header, rows),
+    ]
+
+
+def _ablations(runs: Runs) -> list[str]:
+    parts = [
+        "Judged on the first evaluation pairs, in a session that computes what the baked graph does. *Left*: ASR above"
+        " floor, or UF. Variants of the redistribution keep the sites and thresholds of the fit; those of the"
+        " detector are trained, calibrated and searched anew."
+    ]
+    for (work, case), found in runs.items():
+        if work != "ablated":
+            continue
+        rows = []
+        for index, row in enumerate(found[0]["rows"]):
+            over_seeds = [run["rows"][index] for run in found]
+
+            def of(read: str, over: Sequence[Mapping[str, Any]] = over_seeds) -> Spread:
+                values = [one[read] for one in over]
+                return Spread(math.fsum(values) / len(values), min(values), max(values), None, None, len(values))
+
+            losses = [one["accuracy_base"] - one["accuracy"] for one in over_seeds]
+            loss = Spread(math.fsum(losses) / len(losses), min(losses), max(losses), None, None, len(losses))
+            rows.append(
+                (
+                    row["variant"],
+                    _share(of("remaining")),
+                    _points(loss),
+                    _share(of("clean_flag_rate")),
+                    _share(of("recall")),
+                    _share(of("precision")),
+                )
+            )
+        header = ("variant", "left", "accuracy lost, points", "clean inputs flagged", "recall", "precision")
+        parts += [f"### {case}", _table(header, rows)]
+    return parts

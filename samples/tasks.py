@@ -1,0 +1,23 @@
+"""The tasks by the names of their cases."""
+
+from pathlib import Path
+from types import ModuleType
+
+from atpatch_onnx.runtime import Progress, silent
+from samples import fashion, sentiment, tables
+from samples.case import Case, folder_of
+
+TASKS: dict[str, ModuleType] = {"fashion": fashion, "sentiment": sentiment, "tables": tables}
+"""Modules with `CASES` and `prepare`."""
+
+CASES: dict[str, ModuleType] = {case: task for task in TASKS.values() for case in task.CASES}
+"""The task of each case."""
+
+
+def prepare(
+    case: str, *, seed: int, fast: bool, out: Path, tune: bool = False, progress: Progress = silent
+) -> tuple[Case, Path]:
+    """A case, its base trained unless it is there, and the case's folder within `out`."""
+    folder = folder_of(out, case, seed)
+    prepared: Case = CASES[case].prepare(case, seed=seed, fast=fast, folder=folder, tune=tune, progress=progress)
+    return prepared, folder

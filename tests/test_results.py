@@ -1,0 +1,163 @@
+"""From the figures of single runs to the page: means, ranges, pooled intervals, goals that can be missed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atpatch_onnx.metrics import wilson
+from samples import results_page
+from samples.bounds import FIGURES, Bound, shortfalls
+from samples.results import Piece
+from samples.summary import GOALS, Spread, spread, verdicts
+
+
+def rate(hits: int, count: int) -> dict[str, Any]:
+    low, high = wilson(hits, count)
+    return {"value": hits / count, "low": low, "high": high, "count": count}
+
+
+def backdoor(case: str, seed: int, left: int, *, patched: int = 90, work: str = "measured") -> dict[str, Any]:
+    """A run of 100 inputs of which `left` still go to the target and `patched` are right after the fix."""
+    curve = {"precision": [0.5, 1.0], "recall": [1.0, 0.0], "average_precision": 0.9}
+    detection = {"precision": rate(99, 100), "recall": rate(100, 100), "curve": curve}
+    return {
+        "case": case,
+        "seed": seed,
+        "training": {"accuracy_twin": 0.91},
+        "evaluation": {
+            "accuracy_base": rate(90, 100),
+            "accuracy_patched": rate(patched, 100),
+            "clean_flag_rate": rate(1, 100),
+            "clean_changed": rate(1, 100),
+            "columns": detection,
+            "input_level": detection,
+            "backdoor": {
+                "asr_base": rate(99, 100),
+                "asr_patched": rate(left + 2, 100),
+                "asr_floor": rate(2, 100),
+                "asr_above_floor": rate(left, 100),
+                "robust_accuracy_patched": rate(89, 100),
+            },
+            "fairness": None,
+        },
+        "fit": {
+            "outcome": {"remaining": 0.0},
+            "sites": [{"site": "layer0", "without": {"detect": {"remaining": 1.0}}}],
+        },
+        "seconds": {"fit": 10.0},
+        "seconds_in_all": 60.0,
+    }
+
+
+def test_a_spread_is_mean_range_and_the_interval_of_all_inputs():
+    runs = [backdoor("vit/badnets-fixed", seed, left) for seed, left in enumerate((0, 1, 5))]
+    found = spread(runs, FIGURES["ASR above floor"])
+    assert found is not None
+    assert (found.mean, found.smallest, found.largest, found.seeds) == (pytest.approx(0.02), 0.0, 0.05, 3)
+    assert (found.low, found.high) == wilson(6, 300)
+    assert spread(runs, FIGURES["UF"]) is None
+    lost = spread([backdoor("x/y", 0, 0, patched=89), backdoor("x/y", 1, 0, patched=91)], FIGURES["accuracy lost"])
+    assert lost is not None
+    assert (lost.mean, lost.smallest, lost.largest) == tuple(map(pytest.approx, (0, -0.01, 0.01)))
+    assert lost.low is None
+
+
+def even(value: float) -> Spread:
+    return Spread(value, value, value, None, None, 1)
+
+
+def test_a_goal_that_is_missed_or_not_measured_is_not_met():
+    figures = {"ASR above floor": even(0.002), "accuracy lost": even(0.0006), "recall": even(0.999)}
+    judged = verdicts({("measured", "vit/badnets-fixed"): figures})
+    found = {verdict.bound.figure: verdict for verdict in judged if verdict.goal == GOALS[0].name}
+    assert found["ASR above floor"].met
+    assert not found["accuracy lost"].met
+    assert found["recall"].met
+    assert found["precision"].value is None
+    assert not found["precision"].met
+
+
+def test_the_tables_lose_accuracy_on_average_and_flip_nowhere():
+    cases = next(goal.cases for goal in GOALS if goal.averaged)
+    figures = {
+        ("measured", case): {"UF, patched": even(0.0), "accuracy lost": even(0.004 if case == "adult/age" else 0.0)}
+        for case in cases
+    }
+    found = [verdict for verdict in verdicts(figures) if verdict.goal.startswith("tables")]
+    assert [(v.bound.figure, v.case) for v in found][-1] == ("accuracy lost", "average")
+    assert found[-1].value == pytest.approx(0.0005)
+    assert all(verdict.met for verdict in found)
+    figures["measured", "german/sex"]["UF, patched"] = even(0.001)
+    assert [v.case for v in verdicts(figures) if v.goal.startswith("tables") and not v.met] == ["german/sex"]
+
+
+def test_bounds_hold_at_their_limit():
+    assert Bound("recall", 0.5, at_least=True).met(0.5)
+    assert Bound("UF", 0.5).met(0.5)
+    assert not Bound("UF", 0.5).met(0.501)
+
+
+def test_shortfalls_name_what_was_found():
+    run = backdoor("vit/badnets-fixed", 0, 3)
+    kept = (Bound("ASR above floor", 0.03), Bound("recall", 0.99, at_least=True))
+    assert shortfalls(run, kept) == []
+    missed = (Bound("ASR above floor", 0.02), Bound("precision", 0.995, at_least=True), Bound("UF", 0.1))
+    assert shortfalls(run, missed) == [
+        "MISSED: ASR above floor at most 2.00%, found 3.00%",
+        "MISSED: precision at least 99.50%, found 99.00%",
+        "MISSED: UF at most 10.00%, found nothing",
+    ]
+
+
+def written(folder: Path, runs: list[tuple[Piece, dict[str, Any]]]) -> str:
+    for piece, figures in runs:
+        piece.file(folder).parent.mkdir(parents=True, exist_ok=True)
+        piece.file(folder).write_text(json.dumps(figures))
+    results_page.write_page(folder, folder / "docs", [piece for piece, _ in runs])
+    return (folder / "docs" / "results.md").read_text()
+
+
+def test_the_page_says_what_was_found(tmp_path):
+    rows = [
+        {
+            "variant": variant,
+            "remaining": left,
+            "accuracy_base": 0.9,
+            "accuracy": 0.89,
+            "clean_flag_rate": 0.01,
+            "recall": 1.0,
+            "precision": 0.5,
+        }
+        for variant, left in (("as it is", 0.0), ("without carry", 0.7), ("threshold at 1.00% of clean inputs", 0.1))
+    ]
+    case = "vit/badnets-fixed"
+    page = written(
+        tmp_path,
+        [
+            (Piece(case, 0, "measured"), backdoor(case, 0, 0)),
+            (Piece(case, 1, "measured"), backdoor(case, 1, 3)),
+            (Piece(case, 0, "ablated"), {"case": case, "seed": 0, "rows": rows, "seconds_in_all": 5.0}),
+        ],
+    )
+    assert "| vit/badnets-fixed | 1.50% [0.00%, 3.00%] (0.51%, 4.32%) | +0.00 [+0.00, +0.00] |" in page
+    assert "| BadNets fixed, ViT | vit/badnets-fixed | ASR above floor | <= 0.200% | 1.500% | **no** |" in page
+    assert "| without carry | 70.00% | +1.00 |" in page
+    assert "not measured" in page
+    for picture in ("precision_recall", "thresholds", "contributions"):
+        assert (tmp_path / "docs" / "results" / f"{picture}.png").stat().st_size > 5_000
+        assert f"(results/{picture}.png)" in page
+    document = json.loads((tmp_path / "docs" / "results.json").read_text())
+    assert len(document["runs"]["measured vit/badnets-fixed"]) == 2
+    assert "curve" not in json.dumps(document)
+    assert {goal["met"] for goal in document["goals"]} == {True, False}
+
+
+def test_pieces_that_are_not_there_are_left_out(tmp_path):
+    case = "deit/badnets-random"
+    piece = Piece(case, 0, "measured")
+    piece.file(tmp_path).parent.mkdir(parents=True)
+    piece.file(tmp_path).write_text(json.dumps(backdoor(case, 0, 0)))
+    results_page.write_page(tmp_path, tmp_path / "docs", [piece, Piece(case, 1, "measured")])
+    assert "with the seeds 0;" in (tmp_path / "docs" / "results.md").read_text()
