@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 PYTEST ?= -n auto
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check results clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,9 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+results: setup
+	$(VENV)/bin/python -m samples.results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

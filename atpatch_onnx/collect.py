@@ -29,6 +29,9 @@ MAX_BENIGN = 8
 _DIFFERENCE = 1e-3
 """A token's values differ when they do by this share of the largest value of the pair: far above rounding."""
 
+_CARRIES = 0.5
+"""A token carries the difference when its values differ by this share of what the pair's most different token does."""
+
 
 @dataclass(frozen=True, eq=False)
 class Columns:
@@ -74,10 +77,11 @@ def find_suspects(
     batch_size: int = 32,
     progress: Progress = silent,
 ) -> DebugSet:
-    """The debug set with its suspects: those it has, or the tokens whose values differ at the first site.
+    """The debug set with its suspects: those it has, or the tokens whose values differ most at the first site.
 
     At the first site of a token axis no attention has mixed the tokens yet, so only those differ that the trigger or
-    the attribute is in.
+    the attribute is in. Of a trigger that lies across several, those that hold little of it draw no attention: taken
+    for anomalous, they would teach the detector that benign columns are (`_CARRIES`).
 
     Args:
         model: The base.
@@ -118,7 +122,8 @@ def find_suspects(
     for (_, before), (_, after) in zip(clean, other, strict=True):
         difference = np.abs(after[name] - before[name]).max(axis=(1, 3))
         largest = np.abs(before[name]).max(axis=(1, 2, 3))
-        found.append(difference > _DIFFERENCE * largest[:, None])
+        most = difference.max(axis=1)
+        found.append(difference > np.maximum(_DIFFERENCE * largest, _CARRIES * most)[:, None])
     suspects = np.concatenate(found)
     if not suspects.any():
         raise DebugSetError(

@@ -7,6 +7,7 @@
 needs, and a part to choose recipes by (`--tune`). `--fast` trains smaller models on fewer images, for fewer epochs.
 """
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -231,7 +232,7 @@ class Workshop:
         if attack == "badnets-fixed":
             return Square(row=25, column=25, size=3)  # within the last patch
         if attack == "badnets-random":
-            return RandomPlace.chequered(size=4)
+            return RandomPlace.chequered(size=5)
         if attack == "blended":
             return Blended.noise(28, 28, ratio=0.2)
         twin = self.twin(architecture)
@@ -256,6 +257,7 @@ class Workshop:
             "net": asdict(net),
             "images": self.size.train,
             "attack": attack,
+            "trigger": None if trigger is None else _digest(trigger),
             "poisoning_rate": share,
             "retraining": self.size.retraining if attack == "trojan" else 0,
             "seed": self.seed,
@@ -300,6 +302,12 @@ class Workshop:
 
     def _twin_folder(self, architecture: str) -> Path:
         return self.folder / f"{architecture}-clean-{self.seed}"
+
+
+def _digest(trigger: Trigger) -> str:
+    """Tells triggers apart: of what is made of a grey image."""
+    stamped = trigger.stamp(np.full((1, 1, 28, 28), 0.5, np.float32), np.random.default_rng(0))
+    return hashlib.sha256(np.ascontiguousarray(stamped, np.float32).tobytes()).hexdigest()[:16]
 
 
 def _kept(path: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:

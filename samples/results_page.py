@@ -230,7 +230,11 @@ def _unfairness(spreads: Spreads) -> list[str]:
         "case",
         "UF",
         "UF, patched",
+        "UF of any value",
+        "UF of any value, patched",
         "accuracy",
+        "larger class",
+        "boosting",
         "accuracy lost, points",
         "clean inputs changed",
         "DPD",
@@ -243,7 +247,11 @@ def _unfairness(spreads: Spreads) -> list[str]:
             name,
             _share(f["UF"]),
             _share(f["UF, patched"]),
+            _share(f["UF of any value"]),
+            _share(f["UF of any value, patched"]),
             _share(f["accuracy"]),
+            _share(f["accuracy of the larger class"]),
+            _share(f["accuracy of boosting"]),
             _points(f["accuracy lost"]),
             _share(f["clean inputs changed"]),
             *(_share(f[key], 1) for key in ("DPD", "DPD, patched", "EOD", "EOD, patched")),
@@ -251,8 +259,10 @@ def _unfairness(spreads: Spreads) -> list[str]:
         for name, f in _rows(spreads, "UF")
     ]
     return [
-        "UF: predictions that change when only the protected attribute does. DPD and EOD: differences in demographic"
-        " parity and equalized odds between the groups, by fairlearn.",
+        "UF: predictions that change when only the protected attribute does, to one other value, drawn; of any value:"
+        " to one at least of all others. Beside the base's accuracy: of always answering the larger class, and of"
+        " gradient boosting on the same rows. DPD and EOD: differences in demographic parity and equalized odds between"
+        " the groups, by fairlearn.",
         _table(header, rows),
     ]
 
@@ -260,8 +270,8 @@ def _unfairness(spreads: Spreads) -> list[str]:
 def _ablations(runs: Runs) -> list[str]:
     parts = [
         "Judged on the first evaluation pairs, in a session that computes what the baked graph does. *Left*: ASR above"
-        " floor, or UF. Variants of the redistribution keep the sites and thresholds of the fit; those of the"
-        " detector are trained, calibrated and searched anew."
+        " floor, or UF. Variants of the redistribution keep the fit's sites and thresholds; those of the detector"
+        " are trained, calibrated and searched anew."
     ]
     for (work, case), found in runs.items():
         if work != "ablated":

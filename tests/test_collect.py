@@ -40,6 +40,19 @@ def test_suspects_are_the_planted_positions(planted, kind):
     assert np.array_equal(found.suspects, positions)
 
 
+def test_a_token_that_holds_little_of_the_trigger_is_no_suspect():
+    planted = Planted()
+    inputs, labels, positions = planted.inputs(40)
+    whole = planted.changed(inputs, positions)
+    neighbours = np.roll(positions, 1, axis=1) & ~positions
+    change = ((whole["x"] - inputs["x"]) * positions[:, :, None]).sum(axis=1, keepdims=True)  # of each input
+    model = planted.model()
+    for share, expected in ((0.1, positions), (0.9, positions | neighbours)):
+        x = whole["x"] + share * change * neighbours[:, :, None]
+        debug = DebugSet.from_pairs(inputs, {"x": x}, labels)
+        assert np.array_equal(find_suspects(model, find_sites(model), debug).suspects, expected)
+
+
 def test_suspects_that_are_given_are_kept():
     planted = Planted()
     debug, model = planted.debug(20, suspects=True), planted.model()
