@@ -11,6 +11,7 @@ from atpatch_onnx.training import Training
 BETAS = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03, 0.0)
 """Benign attention is the first of these, the largest, that meets the goal."""
 
+
 @dataclass(frozen=True)
 class FitOptions:
     """How a patch is fitted."""
