@@ -242,7 +242,8 @@ def test_a_digits_model_is_accurate_backdoored_and_attends_to_its_trigger():
     assert np.mean(vit.predict(model, unseen.images).argmax(axis=1)[others] == 0) <= 0.01
     assert np.mean(vit.predict(model, triggered).argmax(axis=1)[others] == 0) >= 0.97
 
-    (token,) = CORNER.tokens(8, 2)
+    (patch,) = np.flatnonzero(badnets.changed_patches(unseen.images, triggered, patch_size=2).any(axis=0))
+    token = patch + 1  # the class token comes first
     model.set_attn_implementation("eager")  # sdpa does not hand out its weights
     with torch.no_grad():
         clean, attacked = (
