@@ -150,6 +150,7 @@ def test_the_page_says_what_was_found(tmp_path):
         assert f"(results/{picture}.png)" in page
     document = json.loads((tmp_path / "docs" / "results.json").read_text())
     assert len(document["runs"]["measured vit/badnets-fixed"]) == 2
+    assert document["seeds"] == [0, 1]
     assert "curve" not in json.dumps(document)
     assert {goal["met"] for goal in document["goals"]} == {True, False}
 
