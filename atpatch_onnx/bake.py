@@ -155,12 +155,14 @@ def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, S
 
 def _constants(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls:
     """Thresholds and benign attention as weights of the graph."""
-    threshold = beta = None
+    threshold = reach = beta = None
     if entry.detector is not None:
         threshold = at.constant("threshold", np.array([entry.detector.threshold], np.float32))
+        if entry.detector.reach:
+            reach = at.constant("reach", np.array([entry.detector.reach], np.float32))
     if entry.redistribution is not None:
         beta = at.constant("beta", entry.redistribution.beta)
-    return Controls(threshold, beta)
+    return Controls(threshold, reach, beta)
 
 
 def _patched_site(step: Woven) -> PatchedSite:
@@ -171,6 +173,7 @@ def _patched_site(step: Woven) -> PatchedSite:
     return PatchedSite(
         site=step.site.name,
         threshold=None if detector is None else detector.threshold,
+        reach=None if detector is None else detector.reach,
         value=value,
         map=step.handles.P.name or "",
         values=step.handles.V.name or "",

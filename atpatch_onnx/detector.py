@@ -6,7 +6,8 @@ For an anchor i with the others of its class P(i) and all others A(i):
 
 Classes are anomalous and benign columns. Hard negatives, the suspects' positions on clean inputs, are a fixed share of
 every batch. We differ from AtPatch (arXiv 2601.21695) in what decides: the difference of the similarities to two
-prototypes, so that one threshold, calibrated later, means the same at every site.
+prototypes, so that one threshold, calibrated later, means the same at every site; and in that the encoder reads the
+logarithms of the weights, whose tails are heavy.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from atpatch_onnx.collect import Columns
 from atpatch_onnx.errors import FitError
-from atpatch_onnx.patch import Array, Detector
+from atpatch_onnx.patch import OFFSET, Array, Detector
 from atpatch_onnx.threads import one_thread
 from atpatch_onnx.training import Training
 
@@ -76,15 +77,14 @@ def train_detector(columns: Columns, training: Training, head: Head | None = Non
             advice="Give more pairs, and check the suspects.",
         )
     generator = torch.Generator().manual_seed(training.seed * 1_000_003 + columns.site.index)
-    benign = np.concatenate([columns.hard, columns.benign])
+    anomalous, hard, others = (np.log(rows + OFFSET) for rows in (columns.anomalous, columns.hard, columns.benign))
+    benign = np.concatenate([hard, others])
     mean = benign.mean(axis=0, dtype=np.float64).astype(np.float32)
     scale = benign.std(axis=0, dtype=np.float64).astype(np.float32)
     scale = np.maximum(scale, max(0.1 * float(scale.mean()), 1e-3))  # a feature that never varies must not explode
 
     groups = [
-        torch.from_numpy((rows - mean) / scale)
-        for rows in (columns.anomalous, columns.hard, columns.benign)
-        if len(rows)
+        torch.from_numpy(((rows - mean) / scale).astype(np.float32)) for rows in (anomalous, hard, others) if len(rows)
     ]
     shares = [2] + [1] * (len(groups) - 1) if len(groups) == 3 else [1, 1]
     first, last = nn.Linear(len(mean), training.hidden), nn.Linear(training.hidden, training.embedding)

@@ -4,7 +4,7 @@ suspects -> split -> collect (fit part) -> train detectors -> trial graph
 -> thresholds (calibration part) -> benign attention, sites (validation part) -> patch
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -92,18 +92,19 @@ def _patch(
             found="; ".join(shortfalls),
             advice="Give more pairs or other candidate sites, relax the goal, or write it anyway (option --force).",
         )
-    detecting = [name for role, name in found.elements if role == "detect"]
-    redistributing = [name for role, name in found.elements if role == "redistribute"]
-    thresholds = calibration.thresholds(detecting)
     chosen = []
     for site, entry in entries:
         detector = redistribution = None
-        if site.name in detecting:
+        if site.name in found.setting.thresholds:
             assert entry.detector is not None
-            detector = replace(entry.detector, threshold=thresholds[site.name])
-        if site.name in redistributing:
+            detector = replace(
+                entry.detector,
+                threshold=found.setting.thresholds[site.name],
+                reach=found.setting.reaches.get(site.name, 0.0),
+            )
+        if site.name in found.setting.betas:
             assert entry.redistribution is not None
-            beta = np.full((1, 1, 1), found.betas[site.name], np.float32)
+            beta = np.full((1, 1, 1), found.setting.betas[site.name], np.float32)
             redistribution = replace(entry.redistribution, beta=beta)
         if detector or redistribution:
             chosen.append(SitePatch(site.name, detector, redistribution))
@@ -118,17 +119,15 @@ def _patch(
         "pairs": {"fit": len(parts.fit), "calibration": len(parts.calibration), "validation": len(parts.validation)},
         "outcome": found.outcome.to_json(),
         "settings_tried": search.attempts,
-        "sites": [_site_figures(site, calibration, found, thresholds) for site, _ in entries],
+        "sites": [_site_figures(site, calibration, found) for site, _ in entries],
     }
     return Patch(base=fingerprint(model), sites=tuple(chosen), figures=figures)
 
 
-def _site_figures(
-    site: AttentionSite, calibration: Calibration, found: Found, thresholds: Mapping[str, float]
-) -> dict[str, Any]:
+def _site_figures(site: AttentionSite, calibration: Calibration, found: Found) -> dict[str, Any]:
     """What was found of one candidate site, on the calibration part; alone, it would have the whole budget."""
     name = site.name
-    threshold = thresholds.get(name, calibration.thresholds([name])[name])
+    threshold = found.setting.thresholds.get(name, calibration.thresholds([name])[name])
     anomalous, benign = calibration.anomalous[name] > threshold, calibration.benign[name] > threshold
     balance = len(calibration.benign[name])
     false = float(benign.mean()) if balance else 0.0
@@ -142,8 +141,9 @@ def _site_figures(
         "column_flag_rate": false,
         "clean_flag_rate": float((calibration.clean[name] > threshold).mean()),
         "threshold": threshold,
+        "reach": found.setting.reaches.get(name, 0.0),
         "detects": "detect" in roles,
         "redistributes": "redistribute" in roles,
-        "beta": found.betas[name] if "redistribute" in roles else None,
+        "beta": found.setting.betas.get(name),
         "without": {role: found.without[role, name].to_json() for role in roles if (role, name) in found.without},
     }

@@ -25,7 +25,7 @@ _UNSEEN = -8.0
 def WholeColumns(P):  # noqa: N802
     """Column features of a fixed-length, unmasked map: the column itself. P [B,H,Q,K] -> [B,H*Q,K].
 
-    The factor K that makes weights relative to the uniform share is folded into the detector.
+    The factor K that makes weights relative to the uniform share is folded into the detector's offset and bias.
     """
     keys = op.Shape(P, start=3, end=4)
     columns = op.Concat(op.Constant(value_ints=[0, -1]), keys, axis=0)
@@ -111,20 +111,31 @@ def ColumnSummary(P, valid):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
-def DetectorMargin(X, weight_1, bias_1, weight_2, bias_2, direction, threshold):  # noqa: N802
+def DetectorMargin(X, offset, weight_1, bias_1, weight_2, bias_2, direction, threshold):  # noqa: N802
     """How far each column's score is above the threshold. X [B,F,K] -> [B,K].
 
-    The encoder is two layers to a unit-norm embedding; the score is the difference of its similarities to the anomalous
-    and the benign prototype, `direction = prototype_anomalous - prototype_benign` [1,E]. Columns that no query sees
-    (padding) are far below every threshold. weight_1 [hidden,F], bias_1 [hidden,1], weight_2 [E,hidden], bias_2 [E,1].
+    The encoder reads the logarithms of the features, whose tails are heavy. It is two layers to a unit-norm embedding;
+    the score is the difference of its similarities to the anomalous and the benign prototype,
+    `direction = prototype_anomalous - prototype_benign` [1,E]. Columns that no query sees (padding) are far below every
+    threshold. offset [1], weight_1 [hidden,F], bias_1 [hidden,1], weight_2 [E,hidden], bias_2 [E,1].
     """
     feature_axis = op.Constant(value_ints=[1])
-    hidden = op.Relu(op.MatMul(weight_1, X) + bias_1)
+    hidden = op.Relu(op.MatMul(weight_1, op.Log(X + offset)) + bias_1)
     embedding = op.MatMul(weight_2, hidden) + bias_2
     norm = op.Sqrt(op.ReduceSum(embedding * embedding, feature_axis, keepdims=1) + op.Constant(value_float=1e-12))
     score = op.Squeeze(op.MatMul(direction, embedding) / norm, feature_axis)
     seen = op.ReduceSum(X, feature_axis, keepdims=0) > op.Constant(value_float=0.0)
     return op.Where(seen, score - threshold, op.Constant(value_float=_UNSEEN))
+
+
+@script(_domain, default_opset=op)
+def Reach(margin, reach):  # noqa: N802
+    """The threshold lowered by reach [1] for all columns of a sample that has one above it. margin [B,K] -> [B,K].
+
+    Columns that no query sees stay below it: they are farther away than any reach.
+    """
+    largest = op.ReduceMax(margin, op.Constant(value_ints=[1]), keepdims=1)
+    return op.Where(largest > op.Constant(value_float=0.0), margin + reach, margin)
 
 
 @script(_domain, default_opset=op)
@@ -210,6 +221,7 @@ _ALL = (
     AllQueries,
     ColumnSummary,
     DetectorMargin,
+    Reach,
     RedistributedMap,
     NeutralValues,
     Attend,

@@ -127,6 +127,8 @@ def sample_maps(maps: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
 def weight_names(site: PatchedSite) -> list[str]:
     """The weights that decide what a site does, besides its detector's."""
     names = ["threshold"] if site.threshold is not None else []
+    if site.reach:
+        names.append("reach")
     if site.value is not None:
         names += ["beta", "neutral"] if site.value == "neutral" else ["beta"]
     return names

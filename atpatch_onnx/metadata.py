@@ -24,7 +24,7 @@ from atpatch_onnx.errors import StripError
 from atpatch_onnx.patch import Patch
 
 PREFIX = "atpatch."
-SCHEMA = "1"
+SCHEMA = "2"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class PatchedSite:
     site: str
     threshold: float | None
     """None: the site does not detect."""
+
+    reach: float | None
+    """By how much the threshold is lower for the other columns of a flagged input; None: the site does not detect."""
 
     value: str | None
     """`neutral` or `own`; None: the site does not redistribute."""
@@ -58,7 +61,7 @@ class PatchedSite:
     """Its own or carried flags, bool `[samples, columns]`."""
 
     margin: str | None
-    """Score minus threshold `[samples, columns]`, where it detects."""
+    """Score minus the threshold that holds for it `[samples, columns]`, where it detects."""
 
     @property
     def base_output(self) -> str:

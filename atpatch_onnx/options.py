@@ -8,6 +8,10 @@ from atpatch_onnx.goal import Goal
 from atpatch_onnx.patch import Features
 from atpatch_onnx.training import Training
 
+MISSED = (1.0, 0.05, 0.02, 0.01, 0.005)
+"""A flagged input's other columns have a lower threshold that misses the first of these shares, the largest, at which
+the goal is met; 1: the same threshold."""
+
 BETAS = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03, 0.0)
 """Benign attention is the first of these, the largest, that meets the goal."""
 
@@ -24,6 +28,9 @@ class FitOptions:
 
     betas: tuple[float, ...] = BETAS
     """Benign attention to try, from the largest."""
+
+    missed: tuple[float, ...] = MISSED
+    """Shares of the anomalous columns that the lower threshold of flagged inputs may miss, to try, from the largest."""
 
     features: Features | None = None
     """What detectors read; None: whole columns where the map's size is fixed and unmasked, else summaries."""
@@ -44,6 +51,7 @@ class FitOptions:
         checks = (
             ("value", self.value in ("neutral", "own"), "'neutral' or 'own'"),
             ("betas", bool(self.betas) and all(0 <= beta <= 1 for beta in self.betas), "numbers from 0 to 1"),
+            ("missed", bool(self.missed) and all(0 <= share <= 1 for share in self.missed), "numbers from 0 to 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
         )
         for name, holds, expected in checks:

@@ -1,6 +1,6 @@
 """A patch: everything that was fitted, and its `.safetensors` file.
 
-The file (schema 1) holds one metadata entry, `atpatch`, a JSON object with `schema_version`, `base` (fingerprint of the
+The file (schema 2) holds one metadata entry, `atpatch`, a JSON object with `schema_version`, `base` (fingerprint of the
 model the patch was fitted on), `id` (digest of everything else), `sites` (what each site does) and `figures` (what the
 fit measured); and the tensors `<number of the site>/<field>`. Nothing in it depends on when or where it was written:
 the same fit gives the same bytes. A patch file is untrusted input: sizes, shapes, types and values are checked before
@@ -24,9 +24,15 @@ from numpy.typing import NDArray
 
 from atpatch_onnx.errors import PatchFileError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_BYTES = 2**30
 """Patches are a few megabytes; a larger file is refused unread."""
+
+OFFSET = 0.01
+"""What detectors add to a column feature before they take its logarithm, in units of the uniform share."""
+
+MAX_REACH = 4.0
+"""Scores are differences of two cosines: no two are farther apart."""
 
 Array = NDArray[np.float32]
 
@@ -43,14 +49,18 @@ class Features(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Detector:
-    """Names anomalous columns: encoder to a unit-norm embedding, scored against two prototypes. All arrays float32."""
+    """Names anomalous columns: encoder to a unit-norm embedding, scored against two prototypes. All arrays float32.
+
+    The encoder reads `log(x + OFFSET)` of every column feature x: attention weights have heavy tails, in which a linear
+    scale hides what is common.
+    """
 
     features: Features
     mean: Array
-    """`[features, 1]`: benign mean of each column feature, in units of the uniform share."""
+    """`[features, 1]`: benign mean of the logarithm of each column feature, in units of the uniform share."""
 
     scale: Array
-    """`[features, 1]`: benign standard deviation of each, with a floor."""
+    """`[features, 1]`: its benign standard deviation, with a floor."""
 
     weight_1: Array
     """`[hidden, features]`."""
@@ -69,6 +79,11 @@ class Detector:
 
     threshold: float
     """A column is anomalous when its score exceeds this."""
+
+    reach: float = 0.0
+    """Once a column of an input exceeds the threshold, it is lower by this for the others: hysteresis, as of edges in
+    Canny, 1986. The rest of a trigger is named with its strongest column, and clean inputs are flagged no more often.
+    """
 
     @property
     def direction(self) -> Array:
@@ -172,6 +187,7 @@ def _tensors(patch: Patch) -> dict[str, Array]:
             for name in _DETECTOR_TENSORS:
                 tensors[f"{number}/{name}"] = np.ascontiguousarray(getattr(site.detector, name), np.float32)
             tensors[f"{number}/threshold"] = np.array([site.detector.threshold], np.float32)
+            tensors[f"{number}/reach"] = np.array([site.detector.reach], np.float32)
         if site.redistribution is not None:
             tensors[f"{number}/beta"] = np.ascontiguousarray(site.redistribution.beta, np.float32)
             if site.redistribution.neutral is not None:
@@ -291,9 +307,12 @@ def _site(entry: Mapping[str, Any], number: int, tensors: Mapping[str, Array]) -
             bias_2=tensor("bias_2", embedding, 1),
             prototypes=tensor("prototypes", 2, embedding),
             threshold=float(tensor("threshold", 1)[0]),
+            reach=float(tensor("reach", 1)[0]),
         )
         if not (detector.scale > 0).all() or not math.isfinite(detector.threshold):
             raise ValueError(f"site {number} has a scale that is not positive or a threshold that is not finite")
+        if not 0 <= detector.reach <= MAX_REACH:
+            raise ValueError(f"tensor {number}/reach is not within [0, {MAX_REACH:g}]")
     redistribution = None
     if (entry["redistributes"], entry["value"]) not in _REDISTRIBUTES:
         raise ValueError(f"site {number} says redistributes={entry['redistributes']!r} with value={entry['value']!r}")

@@ -4,8 +4,9 @@ Where the attack lives differs from model to model: early sites in a vision mode
 detecting and redistributing sites are searched for separately, by delta debugging in one session of the trial graph.
 """
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -58,13 +59,22 @@ class Calibration:
         """Thresholds of the detecting `sites`, under one budget for all of them."""
         return calibrate({s: self.clean[s] for s in sites}, {s: self.anomalous[s] for s in sites}, self.rate)
 
-    def setting(self, elements: Collection[Element], betas: Mapping[str, float]) -> Setting:
+    def setting(self, elements: Collection[Element], strength: "Strength") -> Setting:
         """What these elements do, their thresholds calibrated together."""
         detecting = sorted(name for role, name in elements if role == "detect")
+        thresholds = self.thresholds(detecting) if detecting else {}
         return Setting(
-            thresholds=self.thresholds(detecting) if detecting else {},
-            betas={name: betas[name] for role, name in elements if role == "redistribute"},
+            thresholds=thresholds,
+            reaches={name: self._reach(name, threshold, strength.missed) for name, threshold in thresholds.items()},
+            betas={name: strength.betas[name] for role, name in sorted(elements) if role == "redistribute"},
         )
+
+    def _reach(self, site: str, threshold: float, missed: float) -> float:
+        """How much lower a threshold has to be to miss at most this share of the site's anomalous columns."""
+        scores = self.anomalous[site]
+        if missed >= 1 or not scores.size:
+            return 0.0
+        return max(0.0, threshold - float(np.nextafter(np.quantile(scores, missed, method="lower"), np.float32(-9))))
 
     def separation(self, site: str) -> float:
         """Area under the ROC curve of the site's scores, anomalous against benign columns."""
@@ -80,23 +90,34 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Strength:
+    """How strongly sites do what they do."""
+
+    betas: Mapping[str, float]
+    """Benign attention by site."""
+
+    missed: float
+    """Share of the anomalous columns that the lower threshold of flagged inputs misses; 1: it is not lower."""
+
+
+@dataclass(frozen=True)
 class Found:
     """What the search ended with."""
 
     elements: tuple[Element, ...]
-    betas: Mapping[str, float]
+    setting: Setting
     outcome: Outcome
     without: Mapping[Element, Outcome]
     """What is left of the fix without each of the elements; where the goal is met, each of these misses it."""
 
 
 class Search:
-    """Find benign attention and a 1-minimal set of detecting and redistributing sites that meets the goal.
+    """Find the strength and a 1-minimal set of detecting and redistributing sites that meets the goal.
 
     Args:
         scored: The validation part.
         calibration: Where thresholds come from.
-        options: Goal and benign attention to try.
+        options: Goal, and benign attention and lower thresholds to try.
         progress: Told of every attempt.
     """
 
@@ -104,50 +125,61 @@ class Search:
         self._scored, self._calibration = scored, calibration
         self._options, self._progress = options, progress
         self.attempts = 0
+        self._known: dict[str, Outcome] = {}
 
     def run(self) -> Found:
         """Search; the outcome found may still miss the goal."""
         names = list(self._scored.clean.margins)
-        start, beta, outcome = self._begin(list(self._starts(names)))
-        betas = dict.fromkeys(names, beta)
+        start, strength, outcome = self._begin(names)
         if outcome.shortfalls(self._options.goal):
-            return Found(tuple(start), betas, outcome, {})
-        elements = self._minimal(start, betas)
-        while (raised := self._raised(elements, betas)) != betas:  # more benign attention may make an element needless
-            elements, betas = self._minimal(elements, raised), raised
-        outcome = self.attempt(elements, betas)
-        without = {element: self.attempt([e for e in elements if e != element], betas) for element in elements}
-        return Found(tuple(elements), betas, outcome, without)
+            return Found(tuple(start), self._calibration.setting(start, strength), outcome, {})
+        elements = self._minimal(start, strength)
+        while (raised := self._raised(elements, strength)) != strength:  # may make an element needless
+            elements, strength = self._minimal(elements, raised), raised
+        outcome = self.attempt(elements, strength)
+        without = {element: self.attempt([e for e in elements if e != element], strength) for element in elements}
+        return Found(tuple(elements), self._calibration.setting(elements, strength), outcome, without)
+
+    def _begin(self, names: Sequence[str]) -> tuple[list[Element], Strength, Outcome]:
+        """The first set and strength that meet the goal, at the largest benign attention; else the nearest."""
+        goal, starts = self._options.goal, list(self._starts(names))
+        tried: list[tuple[list[Element], Strength, Outcome]] = []
+
+        def tries(strengths: Iterator[Strength]) -> bool:
+            for strength, start in itertools.product(strengths, starts):
+                tried.append((start, strength, self.attempt(start, strength)))
+                if not tried[-1][2].shortfalls(goal):
+                    return True
+            return False
+
+        def nearest() -> tuple[list[Element], Strength, Outcome]:
+            return min(tried, key=lambda one: (one[2].excess(goal), one[2].remaining))
+
+        first, *smaller = (dict.fromkeys(names, beta) for beta in self._options.betas)
+        if tries(Strength(first, missed) for missed in self._options.missed):
+            return tried[-1]
+        missed = nearest()[1].missed
+        tries(Strength(betas, missed) for betas in smaller)
+        return nearest()
 
     def _starts(self, names: Sequence[str]) -> Iterator[list[Element]]:
         """Sets to begin with, given the sites in graph order: few detectors first.
 
         Fewer that name the anomalous columns are better than more that share one budget for false flags: the detectors
         of innocent sites would spend it. But a site detects too late for the sites before it, whose attention has told
-        the others of the anomaly by then; so sites are joined, those whose scores are farthest apart first.
+        the others of the anomaly by then; so sites are joined, those whose scores are farthest apart first. Only sets
+        that could meet the goal are tried, or the one that comes nearest to it; and all sites at last.
         """
         ranked = sorted(names, key=self._calibration.gap, reverse=True)
-        together = [ranked[:count] for count in range(2, len(names))]
-        for detecting in (*([name] for name in ranked), *together):
-            if self._could_do(detecting):
-                first = min(names.index(name) for name in detecting)  # sites before it would never have flags
-                yield [("detect", name) for name in detecting] + [("redistribute", name) for name in names[first:]]
-        yield [("detect", name) for name in ranked] + [("redistribute", name) for name in names]
+        sets = [*([name] for name in ranked), *(ranked[:count] for count in range(2, len(names)))]
+        excess = [self._at_best(detecting).excess(self._options.goal) for detecting in sets]
+        nearest = min(excess, default=0.0)
+        for detecting in (*(one for one, short in zip(sets, excess, strict=True) if short == nearest), ranked):
+            first = min(names.index(name) for name in detecting)  # sites before it would never have flags
+            yield [("detect", name) for name in detecting] + [("redistribute", name) for name in names[first:]]
 
-    def _begin(self, starts: Sequence[Sequence[Element]]) -> tuple[Sequence[Element], float, Outcome]:
-        """The first of these sets that meets the goal, at the largest benign attention; else the nearest one."""
-        names = list(self._scored.clean.margins)
-        tried = []
-        for beta in self._options.betas:
-            for start in starts:
-                outcome = self.attempt(start, dict.fromkeys(names, beta))
-                if not outcome.shortfalls(self._options.goal):
-                    return start, beta, outcome
-                tried.append((start, beta, outcome))
-        return min(tried, key=lambda one: (one[2].excess(self._options.goal), one[2].remaining))
-
-    def _could_do(self, names: Sequence[str]) -> bool:
-        """Whether the goal would be met, were every input repaired that these detectors flag; nothing is run."""
+    def _at_best(self, names: Sequence[str]) -> Outcome:
+        """The outcome if every input that these detectors flag were repaired; nothing is run."""
         scored, thresholds = self._scored, self._calibration.thresholds(names)
         clean, other = (
             np.any([side.margins[name] > np.float32(thresholds[name]) for name in names], axis=0)
@@ -155,26 +187,29 @@ class Search:
         )
         before, after = classes(scored.clean.logits), classes(scored.counterfactual.logits)
         repaired = np.where((clean | other).any(axis=1), before, after)
-        outcome = judge(scored.part, before, (before, clean), (repaired, other), scored.anomalous)
-        return not outcome.shortfalls(self._options.goal)
+        return judge(scored.part, before, (before, clean), (repaired, other), scored.anomalous)
 
-    def _minimal(self, elements: Sequence[Element], betas: Mapping[str, float]) -> list[Element]:
-        return ddmin(elements, lambda subset: self._meets(subset, betas))
+    def _minimal(self, elements: Sequence[Element], strength: Strength) -> list[Element]:
+        return ddmin(elements, lambda subset: self._meets(subset, strength))
 
-    def _raised(self, elements: Sequence[Element], betas: Mapping[str, float]) -> dict[str, float]:
+    def _raised(self, elements: Sequence[Element], strength: Strength) -> Strength:
         """The largest benign attention of each redistributing site in turn that still meets the goal."""
-        raised = dict(betas)
+        raised = strength
         for name in (name for role, name in elements if role == "redistribute"):
-            larger = (b for b in self._options.betas if b > raised[name])
-            raised[name] = next((b for b in larger if self._meets(elements, {**raised, name: b})), raised[name])
+            larger = (replace(raised, betas={**raised.betas, name: b}) for b in self._options.betas)
+            better = (one for one in larger if one.betas[name] > raised.betas[name] and self._meets(elements, one))
+            raised = next(better, raised)
         return raised
 
-    def _meets(self, elements: Collection[Element], betas: Mapping[str, float]) -> bool:
-        return not self.attempt(elements, betas).shortfalls(self._options.goal)
+    def _meets(self, elements: Collection[Element], strength: Strength) -> bool:
+        return not self.attempt(elements, strength).shortfalls(self._options.goal)
 
-    def attempt(self, elements: Collection[Element], betas: Mapping[str, float]) -> Outcome:
+    def attempt(self, elements: Collection[Element], strength: Strength) -> Outcome:
         """What these elements do on the validation part."""
-        self.attempts += 1
-        outcome = self._scored.outcome(self._calibration.setting(elements, betas))
-        self._progress("delta debugging, settings tried", self.attempts, 0)
-        return outcome
+        setting = self._calibration.setting(elements, strength)
+        key = repr((setting.thresholds, setting.reaches, setting.betas))
+        if key not in self._known:
+            self.attempts += 1
+            self._known[key] = self._scored.outcome(setting)
+            self._progress("delta debugging, settings tried", self.attempts, 0)
+        return self._known[key]

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 class Training:
     """How a detector is trained."""
 
-    hidden: int = 64
+    hidden: int = 128
     embedding: int = 16
-    steps: int = 1000
+    steps: int = 2000
     batch: int = 256
     learning_rate: float = 5e-3
     weight_decay: float = 1e-3
     temperature: float = 0.1
-    noise: float = 0.1
+    noise: float = 0.3
     """Standard deviation of the Gaussian noise on standardised features: keeps the margin wide."""
 
     seed: int = 0

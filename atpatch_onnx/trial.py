@@ -29,6 +29,9 @@ class Setting:
     betas: Mapping[str, float | Array] = field(default_factory=dict)
     """Benign attention of the redistributing sites, by name: a number, or a profile `[heads, queries, 1]`."""
 
+    reaches: Mapping[str, float] = field(default_factory=dict)
+    """By how much thresholds are lower for the other columns of a flagged input, by name; 0 where none is named."""
+
 
 @dataclass(frozen=True, eq=False)
 class TrialResult:
@@ -38,7 +41,7 @@ class TrialResult:
     """`[samples, classes]`."""
 
     margins: Mapping[str, Array]
-    """`[samples, keys]` by site: score minus threshold; `-inf` where the site does not detect."""
+    """`[samples, keys]` by site: score minus the threshold that holds for it; `-inf` where the site does not detect."""
 
     @property
     def flags(self) -> NDArray[np.bool_]:
@@ -91,6 +94,7 @@ class Trial:
         constants: dict[str, Array] = {}
         for name in self._sites:
             constants[_name(name, "threshold")] = np.array([setting.thresholds.get(name, np.inf)], np.float32)
+            constants[_name(name, "reach")] = np.array([setting.reaches.get(name, 0.0)], np.float32)
             constants[_name(name, "beta")] = np.array(setting.betas.get(name, 1.0), np.float32, ndmin=3)
             constants[_name(name, "switch")] = np.array([name in setting.betas])
         outputs = self._session.collect(
@@ -126,6 +130,7 @@ def _inputs(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls:
 
     return Controls(
         threshold=control("threshold", ir.DataType.FLOAT, [1]),
+        reach=control("reach", ir.DataType.FLOAT, [1]),
         beta=control("beta", ir.DataType.FLOAT, [None, None, 1]),
         switch=control("switch", ir.DataType.BOOL, [1]),
     )

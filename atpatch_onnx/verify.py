@@ -140,8 +140,9 @@ def _wrong_weights(patched: ir.Model, record: PatchRecord) -> Iterator[str]:
             except StripError as error:
                 yield str(error)
                 continue
-            if name == "threshold" and not np.array_equal(array, np.array([site.threshold], np.float32)):
-                yield f"{where} is {array.tolist()}, the file says {site.threshold}"
+            said = {"threshold": site.threshold, "reach": site.reach}
+            if name in said and not np.array_equal(array, np.array([said[name]], np.float32)):
+                yield f"{where} is {array.tolist()}, the file says {said[name]}"
             if name == "beta" and not ((array >= 0) & (array <= 1)).all():
                 yield f"{where} is not within 0 and 1"
 

@@ -23,7 +23,7 @@ from atpatch_onnx.emission import (
 from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.functions import SUMMARIES
 from atpatch_onnx.insertion import Insertion
-from atpatch_onnx.patch import Array, Detector, Features, SitePatch
+from atpatch_onnx.patch import OFFSET, Array, Detector, Features, SitePatch
 from atpatch_onnx.sites import AttentionSite
 
 
@@ -33,6 +33,9 @@ class Controls:
 
     threshold: ir.Value | None = None
     """float `[1]`, where the site detects."""
+
+    reach: ir.Value | None = None
+    """float `[1]`, where the site detects; None: the threshold is the same for all columns."""
 
     beta: ir.Value | None = None
     """float, broadcasts to `[maps, heads, queries, 1]`, where the site redistributes."""
@@ -49,7 +52,7 @@ class Woven:
     entry: SitePatch
     handles: Handles
     margin: ir.Value | None
-    """float `[samples, columns]`, where the site detects."""
+    """float `[samples, columns]`, where the site detects: positive where it flags."""
 
     flags: ir.Value
     """bool `[samples, columns]`: its own or carried. A sample's columns are the keys of all its maps."""
@@ -82,6 +85,8 @@ def weave(
             own = "margin" if site.parts == 1 else "margin_of_maps"
             margin = at.call("DetectorMargin", X, *weights, control.threshold, name=own)
             margin = per_sample(at, site, handles, margin, "margin")
+            if control.reach is not None:
+                margin = at.call("Reach", margin, control.reach, name="margin_in_reach")
             flags = at.op("Greater", margin, at.constant("zero", np.zeros(1, np.float32)), name="own_flags")
         before = carried.get(site.token_axis)
         if flags is None:
@@ -105,17 +110,18 @@ def weave(
 def folded(detector: Detector, site: AttentionSite) -> dict[str, Array]:
     """The detector's arrays, benign statistics folded into the first layer, in the order that the function takes them.
 
-    `weight_1 (x - mean) / scale + bias_1 = W x + b`. Whole columns come in as plain weights, so the factor `keys` that
-    makes them relative to the uniform share is folded in as well.
+    `weight_1 (log(x + OFFSET) - mean) / scale + bias_1 = W log(x + OFFSET) + b`. Whole columns come in as plain weights
+    `w = x / keys`, where `log(x + OFFSET) = log(w + OFFSET / keys) + log(keys)`.
     """
-    unit = np.float32(1)
+    unit = 1
     if detector.features is Features.WHOLE:
         assert isinstance(site.keys, int), "whole columns have a fixed length"
-        unit = np.float32(site.keys)
+        unit = site.keys
     weight_1 = detector.weight_1 / detector.scale.T
     return {
-        "weight_1": weight_1 * unit,
-        "bias_1": detector.bias_1 - weight_1 @ detector.mean,
+        "offset": np.array([OFFSET / unit], np.float32),
+        "weight_1": weight_1,
+        "bias_1": detector.bias_1 - weight_1 @ (detector.mean - np.float32(np.log(unit))),
         "weight_2": detector.weight_2,
         "bias_2": detector.bias_2,
         "direction": detector.direction,

@@ -35,7 +35,7 @@ from atpatch_onnx.errors import AtPatchError
 from atpatch_onnx.goal import Outcome
 from atpatch_onnx.graph import opset_version
 from atpatch_onnx.options import FitOptions
-from atpatch_onnx.patch import Array, Detector, Features, Redistribution, SitePatch
+from atpatch_onnx.patch import OFFSET, Array, Detector, Features, Redistribution, SitePatch
 from atpatch_onnx.preparation import Prepared, prepare
 from atpatch_onnx.probe import choose_features
 from atpatch_onnx.report.rows import percent
@@ -99,7 +99,7 @@ class _Fitted:
 
     @property
     def setting(self) -> Setting:
-        return self.calibration.setting(self.found.elements, self.found.betas)
+        return self.found.setting
 
     def outcome(self, setting: Setting | None = None) -> Outcome:
         return self.unseen.outcome(setting or self.setting)
@@ -193,6 +193,11 @@ def _without_carry(bench: _Bench, ours: _Fitted) -> Outcome:
     return unseen.outcome(replace(ours.setting, thresholds=thresholds))
 
 
+def _with_one_threshold(bench: _Bench, ours: _Fitted) -> Outcome:
+    """That of a flagged input's other columns is not lower."""
+    return ours.outcome(replace(ours.setting, reaches={}))
+
+
 def _with_benign_attention(beta: float) -> Callable[[_Bench, _Fitted], Outcome]:
     def change(bench: _Bench, ours: _Fitted) -> Outcome:
         return ours.outcome(replace(ours.setting, betas=dict.fromkeys(ours.setting.betas, beta)))
@@ -223,6 +228,7 @@ _REDISTRIBUTIONS: Mapping[str, Callable[[_Bench, _Fitted], Outcome]] = {
     "own values (the paper's)": _with_own_values,
     "without rescaling": _without_rescaling,
     "without carry": _without_carry,
+    "one threshold for all columns": _with_one_threshold,
     "benign attention zero": _with_benign_attention(0.0),
     "benign attention uniform": _with_benign_attention(1.0),
     "benign attention as a profile": _with_a_profile,
@@ -271,11 +277,15 @@ class LogisticHead:
 
 
 def average_heads(columns: Columns, training: Training) -> Detector:
-    """A detector that sees the map's mean over heads: trained on it, then written for all heads alike."""
+    """A detector that sees all heads as one, their geometric mean: trained on it, then written for all heads alike.
+
+    Detectors read logarithms, whose mean over heads is the logarithm of the geometric mean.
+    """
     heads = _heads(columns)
 
     def averaged(rows: Array) -> Array:
-        return np.asarray(rows.reshape(len(rows), heads, -1).mean(axis=1), np.float32)
+        logarithms = np.log(rows + OFFSET).reshape(len(rows), heads, -1)
+        return np.asarray(np.exp(logarithms.mean(axis=1)) - OFFSET, np.float32)
 
     mean = replace(
         columns,

@@ -111,7 +111,7 @@ ATTACKS = {
     ),
     "badnets-random": Attack(
         0.1,
-        atp.Goal(0.002, accuracy_loss=0.001),
+        atp.Goal(0.002, accuracy_loss=0.001, clean_flag_rate=0.04),  # some clothes look like the trigger
         (STRONG, Bound("ASR above floor", 0.005), Bound("accuracy lost", 0.001)),
     ),
     "blended": Attack(0.05, atp.Goal(asr_above_floor=0.005, accuracy_loss=0.001), (STRONG,)),

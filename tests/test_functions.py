@@ -12,10 +12,12 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays as arrays_of
 from models import IR_OF_OPSET, draw_detector, run
 from onnx.reference import ReferenceEvaluator
 
 from atpatch_onnx import functions, redistribution
+from atpatch_onnx.patch import OFFSET
 from atpatch_onnx.sites import AttentionSite, Form
 from atpatch_onnx.weave import folded
 
@@ -193,7 +195,7 @@ def test_column_summaries(engine: str, opset: int, d: Draw, seed: int) -> None:
 @drawn
 @given(seed=st.integers(0, 2**32 - 1), keys=st.integers(1, 6))
 def test_margins_of_columns(engine: str, opset: int, seed: int, keys: int) -> None:
-    """The score is a difference of cosines of standardised features; columns that no query sees are never flagged."""
+    """The score is a difference of cosines of standardised logarithms; columns that no query sees are never flagged."""
     rng = np.random.default_rng(seed)
     count = 8
     detector = draw_detector(rng, count, threshold=0.25)
@@ -201,7 +203,8 @@ def test_margins_of_columns(engine: str, opset: int, seed: int, keys: int) -> No
     X[0, :, 0] = 0
     arrays = [np.asarray(array, np.float32) for array in folded(detector, SITE).values()]
     found = ENGINES[engine]("DetectorMargin", opset, X, *arrays, np.array([detector.threshold], np.float32))
-    hidden = np.maximum(detector.weight_1 @ ((X.astype(float) - detector.mean) / detector.scale) + detector.bias_1, 0)
+    standardised = (np.log(X.astype(float) + OFFSET) - detector.mean) / detector.scale
+    hidden = np.maximum(detector.weight_1 @ standardised + detector.bias_1, 0)
     embedding = detector.weight_2 @ hidden + detector.bias_2
     embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
     benign, anomalous = (np.einsum("e,bek->bk", prototype, embedding) for prototype in detector.prototypes)
@@ -209,6 +212,22 @@ def test_margins_of_columns(engine: str, opset: int, seed: int, keys: int) -> No
     wanted[0, 0] = -8
     # scores are of the size of one, but the folded first layer adds numbers of the size of ten
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+
+
+@everywhere
+@at_every_opset
+@drawn
+@given(
+    margins=arrays_of(np.float32, (3, 5), elements=st.floats(-2, 2, width=32)),
+    reach=st.floats(0, 4, width=32),
+)
+def test_reach(engine: str, opset: int, margins: np.ndarray, reach: float) -> None:
+    """A sample with a column above the threshold has a lower one for all; unseen columns stay below it."""
+    margins[:, 0] = -8
+    found = ENGINES[engine]("Reach", opset, margins, np.array([reach], np.float32))
+    flagged = (margins > 0).any(axis=1, keepdims=True)
+    np.testing.assert_array_equal(found, np.where(flagged, margins + np.float32(reach), margins))
+    assert (found[:, 0] < 0).all()
 
 
 SITE = AttentionSite(

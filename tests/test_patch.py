@@ -22,11 +22,12 @@ def example(seed: int = 0) -> Patch:
     beta = np.full((1, 1, 1), 0.5, np.float32)
     profile = rng.random((2, 5, 1)).astype(np.float32)
     neutral = rng.normal(size=(2, 4)).astype(np.float32)
+    reaching = replace(draw_detector(rng, 10, features=Features.WHOLE, threshold=-0.1), reach=0.75)
     return Patch(
         base="sha256:0123",
         sites=(
             SitePatch("layers.0", draw_detector(rng, 16, threshold=0.25), Redistribution(beta, neutral)),
-            SitePatch("layers.1", draw_detector(rng, 10, features=Features.WHOLE, threshold=-0.1), None),
+            SitePatch("layers.1", reaching, None),
             SitePatch("layers.2", None, Redistribution(profile, None)),
         ),
         figures={"asr": {"before": 0.97, "after": 0.004}, "meets_target": True, "seeds": [1, 2]},
@@ -65,6 +66,7 @@ def test_round_trip(tmp_path: Path) -> None:
         if old.detector is not None and new.detector is not None:
             assert new.detector.features is old.detector.features
             assert new.detector.threshold == pytest.approx(old.detector.threshold, rel=2**-23)  # one float32 rounding
+            assert new.detector.reach == old.detector.reach
             for name in ("mean", "scale", "weight_1", "bias_1", "weight_2", "bias_2", "prototypes"):
                 assert np.array_equal(getattr(new.detector, name), getattr(old.detector, name))
         if old.redistribution is not None and new.redistribution is not None:
@@ -202,13 +204,14 @@ def refused(tmp_path: Path, tensors: dict[str, np.ndarray], header: object) -> s
 
 def test_other_schemas_are_named(tmp_path: Path) -> None:
     tensors, header = file_of(example())
-    assert "schema version 2" in refused(tmp_path, tensors, header | {"schema_version": 2})
+    assert "schema version 1" in refused(tmp_path, tensors, header | {"schema_version": 1})
+    assert "schema version 3" in refused(tmp_path, tensors, header | {"schema_version": 3})
     assert "schema version 1.5" in refused(tmp_path, tensors, header | {"schema_version": 1.5})
 
 
 @pytest.mark.parametrize(
     "header",
-    ["", "no json", "[]", "3", "null", '"text"', "{}", '{"schema_version": 1}', "[" * 100_000],
+    ["", "no json", "[]", "3", "null", '"text"', "{}", '{"schema_version": 2}', "[" * 100_000],
     ids=["empty", "text", "list", "number", "null", "string", "object", "only-schema", "deep"],
 )
 def test_metadata_that_is_no_header(tmp_path: Path, header: str) -> None:
@@ -271,6 +274,12 @@ def test_wrong_shapes_types_and_values(tmp_path: Path, name: str) -> None:
 def test_beta_out_of_range(tmp_path: Path, value: float) -> None:
     tensors, header = file_of(example())
     assert "beta" in refused(tmp_path, tensors | {"0/beta": np.full((1, 1, 1), value, np.float32)}, header)
+
+
+@pytest.mark.parametrize("value", [-0.01, 4.01, 1e30])
+def test_reach_out_of_range(tmp_path: Path, value: float) -> None:
+    tensors, header = file_of(example())
+    assert "reach" in refused(tmp_path, tensors | {"1/reach": np.array([value], np.float32)}, header)
 
 
 def test_scale_must_be_positive(tmp_path: Path) -> None:

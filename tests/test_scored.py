@@ -1,18 +1,21 @@
 """A scored part: what a setting does is read off without running what it leaves alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planted import Planted
 
 from atpatch_onnx.collect import collect
 from atpatch_onnx.detector import train_detector
+from atpatch_onnx.goal import Goal
 from atpatch_onnx.options import FitOptions
 from atpatch_onnx.patch import Redistribution, SitePatch
 from atpatch_onnx.predictions import classes
 from atpatch_onnx.preparation import prepare
 from atpatch_onnx.probe import choose_features
 from atpatch_onnx.scored import ScoredPart
-from atpatch_onnx.search import Calibration
+from atpatch_onnx.search import Calibration, Search, Strength
 from atpatch_onnx.training import Training
 from atpatch_onnx.trial import Setting, Trial
 
@@ -57,3 +60,39 @@ def test_an_outcome_is_that_of_running_everything(scored):
     assert outcome.remaining == (classes(everything.logits)[kept] == part.part.target).mean()
     assert outcome.recall == everything.flags[part.anomalous[1]].mean()
     assert outcome.recall > 0.9
+
+
+def test_a_lower_threshold_misses_the_share_asked_for_and_is_never_higher(scored):
+    _, part = scored
+    calibration = Calibration.of(part, 0.01)
+    names = list(part.clean.margins)
+    detecting = [("detect", name) for name in names]
+    for missed in (0.5, 0.2, 0.05):
+        setting = calibration.setting(detecting, Strength({}, missed))
+        for name in names:
+            lowered = setting.thresholds[name] - setting.reaches[name]
+            assert lowered <= setting.thresholds[name]
+            share = (calibration.anomalous[name] < lowered - 1e-6).mean()  # float64 of float32 scores
+            assert share <= missed
+    alike = calibration.setting(detecting, Strength({}, 1.0))
+    assert set(alike.reaches.values()) == {0.0}
+
+
+def test_the_search_lowers_thresholds_no_more_than_the_goal_asks_for(scored, monkeypatch):
+    """Of a base that is repaired only where thresholds are lowered by so much."""
+    _, part = scored
+    options = FitOptions(goal=Goal(accuracy_loss=1, clean_flag_rate=1))
+    calibration = Calibration.of(part, 0.01)
+    (first, *_) = part.clean.margins
+    needed = {
+        missed: calibration.setting([("detect", first)], Strength({}, missed)).reaches[first] for missed in (0.2, 0.02)
+    }
+    assert 0 < needed[0.2] < needed[0.02]
+    outcome = part.outcome(Setting())
+
+    def pretended(setting: Setting):
+        return replace(outcome, remaining=float(setting.reaches.get(first, 0.0) < needed[0.02]))
+
+    monkeypatch.setattr(part, "outcome", pretended)
+    found = Search(part, calibration, replace(options, missed=(1.0, 0.2, 0.02, 0.01)), lambda *_: None).run()
+    assert found.setting.reaches == {first: needed[0.02]}

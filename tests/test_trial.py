@@ -76,10 +76,25 @@ def test_scores_are_those_of_the_base(case):
             assert np.array_equal(seen, inputs["mask"] == 1)
 
 
+def test_in_reach_are_other_columns_of_flagged_inputs_only(case):
+    _, entries, trial, inputs = case
+    name = entries[0][0].name
+    scores = trial.scores(inputs).margins[name]
+    thresholds = {name: some_threshold(scores, 0.05)}
+    lower = some_threshold(scores, 0.5)
+    strict = trial.run(inputs, Setting(thresholds)).flags
+    wide = trial.run(inputs, Setting(thresholds, reaches={name: thresholds[name] - lower})).flags
+    flagged = strict.any(axis=1)
+    assert 0 < flagged.mean() < 1
+    assert np.array_equal(wide, flagged[:, None] & (scores > lower))
+    assert wide.sum() > strict.sum()
+
+
 SETTINGS = [
     {"detect": (0,), "redistribute": (0, 1, 2)},
     {"detect": (1,), "redistribute": (2,)},
     {"detect": (0, 2), "redistribute": (1, 2)},
+    {"detect": (0,), "redistribute": (0, 1, 2), "reach": 0.1},
     {"detect": (2,), "redistribute": (2,)},
 ]
 
@@ -91,11 +106,14 @@ def test_a_setting_does_what_the_baked_patch_does(case, setting):
     raw = trial.scores(inputs).margins
     names = [site.name for site, _ in entries]
     thresholds = {names[i]: float(np.float32(some_threshold(raw[names[i]]))) for i in setting["detect"]}
+    reaches = dict.fromkeys(thresholds, setting.get("reach", 0.0))
     betas = {names[i]: 0.5 for i in setting["redistribute"]}
-    result = trial.run(inputs, Setting(thresholds, betas))
+    result = trial.run(inputs, Setting(thresholds, betas, reaches))
     chosen = []
     for site, entry in entries:
-        detector = replace(entry.detector, threshold=thresholds[site.name]) if site.name in thresholds else None
+        detector = None
+        if site.name in thresholds:
+            detector = replace(entry.detector, threshold=thresholds[site.name], reach=reaches[site.name])
         redistribution = entry.redistribution if site.name in betas else None
         if detector or redistribution:
             chosen.append(replace(entry, detector=detector, redistribution=redistribution))

@@ -81,7 +81,7 @@ class Trial:
         )
         at.graph.inputs.append(threshold)
         assert entry.redistribution is not None, "drawn sites redistribute"
-        return Controls(threshold, at.constant("beta", entry.redistribution.beta))
+        return Controls(threshold, beta=at.constant("beta", entry.redistribution.beta))
 
 
 def control(site: str, name: str) -> str:
