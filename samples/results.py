@@ -33,7 +33,7 @@ INVERTED = ("vit/badnets-fixed", "minilm/token")
 """Cases that are fixed once more as if the trigger were not known."""
 
 ABLATED = ("vit/badnets-fixed", "minilm/token", "adult/sex")
-"""Cases that the ablations are made on."""
+"""Cases that the ablations are made on, with the first seed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def chain(task: str, seed: int) -> Iterator[Piece]:
         yield Piece(case, seed, "measured")
         if case in INVERTED:
             yield Piece(case, seed, "inverted")
-        if case in ABLATED:
+        if case in ABLATED and seed == SEEDS[0]:
             yield Piece(case, seed, "ablated")
 
 

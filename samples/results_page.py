@@ -269,7 +269,7 @@ def _unfairness(spreads: Spreads) -> list[str]:
 
 def _ablations(runs: Runs) -> list[str]:
     parts = [
-        "Judged on the first evaluation pairs, in a session that computes what the baked graph does. *Left*: ASR above"
+        "Judged on the first evaluation pairs of one seed, in a session that computes what the baked graph does. *Left*: ASR above"
         " floor, or UF. Variants of the redistribution keep the fit's sites and thresholds; those of the detector"
         " are trained, calibrated and searched anew."
     ]
