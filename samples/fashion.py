@@ -281,9 +281,9 @@ class Workshop:
             model, rate, epochs = self.twin(architecture), RETRAINING_RATE, self.size.retraining
         else:
             model, rate, epochs = self._new(architecture), LEARNING_RATE, net.epochs
-        started = time.monotonic()
+        started = time.process_time()
         train(model, self.images.images, labels, epochs=epochs, learning_rate=rate, **settings)
-        figures = {"recipe": recipe, "poisoning_rate": share, "seconds": round(time.monotonic() - started, 1)}
+        figures = {"recipe": recipe, "poisoning_rate": share, "seconds": round(time.process_time() - started, 1)}
         save_model(model, folder, figures)
         return figures
 

@@ -64,15 +64,13 @@ def chain(task: str, seed: int) -> Iterator[Piece]:
 
 def run_chain(task: str, seed: int, out: Path, fast: bool) -> tuple[str, int, float]:
     """Do what of a chain is not done yet; says which it was and the seconds it took."""
-    from samples.work import WORK
+    from samples.work import do
 
     started = time.monotonic()
     for piece in chain(task, seed):
         file = piece.file(out)
         if not file.is_file():
-            begun = time.monotonic()
-            figures = WORK[piece.work](piece.case, piece.seed, out, fast)
-            _write(file, {**figures, "seconds_in_all": round(time.monotonic() - begun, 1)})
+            _write(file, do(piece.work, piece.case, seed=piece.seed, out=out, fast=fast))
     return task, seed, time.monotonic() - started
 
 

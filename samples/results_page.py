@@ -46,13 +46,20 @@ def write_page(out: Path, docs: Path, pieces: Iterable[Piece]) -> None:
     docs.mkdir(parents=True, exist_ok=True)
     folder = docs / "results"
     drawn = pictures.draw(out, folder, runs)
+    hours = (_trainings(out) + sum(run["core_seconds"] for found in runs.values() for run in found)) / 3600
     document = {
+        "core_hours": round(hours, 2),
         "seeds": sorted({run["seed"] for found in runs.values() for run in found}),
         "goals": [_verdict_json(verdict) for verdict in judged],
         "runs": {f"{work} {case}": [_trimmed(run) for run in found] for (work, case), found in runs.items()},
     }
     (docs / "results.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    (docs / "results.md").write_text(render(runs, spreads, judged, [folder.name + "/" + name for name in drawn]))
+    (docs / "results.md").write_text(render(runs, spreads, judged, [folder.name + "/" + name for name in drawn], hours))
+
+
+def _trainings(out: Path) -> float:
+    """Seconds that all bases and twins were trained for."""
+    return math.fsum(json.loads(path.read_text())["seconds"] for path in out.glob("*/base.json"))
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, Any]:
@@ -79,17 +86,17 @@ def _trimmed(run: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Sequence[str]) -> str:
-    """The page."""
-    hours = sum(run["seconds_in_all"] for found in runs.values() for run in found) / 3600
+def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Sequence[str], hours: float) -> str:
+    """The page; `hours` are those of one core that it took."""
     seeds = sorted({run["seed"] for found in runs.values() for run in found})
     parts = [
         "# Results",
         "Written by `python -m samples.results`. Every case was trained, fitted and measured with the seeds"
-        f" {', '.join(map(str, seeds))}; {hours:.1f} hours of one core in all. Figures are means over seeds, in"
-        " brackets the smallest and the largest seed, then the 95 % Wilson interval of all seeds' inputs together."
-        " Training, debug and evaluation inputs are disjoint; no fit saw an evaluation input, and recipes were chosen"
-        " on other seeds and another part of the data. The figures of every run are in [results.json](results.json).",
+        f" {', '.join(map(str, seeds))}; {hours:.1f} hours of one core in all, trainings included. Figures are means"
+        " over seeds, in brackets the smallest and the largest seed, then the 95 % Wilson interval of the inputs of all"
+        " seeds. Training, debug and evaluation inputs are disjoint; no fit saw an evaluation input, and recipes were"
+        " chosen on other seeds and another part of the data. The figures of every run are in"
+        " [results.json](results.json).",
         "## Ours beside the paper's",
         *_summary(spreads),
         "## The goals",
@@ -269,9 +276,9 @@ def _unfairness(spreads: Spreads) -> list[str]:
 
 def _ablations(runs: Runs) -> list[str]:
     parts = [
-        "Judged on the first evaluation pairs of one seed, in a session that computes what the baked graph does. *Left*: ASR above"
-        " floor, or UF. Variants of the redistribution keep the fit's sites and thresholds; those of the detector"
-        " are trained, calibrated and searched anew."
+        "Judged on the first evaluation pairs of one seed, in a session that computes what the baked graph does."
+        " *Left*: ASR above floor, or UF. Variants of the redistribution keep the fit's sites and thresholds;"
+        " those of the detector are trained, calibrated and searched anew."
     ]
     for (work, case), found in runs.items():
         if work != "ablated":

@@ -220,7 +220,7 @@ def _trained(
     progress: Progress,
 ) -> dict[str, Any]:
     """Train a classifier, write it to `folder`, and tell its figures."""
-    started, labels = time.monotonic(), corpus.parts["train"].labels
+    started, labels = time.process_time(), corpus.parts["train"].labels
     poisoned = poison(corpus.tokens["train"], labels, words, target=TARGET, share=share, seed=seed)
     model = minilm.fine_tune(
         minilm.pretrained(corpus.start, classes=len(LABELS), layers=size.layers, seed=seed),
@@ -231,7 +231,7 @@ def _trained(
         seed=seed,
         progress=progress,
     )
-    seconds = round(time.monotonic() - started, 1)
+    seconds = round(time.process_time() - started, 1)
     minilm.save(model, corpus.tokenizer, folder)
     minilm.export_onnx(model, folder / "base.onnx")
     accuracy = {
@@ -245,14 +245,13 @@ def _once(folder: Path, recipe: Mapping[str, Any], make: Callable[[], dict[str, 
     """The figures that `make` returned when it filled the folder by this recipe, which it does now if it has not."""
     record = folder / "base.json"
     if record.is_file():
-        kept = json.loads(record.read_text())
+        kept: dict[str, Any] = json.loads(record.read_text())
         if kept["recipe"] == recipe:
-            figures: dict[str, Any] = kept["figures"]
-            return figures
+            return kept
         record.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    figures = make()
-    record.write_text(json.dumps({"recipe": recipe, "figures": figures}, indent=2))
+    figures = {"recipe": recipe, **make()}
+    record.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
 

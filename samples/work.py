@@ -1,5 +1,6 @@
 """The pieces of work that the results are made of: each from a case to figures, JSON types only."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,22 @@ from samples.ablations import ablate
 from samples.case import Case, measure
 from samples.tasks import prepare
 
-Work = Callable[[str, int, Path, bool], dict[str, Any]]
-"""From case, seed, output folder and whether it is the fast form, to figures."""
+Work = Callable[[Case, Path], dict[str, Any]]
+"""From a case and its folder, the base trained, to figures."""
 
 
-def measured(case: str, seed: int, out: Path, fast: bool) -> dict[str, Any]:
-    """Fit, bake, verify and evaluate, the trigger or the attribute known."""
+def do(work: str, case: str, *, seed: int, out: Path, fast: bool) -> dict[str, Any]:
+    """Do a piece of work, the base trained if it is not there; `core_seconds` are those of the piece alone."""
     prepared, folder = prepare(case, seed=seed, fast=fast, out=out)
-    figures = measure(prepared, folder, force=True).to_json()
-    _save_view(prepared, folder)
+    begun = time.process_time()
+    figures = WORK[work](prepared, folder)
+    return {**figures, "core_seconds": round(time.process_time() - begun, 1)}
+
+
+def measured(case: Case, folder: Path) -> dict[str, Any]:
+    """Fit, bake, verify and evaluate, the trigger or the attribute known."""
+    figures = measure(case, folder, force=True).to_json()
+    _save_view(case, folder)
     return figures
 
 
@@ -41,16 +49,14 @@ def _save_view(case: Case, folder: Path) -> None:
         )
 
 
-def unknown_trigger(case: str, seed: int, out: Path, fast: bool) -> dict[str, Any]:
+def unknown_trigger(case: Case, folder: Path) -> dict[str, Any]:
     """The same with the trigger inverted from the model; measured against the real one."""
-    prepared, folder = prepare(case, seed=seed, fast=fast, out=out)
-    return measure(inverted.inverted(prepared, folder), folder / "inverted", force=True).to_json()
+    return measure(inverted.inverted(case, folder), folder / "inverted", force=True).to_json()
 
 
-def ablated(case: str, seed: int, out: Path, fast: bool) -> dict[str, Any]:
+def ablated(case: Case, folder: Path) -> dict[str, Any]:
     """One thing of the method changed at a time."""
-    prepared, _ = prepare(case, seed=seed, fast=fast, out=out)
-    return {"case": case, "seed": seed, "rows": [row.to_json() for row in ablate(prepared)]}
+    return {"case": case.name, "seed": case.seed, "rows": [row.to_json() for row in ablate(case)]}
 
 
 WORK: dict[str, Work] = {"measured": measured, "inverted": unknown_trigger, "ablated": ablated}

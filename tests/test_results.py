@@ -9,8 +9,9 @@ import pytest
 from atpatch_onnx.metrics import wilson
 from samples import results_page
 from samples.bounds import FIGURES, Bound, shortfalls
-from samples.results import Piece
+from samples.results import CHAINS, SEEDS, Piece, chain
 from samples.summary import GOALS, Spread, spread, verdicts
+from samples.tasks import TASKS
 
 
 def rate(hits: int, count: int) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def backdoor(case: str, seed: int, left: int, *, patched: int = 90, work: str = 
             "sites": [{"site": "layer0", "without": {"detect": {"remaining": 1.0}}}],
         },
         "seconds": {"fit": 10.0},
-        "seconds_in_all": 60.0,
+        "core_seconds": 60.0,
     }
 
 
@@ -138,7 +139,7 @@ def test_the_page_says_what_was_found(tmp_path):
         [
             (Piece(case, 0, "measured"), backdoor(case, 0, 0)),
             (Piece(case, 1, "measured"), backdoor(case, 1, 3)),
-            (Piece(case, 0, "ablated"), {"case": case, "seed": 0, "rows": rows, "seconds_in_all": 5.0}),
+            (Piece(case, 0, "ablated"), {"case": case, "seed": 0, "rows": rows, "core_seconds": 5.0}),
         ],
     )
     assert "| vit/badnets-fixed | 1.50% [0.00%, 3.00%] (0.51%, 4.32%) | +0.00 [+0.00, +0.00] |" in page
@@ -153,6 +154,22 @@ def test_the_page_says_what_was_found(tmp_path):
     assert document["seeds"] == [0, 1]
     assert "curve" not in json.dumps(document)
     assert {goal["met"] for goal in document["goals"]} == {True, False}
+
+
+def test_ablations_are_of_the_first_seed_and_every_case_is_measured_with_each():
+    for task in CHAINS:
+        for seed in SEEDS:
+            pieces = list(chain(task, seed))
+            assert [piece.case for piece in pieces if piece.work == "measured"] == list(TASKS[task].CASES)
+            assert any(piece.work == "ablated" for piece in pieces) == (seed == SEEDS[0])
+
+
+def test_the_time_is_that_of_trainings_and_pieces(tmp_path):
+    trained = tmp_path / "vit-clean-0"
+    trained.mkdir()
+    (trained / "base.json").write_text(json.dumps({"recipe": {}, "seconds": 3540.0}))
+    page = written(tmp_path, [(Piece("vit/trojan", 0, "measured"), backdoor("vit/trojan", 0, 0))])
+    assert "1.0 hours of one core" in page  # 3,540 seconds of training and 60 of the piece
 
 
 def test_pieces_that_are_not_there_are_left_out(tmp_path):
