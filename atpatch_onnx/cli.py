@@ -77,7 +77,10 @@ def fit(
     clean_flag_rate: Annotated[
         float, typer.Option(help="Budget: share of clean inputs that may be flagged.")
     ] = Goal.clean_flag_rate,
-    value: Annotated[str, typer.Option(help="What a flagged token hands over: neutral or own.")] = "neutral",
+    value: Annotated[Literal["neutral", "own"], typer.Option(help="What a flagged token hands over.")] = "neutral",
+    thresholds: Annotated[
+        Literal["balanced", "lowest"], typer.Option(help="Where they lie; lowest: for pairs of an inverted trigger.")
+    ] = "balanced",
     site: Annotated[list[str] | None, typer.Option(help="Candidate sites by name; all by default.")] = None,
     output: Output = None,
     batch_size: BatchSize = 32,
@@ -86,11 +89,10 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Fit a patch for MODEL on the pairs of DATA."""
-    if value not in ("neutral", "own"):
-        raise typer.BadParameter("choose neutral or own", param_hint="--value")
     options = atp.FitOptions(
         goal=Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate),
-        value="own" if value == "own" else "neutral",
+        value=value,
+        thresholds=thresholds,
         sites=tuple(site) if site else None,
         output=output,
         batch_size=batch_size,

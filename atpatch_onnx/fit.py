@@ -63,7 +63,7 @@ def fit(
     trial = Trial(model, entries, prepared.output)
     run = {"batch_size": options.batch_size, "progress": progress}
     to_calibrate = ScoredPart(trial, parts.calibration, stage="calibrating", **run)  # type: ignore[arg-type]
-    calibration = Calibration.of(to_calibrate, options.goal.clean_flag_rate)
+    calibration = Calibration.of(to_calibrate, options)
     to_validate = ScoredPart(trial, parts.validation, stage="validating", **run)  # type: ignore[arg-type]
     search = Search(to_validate, calibration, options, progress)
     found = search.run()

@@ -29,6 +29,11 @@ class FitOptions:
     betas: tuple[float, ...] = BETAS
     """Benign attention to try, from the largest."""
 
+    thresholds: Literal["balanced", "lowest"] = "balanced"
+    """Where thresholds lie: where fewest columns are named wrongly, in the middle between scores that are apart; or as
+    low as the clean flag rate allows, for a debug set that only resembles the attack, such as of an inverted trigger.
+    """
+
     missed: tuple[float, ...] = MISSED
     """Shares of the anomalous columns that the lower threshold of flagged inputs may miss, to try, from the largest."""
 
@@ -50,6 +55,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         checks = (
             ("value", self.value in ("neutral", "own"), "'neutral' or 'own'"),
+            ("thresholds", self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
             ("betas", bool(self.betas) and all(0 <= beta <= 1 for beta in self.betas), "numbers from 0 to 1"),
             ("missed", bool(self.missed) and all(0 <= share <= 1 for share in self.missed), "numbers from 0 to 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),

@@ -42,22 +42,25 @@ class Calibration:
     """Scores of the benign columns of the clean inputs `[columns]`, by site."""
 
     rate: float
+    lowest: bool = False
 
     @classmethod
-    def of(cls, scored: ScoredPart, allowed: float) -> "Calibration":
-        """From the scores of the calibration part, for a clean flag rate of at most `allowed` on other inputs."""
+    def of(cls, scored: ScoredPart, options: FitOptions) -> "Calibration":
+        """From the scores of the calibration part, for the goal's clean flag rate on other inputs."""
         clean, other = scored.clean.margins, scored.counterfactual.margins
         on_clean, on_other = scored.anomalous
         return cls(
             clean={site: np.where(on_clean, -np.inf, scores).max(axis=1) for site, scores in clean.items()},
             anomalous={site: other[site][on_other] for site in other},
             benign={site: scores[~on_clean] for site, scores in clean.items()},
-            rate=SPENT * allowed,
+            rate=SPENT * options.goal.clean_flag_rate,
+            lowest=options.thresholds == "lowest",
         )
 
     def thresholds(self, sites: Sequence[str]) -> dict[str, float]:
         """Thresholds of the detecting `sites`, under one budget for all of them."""
-        return calibrate({s: self.clean[s] for s in sites}, {s: self.anomalous[s] for s in sites}, self.rate)
+        clean, anomalous = ({site: scores[site] for site in sites} for scores in (self.clean, self.anomalous))
+        return calibrate(clean, anomalous, self.rate, lowest=self.lowest)
 
     def setting(self, elements: Collection[Element], strength: "Strength") -> Setting:
         """What these elements do, their thresholds calibrated together."""

@@ -15,7 +15,9 @@ _LOW = 0.01
 """The quantile of anomalous scores that counts as their lowest in `gap`."""
 
 
-def calibrate(clean: Mapping[str, Scores], anomalous: Mapping[str, Scores], rate: float) -> dict[str, float]:
+def calibrate(
+    clean: Mapping[str, Scores], anomalous: Mapping[str, Scores], rate: float, *, lowest: bool = False
+) -> dict[str, float]:
     """Thresholds by site.
 
     At each site the number of clean inputs that may exceed the threshold is the one at which the fewest columns are
@@ -27,13 +29,15 @@ def calibrate(clean: Mapping[str, Scores], anomalous: Mapping[str, Scores], rate
         clean: Largest score over the benign columns of each clean input `[inputs]`, by site.
         anomalous: Scores of the anomalous columns `[columns]`, by site.
         rate: Share of clean inputs that may be flagged.
+        lowest: Spend the whole budget, whatever it gains here, and put thresholds at the largest clean score left: for
+            anomalous columns that merely resemble those to come.
     """
     inputs = len(next(iter(clean.values())))
     ordered = {site: np.sort(scores)[::-1] for site, scores in clean.items()}
     errors = {site: _errors(ordered[site], anomalous[site]) for site in clean}
 
     def spent(cap: int) -> dict[str, int]:
-        return {site: int(errors[site][: cap + 1].argmin()) for site in clean}
+        return {site: cap if lowest else int(errors[site][: cap + 1].argmin()) for site in clean}
 
     best = spent(0)
     for cap in range(1, min(int(rate * inputs), inputs - 1) + 1):
@@ -42,6 +46,8 @@ def calibrate(clean: Mapping[str, Scores], anomalous: Mapping[str, Scores], rate
             flagged |= clean[site] > ordered[site][count]
         if flagged.mean() <= rate:
             best = candidate
+    if lowest:
+        return {site: float(ordered[site][count]) for site, count in best.items()}
     return {site: _middle(ordered[site], anomalous[site], count) for site, count in best.items()}
 
 

@@ -153,7 +153,7 @@ class _Bench:
     def fitted(self, entries: Entries) -> _Fitted:
         """Calibrate and search as `atp.fit` does."""
         calibration_part, validation_part, unseen = self.scored(entries)
-        calibration = Calibration.of(calibration_part, self.options.goal.clean_flag_rate)
+        calibration = Calibration.of(calibration_part, self.options)
         found = Search(validation_part, calibration, self.options, self.progress).run()
         return _Fitted(entries, calibration, found, unseen)
 

@@ -61,7 +61,7 @@ def inverted(case: Case, folder: Path, *, progress: Progress = silent) -> Case:
         case,
         name=f"{case.name}/inverted",
         debug=debug,
-        options=case.options if texts else replace(case.options, goal=GOAL),
+        options=case.options if texts else replace(case.options, goal=GOAL, thresholds="lowest"),
         bounds=BOUNDS,
         training={**case.training, "inversion": {**figures, "seconds": seconds}},
     )

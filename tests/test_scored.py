@@ -51,7 +51,7 @@ def test_nothing_switched_on_is_the_base(scored):
 
 def test_an_outcome_is_that_of_running_everything(scored):
     trial, part = scored
-    thresholds = Calibration.of(part, 0.01).thresholds(list(part.clean.margins))
+    thresholds = Calibration.of(part, FitOptions()).thresholds(list(part.clean.margins))
     setting = Setting(thresholds, dict.fromkeys(thresholds, 0.5))
     outcome = part.outcome(setting)
     everything = trial.run(part.part.counterfactual, setting)
@@ -64,7 +64,7 @@ def test_an_outcome_is_that_of_running_everything(scored):
 
 def test_a_lower_threshold_misses_the_share_asked_for_and_is_never_higher(scored):
     _, part = scored
-    calibration = Calibration.of(part, 0.01)
+    calibration = Calibration.of(part, FitOptions())
     names = list(part.clean.margins)
     detecting = [("detect", name) for name in names]
     for missed in (0.5, 0.2, 0.05):
@@ -82,7 +82,7 @@ def test_the_search_lowers_thresholds_no_more_than_the_goal_asks_for(scored, mon
     """Of a base that is repaired only where thresholds are lowered by so much."""
     _, part = scored
     options = FitOptions(goal=Goal(accuracy_loss=1, clean_flag_rate=1))
-    calibration = Calibration.of(part, 0.01)
+    calibration = Calibration.of(part, FitOptions())
     (first, *_) = part.clean.margins
     needed = {
         missed: calibration.setting([("detect", first)], Strength({}, missed)).reaches[first] for missed in (0.2, 0.02)

@@ -28,27 +28,28 @@ def flagged(clean: dict[str, np.ndarray], thresholds: dict[str, float]) -> float
 
 
 @settings(deadline=None, derandomize=True)
-@given(scored(), st.floats(0, 1))
-def test_clean_inputs_flagged_at_any_site_stay_within_the_budget(drawn, rate):
+@given(scored(), st.floats(0, 1), st.booleans())
+def test_clean_inputs_flagged_at_any_site_stay_within_the_budget(drawn, rate, lowest):
     clean, anomalous = drawn
-    thresholds = calibrate(clean, anomalous, rate)
+    thresholds = calibrate(clean, anomalous, rate, lowest=lowest)
     assert thresholds.keys() == clean.keys()
     assert flagged(clean, thresholds) <= rate
 
 
 @settings(deadline=None, derandomize=True)
-@given(scored(), st.floats(0, 1))
-def test_the_budget_holds_once_thresholds_are_float32_as_in_the_patch(drawn, rate):
+@given(scored(), st.floats(0, 1), st.booleans())
+def test_the_budget_holds_once_thresholds_are_float32_as_in_the_patch(drawn, rate, lowest):
     clean, anomalous = drawn
-    rounded = {site: float(np.float32(value)) for site, value in calibrate(clean, anomalous, rate).items()}
+    thresholds = calibrate(clean, anomalous, rate, lowest=lowest)
+    rounded = {site: float(np.float32(value)) for site, value in thresholds.items()}
     assert flagged(clean, rounded) <= rate
 
 
 @settings(deadline=None, derandomize=True)
-@given(scored(), st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_budget_never_raises_a_threshold(drawn, one, other):
+@given(scored(), st.floats(0, 1), st.floats(0, 1), st.booleans())
+def test_a_larger_budget_never_raises_a_threshold(drawn, one, other, lowest):
     clean, anomalous = drawn
-    strict, loose = calibrate(clean, anomalous, min(one, other)), calibrate(clean, anomalous, max(one, other))
+    strict, loose = (calibrate(clean, anomalous, rate, lowest=lowest) for rate in sorted((one, other)))
     assert all(loose[site] <= strict[site] for site in clean)
 
 
@@ -115,3 +116,24 @@ def test_without_anomalous_scores_nothing_clean_is_flagged():
 @pytest.mark.parametrize(("anomalous", "expected"), [([3, 3, 3], 1.0), ([1, 1, 1], -1.0)])
 def test_gap_by_hand(anomalous, expected):
     assert gap(np.float32([0, 1, 2]), np.float32(anomalous)) == expected
+
+
+@settings(deadline=None, derandomize=True)
+@given(scored(), st.floats(0, 1))
+def test_the_lowest_thresholds_depend_on_clean_scores_only_and_are_never_higher(drawn, rate):
+    clean, anomalous = drawn
+    others = {site: scores + np.float32(1) for site, scores in anomalous.items()}
+    (site,) = list(clean)[:1]
+    for one in (clean, {site: clean[site]}):
+        known = {name: anomalous[name] for name in one}
+        assert calibrate(one, known, rate, lowest=True) == calibrate(
+            one, {name: others[name] for name in one}, rate, lowest=True
+        )
+    alone = ({site: clean[site]}, {site: anomalous[site]})
+    assert calibrate(*alone, rate, lowest=True)[site] <= calibrate(*alone, rate)[site]
+
+
+def test_the_lowest_threshold_by_hand():
+    clean, anomalous = {"s": np.arange(10, dtype=np.float32)}, {"s": np.array([100], np.float32)}
+    assert calibrate(clean, anomalous, 0.2) == {"s": 54.5}
+    assert calibrate(clean, anomalous, 0.2, lowest=True) == {"s": 7.0}
