@@ -267,6 +267,28 @@ def export(
     _show({}, [f"wrote {out}: {what}"], False)
 
 
+@app.command("serve-config")
+def serve_config(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write to.")],
+    stack: Annotated[Literal["triton", "kserve"], typer.Option(help="What will serve it.")],
+    name: Annotated[str | None, typer.Option(help="Of the model; the file's by default.", show_default=False)] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Requests that are run together at most.", min=1)] = 32,
+    kind: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where instances run.")] = "auto",
+    storage: Annotated[str, typer.Option(help="KServe: URI of the uploaded model repository.")] = "pvc://models",
+) -> None:
+    """Write a Triton model repository for MODEL, or a KServe manifest and the repository it serves."""
+    from atpatch_onnx.serving import KServeOptions, TritonOptions, write_inference_service, write_model_repository
+
+    served, called = atp.load(model), name or model.stem
+    triton = TritonOptions(max_batch_size=max_batch_size, kind=kind)
+    if stack == "triton":
+        wrote = write_model_repository(served, folder, called, triton)
+    else:
+        wrote = write_inference_service(served, folder, called, KServeOptions(storage=storage, triton=triton))
+    _show({}, [f"wrote {wrote}"], False)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="The folder to write to.")] = Path("demo-out"),
