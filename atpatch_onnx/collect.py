@@ -1,8 +1,8 @@
 """Stream column features over a debug set: what the detectors are trained on.
 
 Maps are never kept. Per batch the probe gives column features and values. The anomalous columns, the same positions on
-the clean side, and a sample of the others are kept, each kind up to a third of `MAX_BYTES` a site; values are only
-summed up.
+the clean side, and a sample of the others are kept, each kind up to a third of `MAX_BYTES` a site, and of what
+both sides have, half of that for either; values are only summed up.
 """
 
 from collections.abc import Mapping, Sequence
@@ -225,14 +225,15 @@ class _Kept:
             self.value_sum = total if self.value_sum is None else self.value_sum + total
             self.value_count += int(benign.sum())
         rows = X.transpose(0, 2, 1)
-        self._keep("anomalous", rows[anomalous & seen])
-        self._keep("hard", rows[suspects & benign])
+        share = 0.5 if is_clean else 1.0  # the clean side comes first, and leaves room for the other
+        self._keep("anomalous", rows[anomalous & seen], share)
+        self._keep("hard", rows[suspects & benign], 1.0)  # of the clean side only
         rank = np.where(benign & ~suspects, generator.random(benign.shape), np.inf).argsort(axis=1).argsort(axis=1)
-        self._keep("benign", rows[benign & ~suspects & (rank < MAX_BENIGN)])
+        self._keep("benign", rows[benign & ~suspects & (rank < MAX_BENIGN)], share)
 
-    def _keep(self, kind: str, rows: Array) -> None:
-        left = MAX_BYTES // len(self.rows) - self.bytes[kind]
-        rows = rows[: left // rows[0].nbytes] if len(rows) else rows
+    def _keep(self, kind: str, rows: Array, share: float) -> None:
+        left = int(share * MAX_BYTES / len(self.rows)) - self.bytes[kind]
+        rows = rows[: max(left, 0) // rows[0].nbytes] if len(rows) else rows
         if len(rows):
             self.rows[kind].append(np.ascontiguousarray(rows))
             self.bytes[kind] += rows.nbytes

@@ -58,13 +58,14 @@ class ContrastiveHead:
 
 
 @one_thread()
-def train_detector(columns: Columns, training: Training, head: Head | None = None) -> Detector:
-    """A detector for one site, its threshold still zero. The same columns and training give the same bits.
+def train_detector(columns: Columns, training: Training, head: Head | None = None, *, seed: int = 0) -> Detector:
+    """A detector for one site, its threshold still zero. The same columns, training and seed give the same bits.
 
     Args:
         columns: What was collected at the site.
         training: How.
         head: The loss; None: contrastive, at the training's temperature.
+        seed: Of the start, the batches and the noise; the site's number goes in as well.
 
     Raises:
         FitError: There are no anomalous or no benign columns to learn from.
@@ -76,7 +77,7 @@ def train_detector(columns: Columns, training: Training, head: Head | None = Non
             found=f"{len(columns.anomalous)} anomalous, {len(columns.hard) + len(columns.benign)} benign",
             advice="Give more pairs, and check the suspects.",
         )
-    generator = torch.Generator().manual_seed(training.seed * 1_000_003 + columns.site.index)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + columns.site.index)
     anomalous, hard, others = (np.log(rows + OFFSET) for rows in (columns.anomalous, columns.hard, columns.benign))
     benign = np.concatenate([hard, others])
     mean = benign.mean(axis=0, dtype=np.float64).astype(np.float32)

@@ -55,10 +55,10 @@ def fit(
     parts = prepared.parts
     kinds = {site: options.features or choose_features(site) for site in prepared.sites}
     columns = collect(model, kinds, parts.fit, batch_size=options.batch_size, seed=options.seed, progress=progress)
-    training = replace(options.training, seed=options.seed)
     entries = []
     for number, column in enumerate(columns, 1):
-        entries.append((column.site, _site_patch(column, train_detector(column, training), options)))
+        detector = train_detector(column, options.training, seed=options.seed)
+        entries.append((column.site, _site_patch(column, detector, options)))
         progress("training detectors", number, len(columns))
     trial = Trial(model, entries, prepared.output)
     run = {"batch_size": options.batch_size, "progress": progress}
@@ -125,12 +125,14 @@ def _patch(
 
 
 def _site_figures(site: AttentionSite, calibration: Calibration, found: Found) -> dict[str, Any]:
-    """What was found of one candidate site, on the calibration part; alone, it would have the whole budget."""
+    """What was found of one candidate site, on the calibration part; alone, it would have the whole budget.
+
+    Recall and precision are of the threshold as it is, not of the lower one that flagged inputs may have.
+    """
     name = site.name
     threshold = found.setting.thresholds.get(name, calibration.thresholds([name])[name])
     anomalous, benign = calibration.anomalous[name] > threshold, calibration.benign[name] > threshold
-    balance = len(calibration.benign[name])
-    false = float(benign.mean()) if balance else 0.0
+    false = float(benign.mean()) if benign.size else 0.0
     roles = [role for role, element in found.elements if element == name]
     return {
         "site": name,

@@ -61,7 +61,7 @@ class PatchedSite:
     """Its own or carried flags, bool `[samples, columns]`."""
 
     margin: str | None
-    """Score minus the threshold that holds for it `[samples, columns]`, where it detects."""
+    """Score minus threshold `[samples, columns]`, where it detects."""
 
     @property
     def base_output(self) -> str:

@@ -1,6 +1,7 @@
 """How a patch is fitted: settings only."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from atpatch_onnx.errors import FitError
@@ -31,11 +32,15 @@ class FitOptions:
 
     thresholds: Literal["balanced", "lowest"] = "balanced"
     """Where thresholds lie: where fewest columns are named wrongly, in the middle between scores that are apart; or as
-    low as the clean flag rate allows, for a debug set that only resembles the attack, such as of an inverted trigger.
+    low as half of the clean flag rate allows, for a debug set that only resembles the attack, such as of an inverted
+    trigger.
     """
 
     missed: tuple[float, ...] = MISSED
-    """Shares of the anomalous columns that the lower threshold of flagged inputs may miss, to try, from the largest."""
+    """Shares of the anomalous columns that the lower threshold of flagged inputs may miss, to try, from the largest.
+
+    Of a backdoor only: with a protected attribute every input is flagged.
+    """
 
     features: Features | None = None
     """What detectors read; None: whole columns where the map's size is fixed and unmasked, else summaries."""
@@ -56,11 +61,16 @@ class FitOptions:
         checks = (
             ("value", self.value in ("neutral", "own"), "'neutral' or 'own'"),
             ("thresholds", self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
-            ("betas", bool(self.betas) and all(0 <= beta <= 1 for beta in self.betas), "numbers from 0 to 1"),
-            ("missed", bool(self.missed) and all(0 <= share <= 1 for share in self.missed), "numbers from 0 to 1"),
+            ("betas", _falling(self.betas), "numbers from 0 to 1, the largest first"),
+            ("missed", _falling(self.missed), "numbers from 0 to 1, the largest first"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
         )
         for name, holds, expected in checks:
             if not holds:
                 found = repr(getattr(self, name))
                 raise FitError(f"option {name}", expected=expected, found=found, advice="Choose an allowed value.")
+
+
+def _falling(shares: tuple[float, ...]) -> bool:
+    """Whether these are some shares, each smaller than the one before."""
+    return bool(shares) and all(0 <= share <= 1 for share in shares) and all(a > b for a, b in pairwise(shares))

@@ -82,7 +82,7 @@ class Detector:
 
     reach: float = 0.0
     """Once a column of an input exceeds the threshold, it is lower by this for the others: hysteresis, as of edges in
-    Canny, 1986. The rest of a trigger is named with its strongest column, and clean inputs are flagged no more often.
+    Canny, 1986. The rest of a trigger is named with its strongest column, and no more inputs are flagged.
     """
 
     @property

@@ -5,7 +5,7 @@ detecting and redistributing sites are searched for separately, by delta debuggi
 """
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +17,7 @@ from atpatch_onnx.options import FitOptions
 from atpatch_onnx.predictions import classes
 from atpatch_onnx.runtime import Array, Progress
 from atpatch_onnx.scored import ScoredPart
-from atpatch_onnx.thresholds import calibrate, gap
+from atpatch_onnx.thresholds import calibrate, gap, reach
 from atpatch_onnx.trial import Setting
 
 SPENT = 0.5
@@ -41,6 +41,9 @@ class Calibration:
     benign: Mapping[str, Array]
     """Scores of the benign columns of the clean inputs `[columns]`, by site."""
 
+    kind: str
+    """Of the debug set."""
+
     rate: float
     lowest: bool = False
 
@@ -53,6 +56,7 @@ class Calibration:
             clean={site: np.where(on_clean, -np.inf, scores).max(axis=1) for site, scores in clean.items()},
             anomalous={site: other[site][on_other] for site in other},
             benign={site: scores[~on_clean] for site, scores in clean.items()},
+            kind=scored.part.kind,
             rate=SPENT * options.goal.clean_flag_rate,
             lowest=options.thresholds == "lowest",
         )
@@ -66,18 +70,13 @@ class Calibration:
         """What these elements do, their thresholds calibrated together."""
         detecting = sorted(name for role, name in elements if role == "detect")
         thresholds = self.thresholds(detecting) if detecting else {}
+        # clean inputs with a protected attribute are flagged all the same: lower, they would spend the budget
+        missed = 1.0 if self.kind == "attribute" else strength.missed
         return Setting(
             thresholds=thresholds,
-            reaches={name: self._reach(name, threshold, strength.missed) for name, threshold in thresholds.items()},
+            reaches={name: reach(self.anomalous[name], at, missed) for name, at in thresholds.items()},
             betas={name: strength.betas[name] for role, name in sorted(elements) if role == "redistribute"},
         )
-
-    def _reach(self, site: str, threshold: float, missed: float) -> float:
-        """How much lower a threshold has to be to miss at most this share of the site's anomalous columns."""
-        scores = self.anomalous[site]
-        if missed >= 1 or not scores.size:
-            return 0.0
-        return max(0.0, threshold - float(np.nextafter(np.quantile(scores, missed, method="lower"), np.float32(-9))))
 
     def separation(self, site: str) -> float:
         """Area under the ROC curve of the site's scores, anomalous against benign columns."""
@@ -148,22 +147,26 @@ class Search:
         goal, starts = self._options.goal, list(self._starts(names))
         tried: list[tuple[list[Element], Strength, Outcome]] = []
 
-        def tries(strengths: Iterator[Strength]) -> bool:
+        def tries(strengths: Iterable[Strength], starts: Sequence[list[Element]]) -> bool:
             for strength, start in itertools.product(strengths, starts):
                 tried.append((start, strength, self.attempt(start, strength)))
                 if not tried[-1][2].shortfalls(goal):
                     return True
             return False
 
-        def nearest() -> tuple[list[Element], Strength, Outcome]:
-            return min(tried, key=lambda one: (one[2].excess(goal), one[2].remaining))
+        def nearness(one: tuple[list[Element], Strength, Outcome]) -> tuple[float, float]:
+            return one[2].excess(goal), one[2].remaining
 
         first, *smaller = (dict.fromkeys(names, beta) for beta in self._options.betas)
-        if tries(Strength(first, missed) for missed in self._options.missed):
+        same, *lower = self._options.missed
+        if tries([Strength(first, same)], starts):
             return tried[-1]
-        missed = nearest()[1].missed
-        tries(Strength(betas, missed) for betas in smaller)
-        return nearest()
+        kept = [min(tried, key=nearness)[0], starts[-1]]  # what comes nearest, and all sites
+        if tries((Strength(first, missed) for missed in lower), kept):
+            return tried[-1]
+        missed = min(tried, key=nearness)[1].missed
+        tries((Strength(betas, missed) for betas in smaller), kept)
+        return min(tried, key=nearness)
 
     def _starts(self, names: Sequence[str]) -> Iterator[list[Element]]:
         """Sets to begin with, given the sites in graph order: few detectors first.

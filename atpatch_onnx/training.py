@@ -16,5 +16,3 @@ class Training:
     temperature: float = 0.1
     noise: float = 0.3
     """Standard deviation of the Gaussian noise on standardised features: keeps the margin wide."""
-
-    seed: int = 0

@@ -71,9 +71,9 @@ class Trial:
         woven = weave(trial, entries, Emission.CONDITIONAL, _inputs)
         end = Insertion(trial.graph, "trial")
         self._margins = {
-            step.site.name: _output(trial, end, step.margin, f"{step.site.name}/margin")
+            step.site.name: _output(trial, end, step.reached, f"{step.site.name}/margin")
             for step in woven
-            if step.margin is not None
+            if step.reached is not None
         }
         import_functions(trial)
         trial.functions.update({function.identifier(): function for function in instead})

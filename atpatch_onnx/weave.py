@@ -52,7 +52,10 @@ class Woven:
     entry: SitePatch
     handles: Handles
     margin: ir.Value | None
-    """float `[samples, columns]`, where the site detects: positive where it flags."""
+    """float `[samples, columns]`, where the site detects: how far each column's score is above the threshold."""
+
+    reached: ir.Value | None
+    """The same with the lower threshold where it holds: positive where the site flags."""
 
     flags: ir.Value
     """bool `[samples, columns]`: its own or carried. A sample's columns are the keys of all its maps."""
@@ -76,7 +79,7 @@ def weave(
         _check_shapes(site, entry)
         handles, at = open_site(model, site)
         control = controls(at, site, entry)
-        margin = flags = None
+        margin = reached = flags = None
         if entry.detector is not None:
             assert control.threshold is not None, "a detecting site has a threshold"
             X = column_features(at, handles.P, site, whole=entry.detector.features is Features.WHOLE)
@@ -84,10 +87,10 @@ def weave(
             weights = [at.constant(name, array) for name, array in arrays.items()]
             own = "margin" if site.parts == 1 else "margin_of_maps"
             margin = at.call("DetectorMargin", X, *weights, control.threshold, name=own)
-            margin = per_sample(at, site, handles, margin, "margin")
+            margin = reached = per_sample(at, site, handles, margin, "margin")
             if control.reach is not None:
-                margin = at.call("Reach", margin, control.reach, name="margin_in_reach")
-            flags = at.op("Greater", margin, at.constant("zero", np.zeros(1, np.float32)), name="own_flags")
+                reached = at.call("Reach", margin, control.reach, name="margin_in_reach")
+            flags = at.op("Greater", reached, at.constant("zero", np.zeros(1, np.float32)), name="own_flags")
         before = carried.get(site.token_axis)
         if flags is None:
             flags = before
@@ -103,7 +106,7 @@ def weave(
             switched = per_map(at, site, handles, switched, "flags_of_maps")
             repair = Repair(switched, control.beta, None if neutral is None else at.constant("neutral", neutral))
             repair_output(at, site, handles, repair, emission)
-        woven.append(Woven(site, entry, handles, margin, flags))
+        woven.append(Woven(site, entry, handles, margin, reached, flags))
     return tuple(woven)
 
 

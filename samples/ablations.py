@@ -36,6 +36,7 @@ from atpatch_onnx.goal import Outcome
 from atpatch_onnx.graph import opset_version
 from atpatch_onnx.options import FitOptions
 from atpatch_onnx.patch import OFFSET, Array, Detector, Features, Redistribution, SitePatch
+from atpatch_onnx.predictions import classes
 from atpatch_onnx.preparation import Prepared, prepare
 from atpatch_onnx.probe import choose_features
 from atpatch_onnx.report.rows import percent
@@ -64,25 +65,25 @@ class Row:
 
     variant: str
     outcome: Outcome
+    count: int
+    """Inputs that ASR above floor, or UF, is counted on."""
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain JSON types."""
-        return {"variant": self.variant, **asdict(self.outcome)}
+        return {"variant": self.variant, "count": self.count, **asdict(self.outcome)}
 
 
 def ablate(case: Case, progress: Progress = silent) -> tuple[Row, ...]:
     """Every variant of one case, the method as it is first."""
     bench = _Bench.of(case, progress)
-    ours = bench.fitted(bench.entries(train_detector))
-    rows = [Row("as it is", ours.outcome())]
-    for name, change in _REDISTRIBUTIONS.items():
-        rows.append(Row(name, change(bench, ours)))
-    logistic = bench.entries(lambda columns, training: train_detector(columns, training, LogisticHead(training)))
-    rows.append(Row("logistic head instead of contrastive learning", bench.fitted(logistic).outcome()))
-    rows.append(Row("maps averaged over heads", bench.fitted(bench.entries(average_heads)).outcome()))
+    ours = bench.fitted(bench.entries(_contrastive))
+    found = {"as it is": ours.outcome()}
+    found |= {name: change(bench, ours) for name, change in _REDISTRIBUTIONS.items()}
+    found["logistic head instead of contrastive learning"] = bench.fitted(bench.entries(_logistic)).outcome()
+    found["maps averaged over heads"] = bench.fitted(bench.entries(average_heads)).outcome()
     for rate in RATES:
-        rows.append(Row(f"threshold at {rate:.2%} of clean inputs", ours.outcome(_threshold_at(ours, rate))))
-    return tuple(rows)
+        found[f"threshold at {rate:.2%} of clean inputs"] = ours.outcome(_threshold_at(ours, rate))
+    return tuple(Row(variant, outcome, ours.count) for variant, outcome in found.items())
 
 
 # The common part
@@ -103,6 +104,15 @@ class _Fitted:
 
     def outcome(self, setting: Setting | None = None) -> Outcome:
         return self.unseen.outcome(setting or self.setting)
+
+    @property
+    def count(self) -> int:
+        """Evaluation inputs that could go to the target, or flip."""
+        part, predicted = self.unseen.part, classes(self.unseen.clean.logits)
+        if part.kind == "attribute":
+            return len(part)
+        labels = predicted if part.labels is None else part.labels
+        return int(((labels != part.target) & (predicted != part.target)).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,15 +138,14 @@ class _Bench:
         columns = collect(model, kinds, prepared.parts.fit, seed=case.options.seed, progress=progress)
         return cls(model, case.options, prepared, unseen, columns, progress)
 
-    def entries(self, train: Callable[[Columns, Training], Detector]) -> Entries:
-        """Every site with a detector trained by `train(columns, training)`."""
-        training = replace(self.options.training, seed=self.options.seed)
+    def entries(self, train: Callable[[Columns, Training, int], Detector]) -> Entries:
+        """Every site with a detector trained by `train(columns, training, seed)`."""
         return [
             (
                 columns.site,
                 SitePatch(
                     columns.site.name,
-                    train(columns, training),
+                    train(columns, self.options.training, self.options.seed),
                     Redistribution(np.ones((1, 1, 1), np.float32), columns.neutral),
                 ),
             )
@@ -186,11 +195,11 @@ def unscaled_map(version: int) -> ir.Function:
 
 
 def _without_carry(bench: _Bench, ours: _Fitted) -> Outcome:
-    """Each redistributing site has to detect for itself, all under the one budget."""
+    """Each redistributing site has to detect for itself, all under the one budget, at one threshold each."""
     apart = [(replace(site, token_axis=site.name), entry) for site, entry in ours.entries]  # flags follow the axis
     *_, unseen = bench.scored(apart)
     thresholds = ours.calibration.thresholds(list(ours.setting.betas))
-    return unseen.outcome(replace(ours.setting, thresholds=thresholds))
+    return unseen.outcome(replace(ours.setting, thresholds=thresholds, reaches={}))
 
 
 def _with_one_threshold(bench: _Bench, ours: _Fitted) -> Outcome:
@@ -252,11 +261,19 @@ def RedistributedMap(P, M, beta):  # type: ignore[no-untyped-def]  # noqa: N802
 # Variants of the detector: trained, calibrated and searched anew
 
 
+def _contrastive(columns: Columns, training: Training, seed: int) -> Detector:
+    return train_detector(columns, training, seed=seed)
+
+
+def _logistic(columns: Columns, training: Training, seed: int) -> Detector:
+    return train_detector(columns, training, LogisticHead(training, seed), seed=seed)
+
+
 class LogisticHead:
     """Binary cross-entropy on the score, whose direction is learned, instead of contrastive learning."""
 
-    def __init__(self, training: Training) -> None:
-        generator = torch.Generator().manual_seed(training.seed)
+    def __init__(self, training: Training, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
         self.direction = nn.Parameter(torch.randn(training.embedding, generator=generator))
         self.scale = nn.Parameter(torch.tensor(5.0))
         self.offset = nn.Parameter(torch.tensor(0.0))
@@ -276,7 +293,7 @@ class LogisticHead:
         return torch.stack([-unit, unit])
 
 
-def average_heads(columns: Columns, training: Training) -> Detector:
+def average_heads(columns: Columns, training: Training, seed: int = 0) -> Detector:
     """A detector that sees all heads as one, their geometric mean: trained on it, then written for all heads alike.
 
     Detectors read logarithms, whose mean over heads is the logarithm of the geometric mean.
@@ -293,7 +310,7 @@ def average_heads(columns: Columns, training: Training) -> Detector:
         hard=averaged(columns.hard),
         benign=averaged(columns.benign),
     )
-    detector = train_detector(mean, training)
+    detector = train_detector(mean, training, seed=seed)
     return replace(
         detector,
         mean=np.tile(detector.mean, (heads, 1)),
@@ -303,10 +320,10 @@ def average_heads(columns: Columns, training: Training) -> Detector:
 
 
 def _threshold_at(ours: _Fitted, rate: float) -> Setting:
-    """The detecting sites' thresholds where each flags this share of the clean calibration inputs."""
+    """The detecting sites' thresholds where each flags this share of the clean calibration inputs; no lower ones."""
     clean = ours.calibration.clean
     thresholds = {name: float(np.quantile(clean[name], 1 - rate)) for name in ours.setting.thresholds}
-    return replace(ours.setting, thresholds=thresholds)
+    return replace(ours.setting, thresholds=thresholds, reaches={})
 
 
 # The command

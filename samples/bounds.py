@@ -37,6 +37,7 @@ FIGURES: Mapping[str, Callable[[Run], Any]] = {
     "floor": _of("evaluation", "backdoor", "asr_floor"),
     "ASR above floor": _of("evaluation", "backdoor", "asr_above_floor"),
     "robust accuracy": _of("evaluation", "backdoor", "robust_accuracy_patched"),
+    "individual discrimination": _of("training", "discrimination_rate"),
     "UF": _of("evaluation", "fairness", "uf_base"),
     "UF, patched": _of("evaluation", "fairness", "uf_patched"),
     "UF of any value": _of("more", "uf_any_base"),

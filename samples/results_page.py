@@ -4,6 +4,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ def write_page(out: Path, docs: Path, pieces: Iterable[Piece]) -> None:
     spreads = {
         key: {name: spread(found, read) for name, read in FIGURES.items()}
         for key, found in runs.items()
-        if key[0] != "ablated"
+        if key[0] in ("measured", "inverted")
     }
     judged = verdicts(spreads)
     docs.mkdir(parents=True, exist_ok=True)
     folder = docs / "results"
     drawn = pictures.draw(out, folder, runs)
-    hours = (_trainings(out) + sum(run["core_seconds"] for found in runs.values() for run in found)) / 3600
+    hours = sum(run["core_seconds"] for found in runs.values() for run in found) / 3600
     document = {
         "core_hours": round(hours, 2),
         "seeds": sorted({run["seed"] for found in runs.values() for run in found}),
@@ -55,11 +56,6 @@ def write_page(out: Path, docs: Path, pieces: Iterable[Piece]) -> None:
     }
     (docs / "results.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
     (docs / "results.md").write_text(render(runs, spreads, judged, [folder.name + "/" + name for name in drawn], hours))
-
-
-def _trainings(out: Path) -> float:
-    """Seconds that all bases and twins were trained for."""
-    return math.fsum(json.loads(path.read_text())["seconds"] for path in out.glob("*/base.json"))
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, Any]:
@@ -93,16 +89,16 @@ def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Seque
         "# Results",
         "Written by `python -m samples.results`. Every case was trained, fitted and measured with the seeds"
         f" {', '.join(map(str, seeds))}; {hours:.1f} hours of one core in all, trainings included. Figures are means"
-        " over seeds, in brackets the smallest and the largest seed, then the 95 % Wilson interval of the inputs of all"
-        " seeds. Training, debug and evaluation inputs are disjoint; no fit saw an evaluation input, and recipes were"
-        " chosen on other seeds and another part of the data. The figures of every run are in"
-        " [results.json](results.json).",
+        " over seeds, in brackets the smallest and the largest seed, then the 95 % Wilson interval of the mean at the"
+        " inputs of one seed. Training, debug and evaluation inputs are disjoint, and no fit saw an evaluation input."
+        " How recipes were chosen is told at the end. The figures of every run are in [results.json](results.json).",
         "## Ours beside the paper's",
         *_summary(spreads),
         "## The goals",
         *_goals(judged),
         "## Backdoors",
         *_backdoors(spreads),
+        *_searches(runs),
         "## Unfairness",
         *_unfairness(spreads),
         "## One thing changed at a time",
@@ -127,6 +123,10 @@ def _share(found: Spread | None, digits: int = 2) -> str:
     if found.low is not None and found.high is not None:
         text += f" ({percent(found.low, digits)}, {percent(found.high, digits)})"
     return text
+
+
+def _seeds(found: Spread | None) -> str:
+    return "-" if found is None else str(found.seeds)
 
 
 def _points(found: Spread | None) -> str:
@@ -192,6 +192,7 @@ def _backdoors(spreads: Spreads) -> list[str]:
     strength = [
         (
             name,
+            _seeds(f["ASR"]),
             _share(f["accuracy of the unpoisoned twin"]),
             _share(f["accuracy"]),
             _share(f["ASR"]),
@@ -214,7 +215,7 @@ def _backdoors(spreads: Spreads) -> list[str]:
     ]
     return [
         "The bases, and their twins trained without poison: a weak base would make a fix look good.",
-        _table(("case", "twin's accuracy", "accuracy", "ASR", "floor"), strength),
+        _table(("case", "seeds", "twin's accuracy", "accuracy", "ASR", "floor"), strength),
         "After the fix. Recall and precision are the detector's, by columns.",
         _table(
             (
@@ -232,9 +233,33 @@ def _backdoors(spreads: Spreads) -> list[str]:
     ]
 
 
+def _searches(runs: Runs) -> list[str]:
+    """What was found where the trigger was not known."""
+    rows = [
+        (
+            case,
+            str(run["seed"]),
+            str(search["target"]),
+            "yes" if search.get("stands_out", True) else "**no**",
+            ", ".join(percent(one, 0) for one in search["success"]),
+            " ".join(search.get("tokens", ())) or "-",
+        )
+        for (work, case), found in runs.items()
+        if work == "inverted"
+        for run in found
+        for search in (run["training"]["inversion"],)
+    ]
+    if not rows:
+        return []
+    header = ("case", "seed", "class found", "stands out", "success", "tokens found")
+    return ["Where the trigger was not known, the search found this.", _table(header, rows)]
+
+
 def _unfairness(spreads: Spreads) -> list[str]:
     header = (
         "case",
+        "seeds",
+        "discriminates",
         "UF",
         "UF, patched",
         "UF of any value",
@@ -252,6 +277,8 @@ def _unfairness(spreads: Spreads) -> list[str]:
     rows = [
         (
             name,
+            _seeds(f["UF"]),
+            _share(f["individual discrimination"]),
             _share(f["UF"]),
             _share(f["UF, patched"]),
             _share(f["UF of any value"]),
@@ -267,9 +294,9 @@ def _unfairness(spreads: Spreads) -> list[str]:
     ]
     return [
         "UF: predictions that change when only the protected attribute does, to one other value, drawn; of any value:"
-        " to one at least of all others. Beside the base's accuracy: of always answering the larger class, and of"
-        " gradient boosting on the same rows. DPD and EOD: differences in demographic parity and equalized odds between"
-        " the groups, by fairlearn.",
+        " to one at least of all others. *Discriminates*: the same of random rows, as ADF counts it. Beside the base's"
+        " accuracy: of always answering the larger class, and of gradient boosting on the same rows. DPD and EOD:"
+        " differences in demographic parity and equalized odds between the groups, by fairlearn.",
         _table(header, rows),
     ]
 
@@ -277,8 +304,8 @@ def _unfairness(spreads: Spreads) -> list[str]:
 def _ablations(runs: Runs) -> list[str]:
     parts = [
         "Judged on the first evaluation pairs of one seed, in a session that computes what the baked graph does."
-        " *Left*: ASR above floor, or UF. Variants of the redistribution keep the fit's sites and thresholds;"
-        " those of the detector are trained, calibrated and searched anew."
+        " *Left*: ASR above floor, or UF, with its 95 % Wilson interval. Variants of the redistribution keep the fit's"
+        " sites and thresholds; those of the detector are trained, calibrated and searched anew."
     ]
     for (work, case), found in runs.items():
         if work != "ablated":
@@ -288,11 +315,12 @@ def _ablations(runs: Runs) -> list[str]:
             over_seeds = [run["rows"][index] for run in found]
 
             def of(read: str, over: Sequence[Mapping[str, Any]] = over_seeds) -> Spread:
-                values = [one[read] for one in over]
-                return Spread(math.fsum(values) / len(values), min(values), max(values), None, None, len(values))
+                found_rates = [{"rate": {"value": one[read], "count": one["count"]}} for one in over]
+                shown = spread(found_rates, lambda one: one["rate"])
+                assert shown is not None
+                return shown if read == "remaining" else replace(shown, low=None, high=None)
 
-            losses = [one["accuracy_base"] - one["accuracy"] for one in over_seeds]
-            loss = Spread(math.fsum(losses) / len(losses), min(losses), max(losses), None, None, len(losses))
+            loss = spread(over_seeds, lambda one: one["accuracy_base"] - one["accuracy"])
             rows.append(
                 (
                     row["variant"],

@@ -1,4 +1,4 @@
-"""From the figures of single runs to what is said of a case: means and ranges over seeds, pooled intervals, goals."""
+"""From the figures of single runs to what is said of a case: means and ranges over seeds, intervals, goals."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,8 @@ class Spread:
     smallest: float
     largest: float
     low: float | None
-    """95 % Wilson interval of all seeds' inputs taken together; None where the figure is no share of inputs."""
+    """95 % Wilson interval of the mean at the inputs of one seed: seeds may share inputs, as they do the test images of
+    Fashion-MNIST. None where the figure is no share of inputs."""
 
     high: float | None
     seeds: int
@@ -31,10 +32,9 @@ def spread(runs: Sequence[Run], read: Callable[[Run], Any]) -> Spread | None:
     if not isinstance(found[0], Mapping):
         return Spread(math.fsum(found) / len(found), min(found), max(found), None, None, len(found))
     values = [float(rate["value"]) for rate in found]
-    count = sum(int(rate["count"]) for rate in found)
-    hits = round(sum(rate["value"] * rate["count"] for rate in found))
-    low, high = wilson(hits, count)
-    return Spread(math.fsum(values) / len(values), min(values), max(values), low, high, len(values))
+    mean, count = math.fsum(values) / len(values), min(int(rate["count"]) for rate in found)
+    low, high = wilson(round(mean * count), count)
+    return Spread(mean, min(values), max(values), low, high, len(values))
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,15 @@ GOALS = (
         ("vit/badnets-fixed",),
         _attack(0.002, 0.0005, Bound("recall", 0.998, True), Bound("precision", 0.97, True)),
     ),
-    Goal("BadNets random place, ViT", ("vit/badnets-random",), _attack(0.005, 0.001)),
+    Goal("BadNets random place", ("vit/badnets-random", "deit/badnets-random"), _attack(0.005, 0.001)),
     Goal("Trojan, ViT", ("vit/trojan",), _attack(0.005, 0.001)),
-    Goal("inverted instead of known trigger", ("vit/badnets-fixed",), _attack(0.01, 0.002), work="inverted"),
-    Goal("text", ("minilm/token",), _attack(0.005, 0.001, Bound("recall", 0.995, True))),
+    Goal(
+        "inverted instead of known trigger",
+        ("vit/badnets-fixed", "minilm/token"),
+        _attack(0.01, 0.002),
+        work="inverted",
+    ),
+    Goal("text", ("minilm/token", "minilm/phrase"), _attack(0.005, 0.001, Bound("recall", 0.995, True))),
     Goal(
         "tables, each protected attribute",
         TABLES,

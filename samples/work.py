@@ -18,11 +18,16 @@ Work = Callable[[Case, Path], dict[str, Any]]
 
 
 def do(work: str, case: str, *, seed: int, out: Path, fast: bool) -> dict[str, Any]:
-    """Do a piece of work, the base trained if it is not there; `core_seconds` are those of the piece alone."""
-    prepared, folder = prepare(case, seed=seed, fast=fast, out=out)
+    """Do a piece of work, the base trained if it is not there; `core_seconds` are those of all threads together."""
     begun = time.process_time()
+    prepared, folder = prepare(case, seed=seed, fast=fast, out=out)
     figures = WORK[work](prepared, folder)
     return {**figures, "core_seconds": round(time.process_time() - begun, 1)}
+
+
+def trained(case: Case, folder: Path) -> dict[str, Any]:
+    """The base and its twin, which are there by now."""
+    return {"case": case.name, "seed": case.seed, "training": dict(case.training)}
 
 
 def measured(case: Case, folder: Path) -> dict[str, Any]:
@@ -59,5 +64,10 @@ def ablated(case: Case, folder: Path) -> dict[str, Any]:
     return {"case": case.name, "seed": case.seed, "rows": [row.to_json() for row in ablate(case)]}
 
 
-WORK: dict[str, Work] = {"measured": measured, "inverted": unknown_trigger, "ablated": ablated}
+WORK: dict[str, Work] = {
+    "trained": trained,
+    "measured": measured,
+    "inverted": unknown_trigger,
+    "ablated": ablated,
+}
 """By name; the name of a piece's file."""

@@ -177,6 +177,31 @@ def test_a_full_store_keeps_anomalous_columns(monkeypatch):
     assert min(counts) >= 15, counts
 
 
+def test_a_full_store_keeps_benign_columns_of_both_sides(monkeypatch):
+    planted = Planted()
+    debug, model = planted.debug(64, suspects=True), planted.model()
+    site = find_sites(model)[1]
+    row = HEADS * planted.tokens * 4
+    monkeypatch.setattr(collecting, "MAX_BYTES", 60 * row)
+    session = Session(probe(model, {site: Features.WHOLE}))
+    sides = [
+        {
+            column.tobytes()
+            for columns in session.collect(inputs, [features_output(site)]).values()
+            for column in rows(columns)
+        }
+        for inputs in (debug.clean, debug.counterfactual)
+    ]
+    (kept,) = collect(model, {site: Features.WHOLE}, debug, batch_size=4)
+    uniform = np.float32(planted.tokens)
+    of_clean = [column.tobytes() in sides[0] for column in kept.benign / uniform]
+    assert 0 < sum(of_clean) < len(of_clean)
+
+
+def rows(features: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(features.transpose(0, 2, 1).reshape(-1, features.shape[1]))
+
+
 def test_maps_of_another_length_than_the_suspects_are_refused():
     planted = Planted(free=True)
     debug, model = planted.debug(20).with_suspects(np.ones((20, 5), bool)), planted.model()

@@ -233,6 +233,14 @@ def test_benign_attention_is_the_largest_that_meets_the_goal():
         fitted(planted, replace(QUICK, value="own", betas=(larger,)))
 
 
+def test_the_lowest_thresholds_are_below_the_balanced_ones_and_meet_the_goal():
+    planted = Planted()
+    balanced, lowest = fitted(planted), fitted(planted, replace(QUICK, thresholds="lowest"))
+    assert lowest.meets_target
+    (one,), (other,) = ([s.detector.threshold for s in p.sites if s.detector] for p in (balanced, lowest))
+    assert other < one
+
+
 LATE = Planted(drawn=(2,), harmful=(0,), harm=400)
 """The harm is done before the trigger is drawn to: no patch can undo it."""
 
@@ -437,6 +445,10 @@ def test_an_output_that_does_not_exist():
         ({"value": "mean"}, "option value: expected 'neutral' or 'own'; found 'mean'"),
         ({"betas": ()}, "option betas"),
         ({"betas": (1.0, 1.5)}, "option betas"),
+        ({"betas": (0.0, 1.0)}, "option betas: expected numbers from 0 to 1, the largest first"),
+        ({"missed": ()}, "option missed"),
+        ({"missed": (0.1, 0.1)}, "option missed"),
+        ({"thresholds": "highest"}, "option thresholds: expected 'balanced' or 'lowest'; found 'highest'"),
         ({"batch_size": 0}, "option batch_size"),
     ],
 )

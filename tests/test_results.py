@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from atpatch_onnx.metrics import wilson
 from samples import results_page
+from samples import tasks as tasks_module
+from samples import work as work_module
 from samples.bounds import FIGURES, Bound, shortfalls
-from samples.results import CHAINS, SEEDS, Piece, chain
+from samples.results import CHAINS, SEEDS, Piece, chain, main, run_chain
 from samples.summary import GOALS, Spread, spread, verdicts
 from samples.tasks import TASKS
 
@@ -52,12 +55,12 @@ def backdoor(case: str, seed: int, left: int, *, patched: int = 90, work: str = 
     }
 
 
-def test_a_spread_is_mean_range_and_the_interval_of_all_inputs():
+def test_a_spread_is_mean_range_and_the_interval_at_one_seeds_inputs():
     runs = [backdoor("vit/badnets-fixed", seed, left) for seed, left in enumerate((0, 1, 5))]
     found = spread(runs, FIGURES["ASR above floor"])
     assert found is not None
     assert (found.mean, found.smallest, found.largest, found.seeds) == (pytest.approx(0.02), 0.0, 0.05, 3)
-    assert (found.low, found.high) == wilson(6, 300)
+    assert (found.low, found.high) == wilson(2, 100)  # seeds may share inputs: no more than those of one count
     assert spread(runs, FIGURES["UF"]) is None
     lost = spread([backdoor("x/y", 0, 0, patched=89), backdoor("x/y", 1, 0, patched=91)], FIGURES["accuracy lost"])
     assert lost is not None
@@ -124,6 +127,7 @@ def test_the_page_says_what_was_found(tmp_path):
     rows = [
         {
             "variant": variant,
+            "count": 200,
             "remaining": left,
             "accuracy_base": 0.9,
             "accuracy": 0.89,
@@ -142,7 +146,7 @@ def test_the_page_says_what_was_found(tmp_path):
             (Piece(case, 0, "ablated"), {"case": case, "seed": 0, "rows": rows, "core_seconds": 5.0}),
         ],
     )
-    assert "| vit/badnets-fixed | 1.50% [0.00%, 3.00%] (0.51%, 4.32%) | +0.00 [+0.00, +0.00] |" in page
+    assert "| vit/badnets-fixed | 1.50% [0.00%, 3.00%] (0.55%, 7.00%) | +0.00 [+0.00, +0.00] |" in page
     assert "| BadNets fixed, ViT | vit/badnets-fixed | ASR above floor | <= 0.200% | 1.500% | **no** |" in page
     assert "| without carry | 70.00% | +1.00 |" in page
     assert "not measured" in page
@@ -164,12 +168,50 @@ def test_ablations_are_of_the_first_seed_and_every_case_is_measured_with_each():
             assert any(piece.work == "ablated" for piece in pieces) == (seed == SEEDS[0])
 
 
-def test_the_time_is_that_of_trainings_and_pieces(tmp_path):
-    trained = tmp_path / "vit-clean-0"
-    trained.mkdir()
-    (trained / "base.json").write_text(json.dumps({"recipe": {}, "seconds": 3540.0}))
-    page = written(tmp_path, [(Piece("vit/trojan", 0, "measured"), backdoor("vit/trojan", 0, 0))])
-    assert "1.0 hours of one core" in page  # 3,540 seconds of training and 60 of the piece
+def test_what_was_found_of_an_unknown_trigger_is_shown(tmp_path):
+    case = "minilm/token"
+    search = {"target": 1, "tokens": ["cf"], "success": [0.45, 1.0]}
+    run = {**backdoor(case, 2, 1), "training": {"accuracy_twin": 0.9, "inversion": search}}
+    page = written(tmp_path, [(Piece(case, 2, "inverted"), run)])
+    assert "| minilm/token | 2 | 1 | yes | 45%, 100% | cf |" in page
+    assert "| minilm/token, trigger inverted | 1 | 90.00%" in page
+
+
+class StubTask:
+    """A task whose pieces cost nothing."""
+
+    CASES = ("vit/badnets-fixed",)
+
+    @staticmethod
+    def prepare(case, *, seed, fast, folder, tune, progress):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "base.json").write_text("{}")
+        return SimpleNamespace(name=case, seed=seed, training={"seconds": 1.0})
+
+
+def test_a_run_that_was_cut_short_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    done: list[str] = []
+
+    def work(name: str) -> work_module.Work:
+        def piece(case, folder):
+            done.append(name)
+            return backdoor(case.name, case.seed, 0) | {"rows": [], "training": {"inversion": SEARCH}}
+
+        return piece
+
+    for table in (tasks_module.TASKS, tasks_module.CASES):
+        monkeypatch.setitem(table, "fashion" if table is tasks_module.TASKS else "vit/badnets-fixed", StubTask)
+    monkeypatch.setattr(work_module, "WORK", {name: work(name) for name in work_module.WORK})
+    run_chain("fashion", 0, tmp_path, True)
+    assert done == ["trained", "measured", "inverted", "ablated"]
+    Piece("vit/badnets-fixed", 0, "inverted").file(tmp_path).unlink()
+    run_chain("fashion", 0, tmp_path, True)
+    assert done == ["trained", "measured", "inverted", "ablated", "inverted"]
+    assert main(["--render", "--task", "fashion", "--seed", "0", "--out", str(tmp_path), "--docs", str(tmp_path)]) == 0
+    assert "vit/badnets-fixed" in (tmp_path / "results.md").read_text()
+
+
+SEARCH = {"target": 0, "stands_out": False, "success": [0.5]}
 
 
 def test_pieces_that_are_not_there_are_left_out(tmp_path):

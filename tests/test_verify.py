@@ -15,6 +15,7 @@ from atpatch_onnx.bake import bake
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import DebugSetError, ModelFileError, StripError, VerificationError
+from atpatch_onnx.patch import Patch
 from atpatch_onnx.verify import Verification, verify
 
 PAIRS = 24
@@ -263,6 +264,25 @@ def test_weights_of_the_patch_that_no_bake_writes(change):
     assert "weights" in failed(result)
     detail = next(check.detail for check in result.failures if check.name == "weights")
     assert f"layer1.attention/{WEIGHTS[change][0]}" in detail
+
+
+def with_reach(patch: Patch, reach: float) -> Patch:
+    sites = (
+        site if site.detector is None else replace(site, detector=replace(site.detector, reach=reach))
+        for site in patch.sites
+    )
+    return replace(patch, sites=tuple(sites))
+
+
+@pytest.mark.parametrize(("emission", "inline"), VARIANTS)
+def test_a_lower_threshold_for_flagged_inputs_passes_and_is_guarded(emission, inline):
+    planted = CASES["one-site"]
+    model, debug = planted.model(), planted.debug(PAIRS, seed=5)
+    patched = bake(model, with_reach(fitted(planted), 1.5), emission=emission, inline=inline)
+    result = verify(model, patched, debug, batch_size=10)
+    assert result.passed, result.failures
+    set_weight(patched, "reach", lambda array: array + 0.5)
+    assert "weights" in failed(verify(model, patched, debug))
 
 
 @pytest.mark.parametrize("name", ["threshold", "beta", "neutral"])
