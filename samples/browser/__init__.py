@@ -1,0 +1,1 @@
+"""A static page on which a patched model runs in the browser."""

@@ -1,0 +1,112 @@
+"""Build the page: the demo's base and patched model, a few digits, onnxruntime-web, and the page's own three files.
+
+    atpatch demo --out demo-out
+    npm install --prefix samples/browser
+    python -m samples.browser.build --demo demo-out --out out/browser
+    python -m http.server --directory out/browser       # then open http://localhost:8000
+
+The folder is all there is: any server of static files serves it, and nothing a visitor draws leaves the browser.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+import atpatch_onnx as atp
+from atpatch_onnx.demo import digits
+from atpatch_onnx.demo.run import TARGET, TRIGGER
+from atpatch_onnx.emission import inline_functions
+from atpatch_onnx.graph import PREFIX
+from atpatch_onnx.inspection import expose, last_flags
+from atpatch_onnx.metadata import PatchedSite, read_record
+from atpatch_onnx.runtime import Session
+
+HERE = Path(__file__).parent
+RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+"""What the page needs of onnxruntime-web."""
+
+SHOWN = 20
+"""Evaluation digits to pick from, two of each class."""
+
+
+def build(demo: Path, out: Path, *, modules: Path = HERE / "node_modules", seed: int = 0) -> None:
+    """Write the page into `out`.
+
+    Args:
+        demo: What `atpatch demo` left, with the same seed.
+        out: Made if it is not there.
+        modules: Where npm put onnxruntime-web.
+        seed: Of the demo: which digits its training and its fit did not see.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    base = atp.load(demo / "base.onnx")
+    patched, site = _with_maps(base, atp.Patch.load(demo / "fix.safetensors"))
+    atp.save(base, out / "base.onnx")
+    atp.save(patched, out / "patched.onnx")
+    (out / "digits.json").write_text(json.dumps(_digits(base, patched, site, seed)))
+    for file in (HERE / "page").iterdir():
+        shutil.copy(file, out / file.name)
+    for name in RUNTIME:
+        shutil.copy(modules / "onnxruntime-web" / "dist" / name, out / name)
+
+
+def _with_maps(base: ir.Model, patch: atp.Patch) -> tuple[ir.Model, PatchedSite]:
+    """The patched model as `target="web"` writes it, flags and one site's maps as further outputs, and that site."""
+    patched = atp.bake(base, patch, target="web", inline=False)  # the map after redistribution keeps its name
+    record = read_record(patched)
+    site = next(site for site in record.sites if site.value is not None)
+    shown = expose(patched, [last_flags(record.sites), site.map, _after(site)])
+    inline_functions(shown)
+    return shown, site
+
+
+def _after(site: PatchedSite) -> str:
+    """The site's map after redistribution."""
+    return f"{PREFIX}{site.site}/redistributed_map"
+
+
+def _digits(base: ir.Model, patched: ir.Model, site: PatchedSite, seed: int) -> dict[str, object]:
+    """The digits to pick from, the trigger, the names of outputs, and what onnxruntime says of each digit."""
+    data = digits.load()
+    unseen = data.take(digits.split(data.labels, seed=seed).evaluation)
+    chosen = np.concatenate([np.flatnonzero(unseen.labels == label)[: SHOWN // 10] for label in range(digits.CLASSES)])
+    images, labels = unseen.images[chosen], unseen.labels[chosen]
+    stamped = TRIGGER.stamp(images, np.random.default_rng(seed))
+    wanted = {
+        name: Session(model).collect({"pixel_values": inputs}, ["logits"])["logits"].tolist()
+        for name, model, inputs in (
+            ("base", base, images),
+            ("patched", patched, images),
+            ("base_stamped", base, stamped),
+            ("patched_stamped", patched, stamped),
+        )
+    }
+    flags = last_flags(read_record(patched).sites)
+    return {
+        "images": images.reshape(len(images), -1).tolist(),
+        "labels": labels.tolist(),
+        "target": TARGET,
+        "trigger": {"row": TRIGGER.row, "column": TRIGGER.column, "size": TRIGGER.size},
+        "outputs": {"flags": flags, "before": site.map, "after": _after(site), "site": site.site},
+        "expected": wanted,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("demo-out"), help="what the demo left")
+    parser.add_argument("--out", type=Path, default=Path("out/browser"), help="the page's folder")
+    options = parser.parse_args(arguments)
+    build(options.demo, options.out)
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
