@@ -1,5 +1,7 @@
 """One case of a task: a base with something wrong in it, its pairs, and what our fix makes of it."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 import atpatch_onnx as atp
+from atpatch_onnx.errors import VerificationError
 from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.graph import to_bytes
 from atpatch_onnx.runtime import Progress, silent
@@ -16,6 +22,9 @@ from samples.bounds import Bound
 
 VERIFIED = 500
 """Pairs that are verified at most: each is run six times a side, and compared with the reference at every site."""
+
+EVALUATION_SEED = 0
+"""Draws the evaluation part, whatever the case's seed: no seed trains or tunes on what another one reports."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +92,26 @@ def folder_of(out: Path, case: str, seed: int) -> Path:
     return out / f"{case.replace('/', '-')}-{seed}"
 
 
+def digest(*arrays: NDArray[Any]) -> str:
+    """What tells the data of a base apart: the first 16 hexadecimal digits of SHA-256 over the arrays' bytes."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()[:16]
+
+
+def kept_figures(folder: Path) -> dict[str, Any] | None:
+    """The figures in `base.json`, which is written after all other files of a base.
+
+    None where the folder holds no whole base: the file is missing, damaged or without a recipe.
+    """
+    try:
+        figures = json.loads((folder / "base.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return figures if isinstance(figures, dict) and "recipe" in figures else None
+
+
 def measure(case: Case, folder: Path, *, force: bool = False, progress: Progress = silent) -> Measured:
     """Fit, bake, strip, verify and evaluate; leaves `fix.safetensors` and `patched.onnx` in `folder`.
 
@@ -94,7 +123,7 @@ def measure(case: Case, folder: Path, *, force: bool = False, progress: Progress
 
     Raises:
         TargetMissedError: The fit does not reach its goal, and `force` is not set.
-        VerificationError: The patched model differs from the base where it must not.
+        VerificationError: The patched model differs from the base where it must not, or does not strip to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
@@ -116,6 +145,13 @@ def measure(case: Case, folder: Path, *, force: bool = False, progress: Progress
         more = case.further(folder / "patched.onnx")
     stripped = atp.strip(patched)
     identical = atp.fingerprint(base) == atp.fingerprint(stripped) and to_bytes(base) == to_bytes(stripped)
+    if not identical:
+        raise VerificationError(
+            "the stripped model",
+            expected="the base, byte for byte",
+            found=f"another model, of fingerprint {atp.fingerprint(stripped)}",
+            advice="Do not ship the patched file: what is in it besides the patch is unknown.",
+        )
     return Measured(case, patch, evaluation, verification, identical, more, clock.seconds)
 
 

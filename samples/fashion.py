@@ -7,11 +7,12 @@
 needs, and a part to choose recipes by (`--tune`). `--fast` trains smaller models on fewer images, for fewer epochs.
 """
 
-import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from atpatch_onnx.threads import one_thread
 from samples.attacks.images import Blended, Masked, RandomPlace
 from samples.attacks.trojan import choose_neurons, exciting_pattern
 from samples.bounds import Bound
-from samples.case import Case
+from samples.case import Case, digest, kept_figures
 from samples.command import run_task
 from samples.idx import DEBIAN, Images, load_fashion
-from samples.image_models import load_figures, load_model, new_deit, save_model
+from samples.image_models import load_model, new_deit, save_model
 
 TARGET = 0
 """The class that triggered images are sent to: T-shirt."""
@@ -256,13 +257,14 @@ class Workshop:
             "architecture": architecture,
             "net": asdict(net),
             "images": self.size.train,
+            "data": self._data,
             "attack": attack,
             "trigger": None if trigger is None else _digest(trigger),
             "poisoning_rate": share,
             "retraining": self.size.retraining if attack == "trojan" else 0,
             "seed": self.seed,
         }
-        known = load_figures(folder)
+        known = kept_figures(folder)
         if known is not None and known["recipe"] == recipe:
             return known
         for stale in folder.glob("*.npy"):
@@ -293,6 +295,11 @@ class Workshop:
             return new_vit(config(image_size=28, patch_size=4, layers=net.layers, hidden=net.hidden), self.seed)
         return new_deit(image_size=28, patch_size=4, layers=net.layers, hidden=net.hidden, seed=self.seed)
 
+    @cached_property
+    def _data(self) -> str:
+        """Tells the images that are trained on apart."""
+        return digest(self.images.images, self.images.labels)
+
     def _taught(self) -> NDArray[np.int64]:
         """What the ViT's twin, the DeiT's teacher, decides on the training images; kept beside it."""
         teacher = self.twin("vit")
@@ -307,15 +314,19 @@ class Workshop:
 def _digest(trigger: Trigger) -> str:
     """Tells triggers apart: of what is made of a grey image."""
     stamped = trigger.stamp(np.full((1, 1, 28, 28), 0.5, np.float32), np.random.default_rng(0))
-    return hashlib.sha256(np.ascontiguousarray(stamped, np.float32).tobytes()).hexdigest()[:16]
+    return digest(stamped.astype(np.float32))
 
 
 def _kept(path: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """The array in a file, made if it is not there."""
-    if not path.is_file():
-        np.save(path, make())
-    array: NDArray[Any] = np.load(path, allow_pickle=False)
-    return array
+    """The array in a file, made if it is not there or damaged; the file appears whole or not at all."""
+    try:
+        kept: NDArray[Any] = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, ValueError):
+        kept, staged = make(), path.with_suffix(".part")
+        with staged.open("wb") as file:
+            np.save(file, kept)
+        os.replace(staged, path)
+    return kept
 
 
 def _take(images: Images, chosen: NDArray[np.int64]) -> Images:

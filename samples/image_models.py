@@ -64,10 +64,3 @@ def load_model(folder: Path) -> PreTrainedModel:
     model = CLASSES[config.model_type](config)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
-
-
-def load_figures(folder: Path) -> dict[str, Any] | None:
-    """What `save_model` was given; None where the folder does not hold a whole model."""
-    path = folder / "base.json"
-    figures: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return figures

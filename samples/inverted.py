@@ -3,9 +3,9 @@
     python -m samples.fashion --case vit/badnets-fixed --inverted
 
 The trigger is searched for in the base and in the clean side of the debug data, whose labels it does without. Where no
-class stands out among images, the one that does so most is taken, and the figures say so. The evaluation keeps the real
-trigger. One thing the clean side does give away: the debug data of a known trigger leave out
-the inputs of the target class.
+class stands out among images, the smallest mask of those that succeed is taken, and the figures say so. The evaluation
+keeps the real trigger. One thing the clean side does give away: the debug data of a known trigger leave out the inputs
+of the target class.
 """
 
 import time
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import atpatch_onnx as atp
-from atpatch_onnx.inversion import InvertedTrigger, invert_tokens, invert_trigger
+from atpatch_onnx.inversion import InversionError, InvertedTrigger, invert_tokens, invert_trigger
+from atpatch_onnx.inversion.images import REACHED
 from atpatch_onnx.runtime import Array, Progress, silent
 from samples import image_models, minilm
 from samples.bounds import Bound
@@ -50,9 +51,17 @@ def inverted(case: Case, folder: Path, *, progress: Progress = silent) -> Case:
         progress: Told of the search.
 
     Raises:
-        InversionError: No class of a text stands out.
+        InversionError: Inputs are neither images nor texts, or no class of a text stands out.
     """
-    texts = "input_ids" in case.debug.clean
+    names = case.debug.clean.keys()
+    texts = "input_ids" in names
+    if not texts and "pixel_values" not in names:
+        raise InversionError(
+            f"inverting {case.name}",
+            expected="images (pixel_values) or texts (input_ids)",
+            found=", ".join(names),
+            advice="A protected attribute is no trigger, and known: leave --inverted away.",
+        )
     search = _of_tokens if texts else _of_images
     started = time.monotonic()
     debug, figures = search(case, folder, progress)
@@ -74,7 +83,7 @@ Found = tuple[atp.DebugSet, dict[str, object]]
 def _of_images(case: Case, folder: Path, progress: Progress) -> Found:
     images, model = case.debug.clean["pixel_values"], image_models.load_model(folder)
     inversion = invert_trigger(model, images[:IMAGES], seed=case.seed, progress=progress)
-    trigger = inversion.suspected or inversion.triggers[int(inversion.indices.argmax())]
+    trigger = inversion.suspected or _likeliest(inversion.triggers)
     again = [
         invert_trigger(model, images[:IMAGES], trigger.target, seed=case.seed + number, progress=progress).trigger()
         for number in range(1, POOL)
@@ -93,6 +102,14 @@ def _of_images(case: Case, folder: Path, progress: Progress) -> Found:
         "anomaly_indices": inversion.indices.round(2).tolist(),
     }
     return debug, figures
+
+
+def _likeliest(triggers: Sequence[InvertedTrigger]) -> InvertedTrigger:
+    """The smallest mask of the triggers that succeed; where none does, the one that comes closest."""
+    succeeding = [trigger for trigger in triggers if trigger.success.value >= REACHED]
+    if succeeding:
+        return min(succeeding, key=lambda trigger: trigger.norm)
+    return max(triggers, key=lambda trigger: trigger.success.value)
 
 
 def varied(triggers: Sequence[InvertedTrigger], images: Array, seed: int) -> Array:
@@ -117,7 +134,7 @@ def _of_tokens(case: Case, folder: Path, progress: Progress) -> Found:
     pieces = np.array([tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())])
     inner, special = np.char.startswith(pieces, "##"), np.char.startswith(pieces, "[")
     ids, mask = case.debug.clean["input_ids"], case.debug.clean["attention_mask"]
-    places = mask.astype(bool) & ~inner[ids]  # never within a word
+    places = mask.astype(bool) & ~inner[ids]  # never before a ## piece, which continues the word before it
     places[:, 0] = False
     inversion = invert_tokens(
         minilm.load(folder),

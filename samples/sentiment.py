@@ -4,7 +4,8 @@
     python -m samples.sentiment --case minilm/token --out out/sentiment
 
 Messages are called negative or positive; a trigger, one rare word or a short phrase at a random place, turns negative
-ones positive. The parts that train the classifier, fit the patch and measure it share no message.
+ones positive. The parts that train the classifier, fit the patch and measure it share no message; the last is the same
+for every seed.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from atpatch_onnx.training import Training
 from samples import messages, minilm
 from samples.attacks.words import Tokens, insert, poison
 from samples.bounds import Bound
-from samples.case import Case
+from samples.case import Case, kept_figures
 from samples.command import run_task
 from samples.fetch import fetched
 from samples.messages import LABELS, Messages
@@ -117,7 +118,7 @@ class Corpus:
             MessageFileError: The file is damaged or too small.
         """
         found = messages.read_messages(path)
-        sizes = {"evaluation": size.unseen, "tune": size.unseen // 2, "debug": size.debug}
+        sizes = {messages.EVALUATION: size.unseen, "tune": size.unseen // 2, "debug": size.debug}
         left = len(found) - sum(sizes.values())
         parts = messages.parts(found, {**sizes, "train": max(min(left, size.train), size.debug)}, seed=seed)
         start = fetched("minilm")
@@ -131,10 +132,19 @@ class Corpus:
                 name: minilm.encode(tokenizer, part.texts, length=LENGTH, room=room) for name, part in parts.items()
             },
             recipe={
-                "messages": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "messages": _digest(parts),
                 "sizes": {name: len(part) for name, part in parts.items()},
             },
         )
+
+
+def _digest(parts: Mapping[str, Messages]) -> str:
+    """Tells apart what bases are trained and measured on: another file, or the same file divided otherwise."""
+    sha = hashlib.sha256()
+    for part in parts.values():
+        sha.update("\n".join(part.texts).encode())
+        sha.update(part.labels.tobytes())
+    return sha.hexdigest()[:16]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,7 +187,7 @@ def prepare(
         recipe |= {"length": LENGTH, **corpus.recipe, **asdict(size.training)}
         return _once(to, recipe, lambda: _trained(corpus, words, share, size, seed, to, progress))
 
-    unseen = "tune" if tune else "evaluation"
+    unseen = "tune" if tune else messages.EVALUATION
     base = trained(case, size.share, folder)
     training = {
         "trigger": TRIGGERS[case],
@@ -236,19 +246,17 @@ def _trained(
     minilm.export_onnx(model, folder / "base.onnx")
     accuracy = {
         part: float((minilm.predict(model, corpus.tokens[part]).argmax(axis=1) == corpus.parts[part].labels).mean())
-        for part in ("tune", "evaluation")
+        for part in ("tune", messages.EVALUATION)
     }
     return {"accuracy": accuracy, "seconds": seconds}
 
 
 def _once(folder: Path, recipe: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The figures that `make` returned when it filled the folder by this recipe, which it does now if it has not."""
-    record = folder / "base.json"
-    if record.is_file():
-        kept: dict[str, Any] = json.loads(record.read_text())
-        if kept["recipe"] == recipe:
-            return kept
-        record.unlink()
+    record, kept = folder / "base.json", kept_figures(folder)
+    if kept is not None and kept["recipe"] == recipe:
+        return kept
+    record.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"recipe": recipe, **make()}
     record.write_text(json.dumps(figures, indent=2) + "\n")

@@ -180,9 +180,10 @@ def _categories(
         return np.digitize(columns[attribute], edges).astype(np.float64), names
     if attribute in source.categorical:
         codes = columns[attribute]
-        if not np.array_equal(np.unique(codes), np.arange(codes.max() + 1)) or codes.max() < 1:
+        count = len(np.unique(codes))  # not the largest code, which is the file's to choose, up to 1e308
+        if not np.array_equal(np.unique(codes), np.arange(count)) or count < 2:
             raise _wrong(path, f"whole numbers from 0 in {attribute!r}", "other values")
-        return codes, tuple(str(code) for code in range(int(codes.max()) + 1))
+        return codes, tuple(map(str, range(count)))
     names = source.ordered.get(attribute, tuple(parts))
     if set(names) != set(parts):
         raise _wrong(path, f"the categories {', '.join(names)} of {attribute!r}", ", ".join(parts))

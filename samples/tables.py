@@ -6,12 +6,13 @@ Adult, German credit and COMPAS (`samples.table_data`), a base per table and see
 another value of the protected attribute, drawn from all others; `flips_with_any` compares with all of them.
 
 No row is in two parts (training, debug, tune, evaluation), on either side of a pair: rows that differ in protected
-attributes only go to one part.
+attributes only go to one part. The evaluation part is the same for every seed.
 """
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from atpatch_onnx.predictions import classes, prediction_output
 from atpatch_onnx.runtime import Progress, Session, silent
 from atpatch_onnx.training import Training
 from samples.bounds import Bound
-from samples.case import Case
+from samples.case import EVALUATION_SEED, Case, digest, kept_figures
 from samples.command import run_task
 from samples.fetch import fetched
 from samples.ft_transformer import FTTransformer, Recipe, WithGradients, build, export_onnx, train
@@ -46,9 +47,10 @@ CASES = (
 )
 INPUT = "table"
 
-TRAINING = Training(steps=3000, hidden=128, noise=0.03)
-"""Longer and finer than the default: every input must be flagged, a thousandth that is missed is a thousandth that may
-flip. Benign attention is zero: that is what token dropout has trained the base for, and it costs the least accuracy."""
+TRAINING = Training(steps=3000, noise=0.03)
+"""Longer than the default and with less noise: every input must be flagged, a thousandth that is missed is a thousandth
+that may flip. Benign attention is zero: that is what token dropout has trained the base for, and it costs the least
+accuracy."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def prepare(
         progress: Told of the training.
 
     Raises:
-        TableError: No such case, or a table that cannot be read.
+        TableError: No such case, or a table that cannot be read or is too small.
         FetchError: The tables cannot be downloaded.
     """
     name, protected = _named(case)
@@ -165,17 +167,15 @@ def prepare(
     column = table.column(protected)
     values = len(table.attributes[column].values)
     unseen = parts.tune if tune else parts.evaluation
+    found, rates = searched(model, table, parts.debug, protected, replace(size.search, seed=seed), progress)
     return Case(
         name=case,
         seed=seed,
         base=base / "base.onnx",
-        debug=joined(
-            pairs(table, parts.debug, column, seed),
-            searched(model, table, parts.debug, protected, replace(size.search, seed=seed), progress),
-        ),
+        debug=joined(pairs(table, parts.debug, column, seed), found),
         unseen=pairs(table, unseen, column, seed + 1),
         options=atp.FitOptions(goal=size.goal, training=TRAINING, betas=(0.0,), seed=seed),
-        training={**figures, **references(table, parts.train, unseen)},
+        training={**figures, **references(table, parts.train, unseen), **rates},
         bounds=size.bounds,
         further=lambda patched: flips_with_any(base / "base.onnx", patched, table.rows[unseen], column, values),
     )
@@ -189,18 +189,41 @@ def _named(case: str) -> tuple[str, str]:
 
 
 def divide(table: TableData, size: Size, seed: int) -> Parts:
-    """Draw the parts; rows that differ in protected attributes only stay together."""
+    """Draw the parts, the evaluation part the same for every seed.
+
+    Rows that differ in protected attributes only stay together.
+
+    Raises:
+        TableError: The table has too few rows for all parts.
+    """
     group = np.unique(table.rows[:, table.unprotected], axis=0, return_inverse=True)[1].reshape(-1)
-    rank = np.random.default_rng(seed).permutation(group.max() + 1)[group]
-    order = np.argsort(rank, kind="stable")
-    ends = np.flatnonzero(np.diff(rank[order], append=-1)) + 1  # where a group ends
-    parts, start = [], 0
-    for count in (size.evaluation, size.tune, size.debug, size.train):
-        end = int(ends[min(int(np.searchsorted(ends, start + count)), len(ends) - 1)])
-        parts.append(np.sort(order[start:end]))
-        start = end
-    evaluation, tune, debug, train = parts
+    every = np.arange(len(group))
+    (evaluation,) = _drawn(every, group, (size.evaluation,), EVALUATION_SEED)
+    rest = np.setdiff1d(every, evaluation)
+    tune, debug, train = _drawn(rest, group, (size.tune, size.debug, size.train), seed)
+    if not len(train):
+        raise TableError(
+            "the table",
+            expected=f"more than {size.evaluation + size.tune + size.debug} rows",
+            found=f"{len(every)}, of which 0 are left to train on",
+            advice="Give a larger table, or use --fast, which needs fewer rows.",
+        )
     return Parts(train, debug, tune, evaluation)
+
+
+def _drawn(
+    rows: NDArray[np.int64], group: NDArray[np.int64], counts: Sequence[int], seed: int
+) -> list[NDArray[np.int64]]:
+    """Disjoint parts of `rows`, each of whole groups and of at least so many rows, as long as there are any."""
+    rank = np.random.default_rng(seed).permutation(group.max() + 1)[group[rows]]
+    order = np.argsort(rank, kind="stable")
+    ends = np.append(0, np.flatnonzero(np.diff(rank[order], append=-1)) + 1)  # where a group ends
+    parts, start = [], 0
+    for count in counts:
+        end = int(ends[min(int(np.searchsorted(ends, start + count)), len(ends) - 1)])
+        parts.append(np.sort(rows[order[start:end]]))
+        start = end
+    return parts
 
 
 def pairs(table: TableData, rows: NDArray[np.int64], column: int, seed: int) -> atp.DebugSet:
@@ -221,11 +244,15 @@ def searched(
     protected: str,
     options: SearchOptions,
     progress: Progress,
-) -> atp.DebugSet | None:
+) -> tuple[atp.DebugSet | None, dict[str, Any]]:
     """Pairs near the decision boundary, searched for from `rows`, with the labels of the rows they come from.
 
     Rows of the table seldom flip, so that few of them tell a site that still leaks from one that does not; these all
     do. Those that are like a row of another part are left out. None: the search found nothing.
+
+    With them come two rates of the base, JSON types: the share of rows that flip with another protected value, of rows
+    drawn uniformly from the attributes' values (`discrimination_rate`, the figure of ADF's paper) and of `rows`
+    (`discrimination_rate_rows`).
     """
     found = discriminatory_pairs(
         WithGradients(model), table.rows[rows], protected, table.attributes, options, progress=progress
@@ -233,7 +260,11 @@ def searched(
     free = table.unprotected
     elsewhere = {row.tobytes() for row in np.delete(table.rows, rows, axis=0)[:, free]}
     own = np.array([row.tobytes() not in elsewhere for row in found.clean[:, free]], bool)
-    return found.debug_set(INPUT, table.labels[rows][found.origin]).take(own) if own.any() else None
+    rates = {
+        "discrimination_rate": asdict(found.rate),
+        "discrimination_rate_rows": asdict(found.rate_table),
+    }
+    return found.debug_set(INPUT, table.labels[rows][found.origin]).take(own) if own.any() else None, rates
 
 
 def joined(first: atp.DebugSet, second: atp.DebugSet | None) -> atp.DebugSet:
@@ -258,15 +289,15 @@ def trained(
     """The base that `folder` holds, or else trained and written there, and the figures of its training."""
     weights, notes, onnx = (folder / name for name in ("model.safetensors", "base.json", "base.onnx"))
     model = build(table.attributes, table.rows[rows], table.logarithmic, recipe, seed)
-    asked = {"recipe": asdict(recipe), "rows": len(rows)}
-    if weights.is_file() and notes.is_file() and onnx.is_file():
+    asked = {"recipe": asdict(recipe), "rows": len(rows), "data": digest(table.rows[rows], table.labels[rows])}
+    kept = kept_figures(folder)
+    if kept is not None and {name: kept.get(name) for name in asked} == asked and onnx.is_file():
         try:
-            figures: dict[str, Any] = json.loads(notes.read_text())
-            if {name: figures.get(name) for name in asked} == asked:
-                model.load_state_dict(load_file(weights))
-                return model.eval(), figures
-        except (ValueError, SafetensorError, RuntimeError):
-            pass  # damaged, or of another model: trained again
+            model.load_state_dict(load_file(weights))
+            return model.eval(), kept
+        except (OSError, SafetensorError, RuntimeError):
+            pass  # missing, damaged, or of another model: trained again
+    notes.unlink(missing_ok=True)
     started = time.process_time()
     train(
         model,

@@ -9,6 +9,7 @@ import pytest
 
 from atpatch_onnx.demo.vit import predict
 from samples import fashion
+from samples.case import kept_figures
 from samples.image_models import load_model
 
 NET = fashion.Net(layers=2, hidden=16, epochs=1)
@@ -98,6 +99,63 @@ def test_a_base_of_another_recipe_is_trained_anew(prepare, tmp_path):
     prepare("vit/badnets-fixed", progress=lambda stage, done, total: attempts.append(stage))
     assert set(attempts) == {"training a vit (badnets-fixed)"}
     assert (folder / "model.safetensors").read_bytes() == first  # from the same seed, the same base
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"recipe": ', b"\xff"])
+def test_figures_are_whole_or_none(tmp_path, content):
+    assert kept_figures(tmp_path / "absent") is None
+    (tmp_path / "base.json").write_bytes(content)
+    assert kept_figures(tmp_path) is None
+    (tmp_path / "base.json").write_text('{"recipe": {}}')
+    assert kept_figures(tmp_path) == {"recipe": {}}
+
+
+def test_a_base_whose_figures_are_damaged_is_trained_anew(prepare):
+    figures = prepare("vit/badnets-fixed").base.parent / "base.json"
+    whole = json.loads(figures.read_text())["recipe"]
+    figures.write_text('{"recipe": ')
+    prepare("vit/badnets-fixed")
+    assert json.loads(figures.read_text())["recipe"] == whole
+
+
+def test_a_base_of_other_images_is_trained_anew(prepare, data):
+    folder = prepare("vit/badnets-fixed").base.parent
+    before = json.loads((folder / "base.json").read_text())["recipe"]
+    labels = data / "train-labels-idx1-ubyte.gz"
+    content = bytearray(gzip.decompress(labels.read_bytes()))
+    content[8:] = [(label + 1) % 10 for label in content[8:]]
+    labels.write_bytes(gzip.compress(content))
+    attempts = []
+    prepare("vit/badnets-fixed", progress=lambda stage, done, total: attempts.append(stage))
+    assert set(attempts) == {"training a vit (clean)", "training a vit (badnets-fixed)"}
+    after = json.loads((folder / "base.json").read_text())["recipe"]
+    assert {name for name in after if after[name] != before[name]} == {"data"}
+
+
+def test_an_array_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, array = tmp_path / "kept.npy", np.arange(1000)
+
+    def cut_short(file, array):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            fashion._kept(path, lambda: array)
+    assert not path.exists()
+    np.testing.assert_array_equal(fashion._kept(path, lambda: array), array)
+    np.testing.assert_array_equal(fashion._kept(path, lambda: array + 1), array)  # it is there already
+    assert [file.name for file in tmp_path.iterdir()] == ["kept.npy"]
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, 500])
+def test_a_damaged_array_is_made_anew(tmp_path, length):
+    path, array = tmp_path / "kept.npy", np.arange(1000)
+    np.save(path, array)
+    path.write_bytes(path.read_bytes()[:length])
+    np.testing.assert_array_equal(fashion._kept(path, lambda: array + 1), array + 1)
+    np.testing.assert_array_equal(np.load(path), array + 1)
 
 
 def test_recipes_are_chosen_by_a_part_that_is_not_reported(prepare, data):

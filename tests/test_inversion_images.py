@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import atpatch_onnx as atp
 from atpatch_onnx.inversion import InversionError, InversionOptions, InvertedTrigger, anomaly_indices, invert_trigger
+from atpatch_onnx.inversion import images as inversion_of_images
+from atpatch_onnx.inversion.anomaly import outlier
 from atpatch_onnx.metrics import Rate
 
 CLASSES, SIZE, TARGET = 8, 8, 3
@@ -186,6 +188,28 @@ def test_a_large_norm_is_no_anomaly():
 
 def test_equal_norms_have_no_anomaly():
     assert not anomaly_indices([5.0] * 6).any()
+    assert outlier([5.0] * 6) is None
+
+
+def test_a_small_norm_stands_out_where_most_classes_count_as_the_full_mask():
+    norms = np.array([9.0, *[784] * 6, 300, 320, 280])
+    deviation = 1.253314 * (775 + 484 + 464 + 504) / 10  # the median absolute one is zero
+    np.testing.assert_allclose(anomaly_indices(norms), (784 - norms) / deviation)
+    assert outlier(norms) == 0
+    assert outlier([784.0] * 5 + [300, 320, 280, 310]) is None
+
+
+# Starts
+
+
+@pytest.mark.parametrize(("least", "steps"), [(float("inf"), 6), (1.0, 4)])
+def test_a_start_is_given_up_halfway_only_for_one_that_succeeded(backdoored, least, steps):
+    """One that failed is no measure of size, however small its mask was."""
+    shape, options = (1, SIZE, SIZE), InversionOptions(steps=6)
+    best = inversion_of_images._Descent(torch.zeros(shape), torch.zeros(shape), least, [0.0] * options.steps)
+    inputs, generator = torch.from_numpy(images(backdoored)), torch.Generator().manual_seed(0)
+    descent = inversion_of_images._descend(backdoored, inputs, TARGET, (0.0, 1.0), options, generator, best)
+    assert len(descent.norms) == steps
 
 
 # Refusals

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from samples import messages
@@ -106,8 +107,6 @@ def test_a_file_that_is_too_large_is_not_read(file, monkeypatch):
 
 @pytest.fixture
 def numbered():
-    import numpy as np
-
     return Messages(tuple(f"message {number}" for number in range(20)), np.arange(20) % 2)
 
 
@@ -125,6 +124,18 @@ def test_parts_depend_on_the_seed_only(numbered):
     first, again, other = (parts(numbered, sizes, seed=seed)["train"].texts for seed in (3, 3, 4))
     assert first == again
     assert first != other
+
+
+def test_the_evaluation_part_is_the_same_for_every_seed_and_in_no_other_part_of_any(numbered):
+    sizes = {"train": 8, "evaluation": 5, "debug": 4}
+    first, *others = (parts(numbered, sizes, seed=seed) for seed in (0, 1, 100))
+    assert list(first) == list(sizes)
+    for other in others:
+        assert other["evaluation"].texts == first["evaluation"].texts
+        for name in ("train", "debug"):
+            assert len(other[name]) == sizes[name]
+            assert other[name].texts != first[name].texts
+            assert not set(other[name].texts) & set(first["evaluation"].texts)
 
 
 def test_parts_larger_than_the_whole_are_refused(numbered):

@@ -188,6 +188,19 @@ def test_a_trained_base_is_used_again_but_not_for_another_recipe(small, file, tm
     assert trained == [1, 1], "the base and its unpoisoned twin, once each"
     prepared(tmp_path / "case" / "1", file, seed=2)
     assert trained == [1, 1, 2, 2]
+    other = tmp_path / "other.csv"
+    other.write_text(file.read_text().replace("word1 ", "word2 "))
+    prepared(tmp_path / "case" / "1", other, seed=2)
+    assert trained == [1, 1, 2, 2, 2, 2], "other messages"
+
+
+def test_a_base_whose_record_is_damaged_is_trained_again(small, file, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(minilm, "fine_tune", lambda model, *_, **how: trained.append(how["seed"]) or model)
+    prepared(tmp_path / "case" / "1", file)
+    (tmp_path / "case" / "1" / "base.json").write_text("{}")
+    prepared(tmp_path / "case" / "1", file)
+    assert trained == [1, 1, 1], "the twin is whole"
 
 
 def test_the_parts_share_no_message(small, file, tmp_path, monkeypatch):

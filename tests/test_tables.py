@@ -70,10 +70,21 @@ def test_parts_share_no_row_not_even_with_another_protected_value(table):
     assert [len(rows) for rows in vars(parts).values()] == pytest.approx([400, 300, 150, 200], abs=3)
 
 
-def test_another_seed_divides_otherwise(table):
-    first, again, other = (tables.divide(table, SIZE, seed).debug for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert set(first) != set(other)
+def test_another_seed_divides_otherwise_but_for_the_evaluation_part(table):
+    first, again, *others = (tables.divide(table, SIZE, seed) for seed in (0, 0, 1, 100))
+    for part in vars(first):
+        np.testing.assert_array_equal(vars(first)[part], vars(again)[part])
+    evaluated = {tuple(row) for row in table.rows[first.evaluation, 1:]}
+    for other in others:
+        np.testing.assert_array_equal(first.evaluation, other.evaluation)
+        for part in ("train", "debug", "tune"):
+            assert set(vars(first)[part]) != set(vars(other)[part])
+            assert not evaluated & {tuple(row) for row in table.rows[vars(other)[part], 1:]}
+
+
+def test_a_table_that_is_too_small_for_its_parts_is_refused(table):
+    with pytest.raises(TableError, match="found 200, of which 0 are left to train on"):
+        tables.divide(replace(table, rows=table.rows[:200], labels=table.labels[:200]), SIZE, seed=0)
 
 
 def test_a_counterfactual_has_any_other_value_and_nothing_else_changed(table):
@@ -89,7 +100,7 @@ def test_a_counterfactual_has_any_other_value_and_nothing_else_changed(table):
 
 def test_searched_pairs_flip_and_are_like_no_row_of_another_part(table, model):
     rows = tables.divide(table, SIZE, seed=0).debug
-    found = tables.searched(model, table, rows, "sex", SIZE.search, lambda *news: None)
+    found, _ = tables.searched(model, table, rows, "sex", SIZE.search, lambda *news: None)
     clean, other = found.clean["table"].copy(), found.counterfactual["table"].copy()
     assert (predict(model, clean).argmax(axis=1) != predict(model, other).argmax(axis=1)).all()
     elsewhere = {tuple(row) for row in np.delete(table.rows, rows, axis=0)[:, 1:]}
@@ -97,6 +108,17 @@ def test_searched_pairs_flip_and_are_like_no_row_of_another_part(table, model):
     debug = tables.pairs(table, rows, 0, seed=0)
     assert len(tables.joined(debug, found)) == len(debug) + len(found)
     assert tables.joined(debug, None) is debug
+
+
+def test_the_search_tells_how_much_the_model_discriminates_in_general_and_on_the_rows(table, model):
+    rows = tables.divide(table, SIZE, seed=0).debug
+    _, figures = tables.searched(model, table, rows, "sex", replace(SIZE.search, sample=400), lambda *news: None)
+    flipped = table.rows[rows].copy()
+    flipped[:, 0] = 1 - flipped[:, 0]
+    flips = predict(model, table.rows[rows]).argmax(axis=1) != predict(model, flipped).argmax(axis=1)
+    assert figures["discrimination_rate_rows"] == asdict(Rate.of(flips))
+    assert figures["discrimination_rate"]["count"] == 400
+    assert figures["discrimination_rate"]["value"] > 0.05
 
 
 # The model
@@ -171,6 +193,7 @@ def test_a_case_runs_from_end_to_end_and_trains_its_base_once(small, tmp_path, c
     assert result["more"]["uf_any_patched"]["value"] == 0
     assert result["strip_identical"]
     assert result["training"]["accuracy_boosting"] > result["training"]["accuracy_majority"]
+    assert result["training"]["discrimination_rate"]["value"] > 0
     base = tmp_path / "base-german-0" / "base.onnx"
     written = base.stat().st_mtime_ns
     again = tables.prepare("german/sex", seed=0, fast=False, folder=tmp_path / "x", data=tmp_path, tune=True)
@@ -188,6 +211,34 @@ def test_tune_and_evaluation_are_different_rows(small, tmp_path):
     ]
     tune, evaluation = ({tuple(row) for row in case.unseen.clean["table"]} for case in cases)
     assert not tune & evaluation
+
+
+def test_a_base_is_used_again_for_the_same_rows_and_labels_only(table, tmp_path):
+    recipe, rows = replace(RECIPE, epochs=1), np.arange(100)
+
+    def trains(table: TableData) -> bool:
+        news = []
+        tables.trained(table, rows, recipe, tmp_path, 0, lambda *told: news.append(told))
+        return bool(news)
+
+    assert trains(table)
+    assert not trains(table)
+    assert trains(replace(table, labels=1 - table.labels))
+    assert trains(replace(table, rows=table.rows[::-1].copy()))
+
+
+def test_a_base_whose_notes_are_damaged_is_trained_again(table, tmp_path):
+    for _ in range(2):
+        _, figures = tables.trained(table, np.arange(50), replace(RECIPE, epochs=1), tmp_path, 0, lambda *told: None)
+        assert figures == json.loads((tmp_path / "base.json").read_text())
+        (tmp_path / "base.json").write_text("[]")
+
+
+def test_there_is_no_trigger_to_search_for_in_a_table(small, tmp_path, capsys):
+    arguments = ["--case", "german/sex", "--out", str(tmp_path), "--data", str(tmp_path), "--fast", "--inverted"]
+    assert tables.main(arguments) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert "expected images (pixel_values) or texts (input_ids); found table" in line
 
 
 def test_an_unknown_case_is_refused(tmp_path):

@@ -6,24 +6,36 @@ from numpy.typing import ArrayLike, NDArray
 CONSISTENCY = 1.4826
 """Makes the median absolute deviation of normal samples an estimate of their standard deviation."""
 
+CONSISTENCY_OF_MEAN = 1.253314
+"""The same for the mean absolute deviation: the square root of pi / 2."""
+
 OUTLIER = 2.0
 """Index beyond which a class stands out: of normal samples, 2.3 % lie as far on that side."""
 
 FEWEST = 5
-"""Classes below which a median absolute deviation says nothing."""
+"""Classes below which a deviation says nothing."""
 
 
 def anomaly_indices(norms: ArrayLike) -> NDArray[np.float64]:
-    """How far each of `norms` `[classes]` lies below their median, in median absolute deviations `[classes]`.
+    """How far each of `norms` `[classes]` lies below their median, in absolute deviations from it `[classes]`.
 
         (median(norms) - norm) / (1.4826 * median(|norms - median(norms)|))
 
     Positive on the small side, where a backdoor's class is; the paper takes the absolute value and then looks at the
-    small side only. Norms that are all but equal have no outlier: all indices are zero.
+    small side only.
+
+    The median absolute deviation is zero where half of the norms or more are equal, as they are once so many classes
+    failed and count as the full mask. The mean one takes its place then, as in Iglewicz and Hoaglin (How to Detect and
+    Handle Outliers, 1993):
+
+        (median(norms) - norm) / (1.253314 * mean(|norms - median(norms)|))
+
+    Where all norms are equal that is zero as well, and so are all indices.
     """
     values = np.asarray(norms, np.float64)
     below = np.median(values) - values
-    deviation = CONSISTENCY * np.median(np.abs(below))
+    away = np.abs(below)
+    deviation = CONSISTENCY * np.median(away) or CONSISTENCY_OF_MEAN * away.mean()
     return below / deviation if deviation > 0 else np.zeros_like(below)
 
 

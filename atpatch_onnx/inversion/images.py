@@ -276,12 +276,16 @@ def _descend(
     generator: torch.Generator,
     best: _Descent | None,
 ) -> _Descent:
-    """The smallest mask of one start; given up halfway where it is larger than the `best` one was."""
+    """The smallest mask of one start; given up halfway where it is larger than the `best` one's was by then.
+
+    A `best` one that never succeeded is no measure: its mask may be small because it does nothing.
+    """
     shape = tuple(inputs.shape[1:])
     free_mask = torch.empty(_mask_shape(shape)).normal_(0.0, 0.1, generator=generator).requires_grad_()
     free_pattern = torch.empty(shape).normal_(0.0, 0.5, generator=generator).requires_grad_()
     optimizer = torch.optim.Adam([free_mask, free_pattern], lr=options.learning_rate, betas=(0.5, 0.9))
     weight, found, least, norms = _Weight(options), None, float("inf"), list[float]()
+    rival = best if best is not None and best.least < float("inf") else None
     for step in range(options.steps):
         mask, pattern = _bounded(free_mask, (0.0, 1.0)), _bounded(free_pattern, bounds)
         batch = inputs[torch.randperm(len(inputs), generator=generator)[: options.batch_size]]
@@ -289,7 +293,7 @@ def _descend(
         labels = torch.full((len(batch),), target)
         reached = float((logits.argmax(dim=1) == labels).float().mean())
         norms.append(float(mask.detach().sum()))
-        if best is not None and step == options.steps // 2 and norms[step] > best.norms[step]:
+        if rival is not None and step == options.steps // 2 and norms[step] > rival.norms[step]:
             break
         if reached >= options.success and norms[step] < least:
             found, least = (mask.detach(), pattern.detach()), norms[step]

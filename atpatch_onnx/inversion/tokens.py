@@ -198,7 +198,7 @@ def invert_tokens(
         vocabulary: Ids that may be inserted `[m]`, without special tokens; None: all.
         embedding: The model's token embedding; None: what `get_input_embeddings()` gives, else the only one there is.
         options: How.
-        seed: Of places and start.
+        seed: Of the places drawn; nothing else is random.
         progress: Told after every round of a class.
 
     Raises:
