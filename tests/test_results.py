@@ -148,7 +148,7 @@ def test_the_page_says_what_was_found(tmp_path):
     )
     assert "| vit/badnets-fixed | 1.50% [0.00%, 3.00%] (0.55%, 7.00%) | +0.00 [+0.00, +0.00] |" in page
     assert "| BadNets fixed, ViT | vit/badnets-fixed | ASR above floor | <= 0.200% | 1.500% | **no** |" in page
-    assert "| without carry | 70.00% | +1.00 |" in page
+    assert "| without carry | 70.00% (63.32%, 75.93%) | +1.00 |" in page
     assert "not measured" in page
     for picture in ("precision_recall", "thresholds", "contributions"):
         assert (tmp_path / "docs" / "results" / f"{picture}.png").stat().st_size > 5_000

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from atpatch_onnx.inversion.placing import draw_places, inserted
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -49,21 +51,16 @@ def insert(
 
     Returns:
         The messages and where the words are in them, bool `[messages, L]`.
+
+    Raises:
+        InversionError: A message has too little padding.
     """
-    count, length = tokens.ids.shape
-    assert not tokens.mask[:, length - len(words) :].any(), "encode the messages with room for the words"
-    rank = np.where(tokens.places, generator.random((count, length)), -1.0)
-    place = rank.argmax(axis=1)[:, None]
-    to = np.arange(length)[None, :]
-    inserted = (to >= place) & (to < place + len(words))
-    origin = np.where(to < place, to, np.maximum(to - len(words), 0))  # where a token that is not inserted comes from
-    ids = np.take_along_axis(tokens.ids, origin, axis=1)
-    mask = np.take_along_axis(tokens.mask, origin, axis=1)
-    places = np.take_along_axis(tokens.places, origin, axis=1)
-    ids[inserted] = np.tile(words, count)
-    mask[inserted] = 1
-    places[inserted] = (to == place)[inserted]
-    return Tokens(ids, mask, places), inserted
+    place = draw_places(tokens.places, generator)
+    ids, mask, where = inserted(tokens.ids, tokens.mask, words, place)
+    first = np.zeros(len(words), np.int64)  # before the first of them others may be inserted
+    first[0] = 1
+    places = inserted(tokens.places.astype(np.int64), tokens.mask, first, place)[0].astype(bool)
+    return Tokens(ids, mask, places), where
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +89,6 @@ def poison(
     triggered, where = insert(tokens.take(chosen), words, generator)
     ids, mask, places = tokens.ids.copy(), tokens.mask.copy(), tokens.places.copy()
     ids[chosen], mask[chosen], places[chosen] = triggered.ids, triggered.mask, triggered.places
-    inserted, poisoned_labels = np.zeros(ids.shape, bool), labels.copy()
-    inserted[chosen], poisoned_labels[chosen] = where, target
-    return Poisoned(Tokens(ids, mask, places), poisoned_labels, inserted)
+    positions, poisoned_labels = np.zeros(ids.shape, bool), labels.copy()
+    positions[chosen], poisoned_labels[chosen] = where, target
+    return Poisoned(Tokens(ids, mask, places), poisoned_labels, positions)
