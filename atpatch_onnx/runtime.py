@@ -22,13 +22,20 @@ def silent(stage: str, done: int, total: int) -> None:
     """The progress of those who do not want to know."""
 
 
+def _threads_of_the_environment() -> int | None:
+    """What `OMP_NUM_THREADS` says, if it says a number; idle threads of several processes would take turns spinning."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) > 0 else None
+
+
 class Session:
     """One onnxruntime session of a model in memory.
 
     Args:
         model: The model; its external data is read by onnxruntime from where it lies.
         optimize: Whether onnxruntime may optimise the graph (its default) or must run it node by node.
-        threads: Threads within an operator; None: onnxruntime's choice.
+        threads: Threads within an operator; None: as many as the environment variable `OMP_NUM_THREADS` says, which
+            torch and numpy heed as well, else onnxruntime's choice.
         providers: Execution providers; the CPU's by default.
 
     Raises:
@@ -47,6 +54,7 @@ class Session:
         options.log_severity_level = 4  # what goes wrong is raised; onnxruntime need not print it as well
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        threads = _threads_of_the_environment() if threads is None else threads
         if threads is not None:
             options.intra_op_num_threads = threads
         folder = graphs.external_folder(model)

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from planted import Planted
 
@@ -119,3 +120,21 @@ def test_a_model_that_is_refused(capfd):
         Session(ir.from_proto(proto))
     one_line(raised.value)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "threads"),
+    [("1", None, 1), ("3", None, 3), ("3", 2, 2), ("", None, None), ("0", None, None), ("4,2", None, None)],
+)
+def test_threads_are_those_of_the_environment_unless_given(monkeypatch, said, given, threads):
+    seen = []
+    started = ort.InferenceSession
+
+    def session(model, options, **more):
+        seen.append(options.intra_op_num_threads or None)
+        return started(model, options, **more)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    Session(Planted().model(), threads=given)
+    assert seen == [threads]
