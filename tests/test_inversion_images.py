@@ -191,6 +191,13 @@ def test_equal_norms_have_no_anomaly():
     assert outlier([5.0] * 6) is None
 
 
+def test_a_norm_a_little_smaller_than_nearly_equal_ones_does_not_stand_out():
+    norms = [15.0, 16.1, 18, 16.5, 16.1, 16.4, 16.4, 16.6]
+    assert anomaly_indices(norms).max() > 2
+    assert outlier(norms) is None
+    assert outlier([8.0, *norms[1:]]) == 0
+
+
 def test_a_small_norm_stands_out_where_most_classes_count_as_the_full_mask():
     norms = np.array([9.0, *[784] * 6, 300, 320, 280])
     deviation = 1.253314 * (775 + 484 + 464 + 504) / 10  # the median absolute one is zero
@@ -202,14 +209,72 @@ def test_a_small_norm_stands_out_where_most_classes_count_as_the_full_mask():
 # Starts
 
 
-@pytest.mark.parametrize(("least", "steps"), [(float("inf"), 6), (1.0, 4)])
-def test_a_start_is_given_up_halfway_only_for_one_that_succeeded(backdoored, least, steps):
-    """One that failed is no measure of size, however small its mask was."""
-    shape, options = (1, SIZE, SIZE), InversionOptions(steps=6)
-    best = inversion_of_images._Descent(torch.zeros(shape), torch.zeros(shape), least, [0.0] * options.steps)
-    inputs, generator = torch.from_numpy(images(backdoored)), torch.Generator().manual_seed(0)
-    descent = inversion_of_images._descend(backdoored, inputs, TARGET, (0.0, 1.0), options, generator, best)
-    assert len(descent.norms) == steps
+def test_tiles_cover_an_image_and_overlap():
+    tiles = np.stack([tile.numpy() for tile in inversion_of_images._tiles((3, 7, 12))])
+    assert tiles.shape == (9, 1, 7, 12)
+    assert set(np.unique(tiles)) == {0, 1}
+    assert {(*tile.sum(axis=1).max(axis=1), *tile.sum(axis=2).max(axis=1)) for tile in tiles} == {(4, 6)}
+    assert tiles.any(axis=0).all()
+    assert len({tile.tobytes() for tile in tiles}) == 9
+
+
+@pytest.mark.parametrize(("shape", "count"), [((1, 1, 1), 1), ((1, 2, 2), 4), ((1, 4, 1), 3), ((16,), 0), ((4, 5), 0)])
+def test_few_pixels_have_fewer_tiles_and_other_inputs_none(shape, count):
+    assert len(inversion_of_images._tiles(shape)) == count
+
+
+def test_a_start_in_a_tile_stays_there(backdoored):
+    tile = torch.zeros(1, SIZE, SIZE)
+    tile[:, :4, :4] = 1
+    descent = start(backdoored, tile)
+    descent.advance(10)
+    assert not descent.mask[tile == 0].any()
+    assert descent.mask[tile == 1].all()
+
+
+def test_a_start_that_succeeded_comes_before_all_that_did_not(backdoored):
+    succeeded, near, far = (start(backdoored, torch.ones(1, SIZE, SIZE)) for _ in range(3))
+    succeeded.least, near._reached, far._reached = 60.0, 0.9, 0.1
+    assert sorted([far, succeeded, near], key=inversion_of_images._Descent.promise) == [succeeded, near, far]
+
+
+def test_only_the_best_starts_go_on(backdoored, monkeypatch):
+    advanced = []
+
+    def advance(self, steps):
+        advanced.append(steps)
+
+    monkeypatch.setattr(inversion_of_images._Descent, "advance", advance)
+    options = InversionOptions(steps=10, scan=4, starts=2, kept=3)
+    invert_trigger(backdoored, images(backdoored), TARGET, options=options)
+    assert advanced == [4] * 11 + [6] * 3
+
+
+def test_a_tile_finds_a_trigger_that_a_mask_over_all_pixels_misses(monkeypatch):
+    """It works at full brightness only, so half of it has hardly a gradient; brighter images help at once."""
+
+    class Steep(Templates):
+        def forward(self, images: Tensor) -> Tensor:
+            steep = images[PLACE].mean(dim=(1, 2, 3)) ** 16
+            helped = torch.relu(images.mean(dim=(1, 2, 3)) - 0.55)
+            extra = nn.functional.one_hot(torch.tensor(TARGET), CLASSES) * (100 * steep + 20 * helped)[:, None]
+            logits: Tensor = super().forward(images) + extra
+            return logits
+
+    model = Steep(backdoor=0.0)
+    tiled = invert_trigger(model, images(model), TARGET).trigger()
+    monkeypatch.setattr(inversion_of_images, "_tiles", lambda shape: [])
+    whole = invert_trigger(model, images(model), TARGET).trigger()
+    assert tiled.norm < 6
+    assert tiled.mask[PLACE].sum() > 3
+    assert whole.norm > 12
+    assert whole.mask[PLACE].sum() < 1
+
+
+def start(model: Templates, place: Tensor) -> "inversion_of_images._Descent":
+    inputs, generator = torch.from_numpy(images(model)), torch.Generator().manual_seed(0)
+    options = InversionOptions()
+    return inversion_of_images._Descent(model, inputs, TARGET, (0.0, 1.0), options, place, generator)
 
 
 # Refusals
@@ -244,7 +309,9 @@ def test_two_classes_are_too_few_to_stand_out():
         invert_trigger(model, np.zeros((4, 3)))
 
 
-@pytest.mark.parametrize("name", ["steps", "starts", "batch_size", "learning_rate", "success", "weight", "patience"])
+@pytest.mark.parametrize(
+    "name", ["steps", "starts", "scan", "kept", "batch_size", "learning_rate", "success", "weight", "patience"]
+)
 def test_options_are_checked(name):
     with pytest.raises(InversionError, match=f"option {name}"):
         InversionOptions(**{name: 0})

@@ -12,6 +12,12 @@ CONSISTENCY_OF_MEAN = 1.253314
 OUTLIER = 2.0
 """Index beyond which a class stands out: of normal samples, 2.3 % lie as far on that side."""
 
+SMALL = 0.5
+"""Share of the median norm beyond which no class stands out, which the paper does not ask for.
+
+Where the masks of all classes are about as large, their deviation is tiny, and a mask a tenth smaller would be far out.
+"""
+
 FEWEST = 5
 """Classes below which a deviation says nothing."""
 
@@ -41,6 +47,7 @@ def anomaly_indices(norms: ArrayLike) -> NDArray[np.float64]:
 
 def outlier(norms: ArrayLike) -> int | None:
     """The position of the norm that stands out the most on the small side; None where none does."""
-    indices = anomaly_indices(norms)
+    values, indices = np.asarray(norms, np.float64), anomaly_indices(norms)
     most = int(indices.argmax())
-    return most if len(indices) >= FEWEST and indices[most] > OUTLIER else None
+    stands_out = indices[most] > OUTLIER and values[most] <= SMALL * np.median(values)
+    return most if len(indices) >= FEWEST and stands_out else None

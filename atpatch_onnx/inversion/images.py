@@ -10,12 +10,17 @@ smallest mask on the way that met it is the result. A class that a backdoor lead
 
 We differ from the paper in five ways: inputs that the model puts into the class anyway are left out, since they say
 nothing; `lambda` is adapted by batches instead of by thousands of inputs, so that a hundred inputs suffice; every class
-gets several starts, the hopeless ones of which are given up halfway; faint values of the mask are dropped in the end;
-and a class that no mask was found for counts as if its mask covered the whole input.
+gets several starts, for images also one in each of nine tiles, and after a few steps the best of them go on; faint
+values of the mask are dropped in the end; and a class that no mask was found for counts as if its mask covered the
+whole input.
+
+Tiles are there because a mask over a whole image can miss a trigger of a few pixels: other pixels that help a little
+drown its gradient. In the tile where it lies it is found; in other tiles the class needs a large mask, or has none.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -23,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atpatch_onnx.inversion.anomaly import FEWEST, OUTLIER, anomaly_indices, outlier
+from atpatch_onnx.inversion.anomaly import FEWEST, OUTLIER, SMALL, anomaly_indices, outlier
 from atpatch_onnx.inversion.errors import InversionError
 from atpatch_onnx.inversion.network import all_logits, check_class, logits_of, still
 from atpatch_onnx.metrics import Rate
@@ -63,8 +68,14 @@ class InversionOptions:
     patience: int = 5
     """Steps in a row above, or below, the success rate before `lambda` is raised, or lowered."""
 
-    starts: int = 3
-    """Random starts for each class: some end in a mask that is small, but not the smallest."""
+    starts: int = 2
+    """Random starts over the whole input, for each class: some end in a mask that is small, but not the smallest."""
+
+    scan: int = 20
+    """Steps after which only the best starts go on."""
+
+    kept: int = 2
+    """How many these are."""
 
     def __post_init__(self) -> None:
         checks = (
@@ -76,6 +87,8 @@ class InversionOptions:
             ("factor", self.factor > 1, "above 1"),
             ("patience", self.patience >= 1, "at least 1"),
             ("starts", self.starts >= 1, "at least 1"),
+            ("scan", self.scan >= 1, "at least 1"),
+            ("kept", self.kept >= 1, "at least 1"),
         )
         for name, holds, expected in checks:
             if not holds:
@@ -138,7 +151,7 @@ class Inversion:
             )
             raise InversionError(
                 "the inverted triggers",
-                expected=f"a class whose mask is smaller than the others' by an anomaly index above {OUTLIER:g}",
+                expected=f"a class of index above {OUTLIER:g} whose mask is at most {SMALL:g} of the median",
                 found=found,
                 advice="The model may have no backdoor, or no small one. Where you know its class, name it (target=).",
             )
@@ -226,14 +239,39 @@ def _smallest(
 ) -> InvertedTrigger:
     """The smallest mask of all starts, and its pattern."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + target)
-    best = _descend(model, inputs, target, bounds, options, generator, None)
-    for _ in range(options.starts - 1):
-        other = _descend(model, inputs, target, bounds, options, generator, best)
-        best = min(best, other, key=lambda descent: descent.least)
-    mask, reached = _pruned(model, inputs, best, target, options)
+    shape = tuple(inputs.shape[1:])
+    places = [*_tiles(shape), *[torch.ones(_mask_shape(shape))] * options.starts]
+    descents = [_Descent(model, inputs, target, bounds, options, place, generator) for place in places]
+    for descent in descents:
+        descent.advance(min(options.scan, options.steps))
+    best = sorted(descents, key=_Descent.promise)[: options.kept]
+    for descent in best:
+        descent.advance(options.steps - min(options.scan, options.steps))
+    smallest = min(best, key=_Descent.promise)
+    mask, reached = _pruned(model, inputs, smallest, target, options)
     return InvertedTrigger(
-        mask.expand(inputs.shape[1:]).numpy().copy(), best.pattern.numpy(), target, Rate.of(reached.numpy())
+        mask.expand(shape).numpy().copy(), smallest.pattern.numpy(), target, Rate.of(reached.numpy())
     )
+
+
+def _tiles(shape: tuple[int, ...]) -> list[Tensor]:
+    """Ones where a mask may lie: overlapping tiles of half an image's height and width, a quarter apart.
+
+    Three by three of them, fewer for an image of a few pixels, none for inputs that are no images.
+    """
+    if len(shape) != 3:
+        return []
+    _, height, width = shape
+    rows, columns = _spans(height), _spans(width)
+    tiles = [torch.zeros(1, height, width) for _ in range(len(rows) * len(columns))]
+    for tile, (row, column) in zip(tiles, product(rows, columns), strict=True):
+        tile[:, row, column] = 1
+    return tiles
+
+
+def _spans(size: int) -> list[slice]:
+    half = (size + 1) // 2
+    return [slice(start, start + half) for start in sorted({0, (size - half) // 2, size - half})]
 
 
 def _pruned(
@@ -254,56 +292,62 @@ def _pruned(
     return best.mask, reached
 
 
-@dataclass(frozen=True, eq=False)
 class _Descent:
-    """One start, and what became of it."""
+    """One start, and the smallest mask on its way so far that met the success rate."""
 
-    mask: Tensor
-    pattern: Tensor
-    least: float
-    """Norm of the mask where it met the success rate; infinite where none did, and mask and pattern are the last."""
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        target: int,
+        bounds: tuple[float, float],
+        options: InversionOptions,
+        place: Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        """Start at random; the mask stays within `place`, ones and zeros of the mask's shape."""
+        self._model, self._inputs, self._target, self._bounds = model, inputs, target, bounds
+        self._options, self._place, self._generator = options, place, generator
+        shape = tuple(inputs.shape[1:])
+        self._mask = torch.empty(_mask_shape(shape)).normal_(0.0, 0.1, generator=generator).requires_grad_()
+        self._pattern = torch.empty(shape).normal_(0.0, 0.5, generator=generator).requires_grad_()
+        free, moments = [self._mask, self._pattern], (0.5, 0.9)
+        self._optimizer = torch.optim.Adam(free, lr=options.learning_rate, betas=moments)
+        self._weight = _Weight(options)
+        self._reached = 0.0
+        self.least = float("inf")
+        """Norm of the mask; infinite where none met the success rate yet, and mask and pattern are the last."""
+        self.mask, self.pattern = (value.detach() for value in self._bounded())
 
-    norms: Sequence[float]
-    """Of the mask before each step."""
+    def promise(self) -> tuple[float, float]:
+        """The smaller, the better: the norm, and where none succeeded the share of inputs that the last mask turned."""
+        return self.least, -self._reached
 
+    def advance(self, steps: int) -> None:
+        """Go on for some steps."""
+        for _ in range(steps):
+            self._step()
 
-def _descend(
-    model: nn.Module,
-    inputs: Tensor,
-    target: int,
-    bounds: tuple[float, float],
-    options: InversionOptions,
-    generator: torch.Generator,
-    best: _Descent | None,
-) -> _Descent:
-    """The smallest mask of one start; given up halfway where it is larger than the `best` one's was by then.
-
-    A `best` one that never succeeded is no measure: its mask may be small because it does nothing.
-    """
-    shape = tuple(inputs.shape[1:])
-    free_mask = torch.empty(_mask_shape(shape)).normal_(0.0, 0.1, generator=generator).requires_grad_()
-    free_pattern = torch.empty(shape).normal_(0.0, 0.5, generator=generator).requires_grad_()
-    optimizer = torch.optim.Adam([free_mask, free_pattern], lr=options.learning_rate, betas=(0.5, 0.9))
-    weight, found, least, norms = _Weight(options), None, float("inf"), list[float]()
-    rival = best if best is not None and best.least < float("inf") else None
-    for step in range(options.steps):
-        mask, pattern = _bounded(free_mask, (0.0, 1.0)), _bounded(free_pattern, bounds)
-        batch = inputs[torch.randperm(len(inputs), generator=generator)[: options.batch_size]]
-        logits = logits_of(model((1 - mask) * batch + mask * pattern))
-        labels = torch.full((len(batch),), target)
-        reached = float((logits.argmax(dim=1) == labels).float().mean())
-        norms.append(float(mask.detach().sum()))
-        if rival is not None and step == options.steps // 2 and norms[step] > rival.norms[step]:
-            break
-        if reached >= options.success and norms[step] < least:
-            found, least = (mask.detach(), pattern.detach()), norms[step]
-        loss = functional.cross_entropy(logits, labels) + weight.value * mask.sum()
-        optimizer.zero_grad()
+    def _step(self) -> None:
+        mask, pattern = self._bounded()
+        chosen = torch.randperm(len(self._inputs), generator=self._generator)[: self._options.batch_size]
+        batch = self._inputs[chosen]
+        logits = logits_of(self._model((1 - mask) * batch + mask * pattern))
+        labels = torch.full((len(batch),), self._target)
+        self._reached = float((logits.argmax(dim=1) == labels).float().mean())
+        norm = float(mask.detach().sum())
+        met = self._reached >= self._options.success
+        if self.least == float("inf") or (met and norm < self.least):
+            self.mask, self.pattern = mask.detach(), pattern.detach()
+            self.least = norm if met else self.least
+        loss = functional.cross_entropy(logits, labels) + self._weight.value * mask.sum()
+        self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        weight.adapt(reached)
-    smallest, filling = found or (mask.detach(), pattern.detach())
-    return _Descent(smallest, filling, least, norms)
+        self._optimizer.step()
+        self._weight.adapt(self._reached)
+
+    def _bounded(self) -> tuple[Tensor, Tensor]:
+        return _bounded(self._mask, (0.0, 1.0)) * self._place, _bounded(self._pattern, self._bounds)
 
 
 def _mask_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
