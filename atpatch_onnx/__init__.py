@@ -35,6 +35,7 @@ if typing.TYPE_CHECKING:
     from atpatch_onnx.patch import Patch
     from atpatch_onnx.quantization import quantizer_settings
     from atpatch_onnx.rehearsal import Rehearsal, rehearse
+    from atpatch_onnx.serving import PatchedSession
     from atpatch_onnx.sites import AttentionSite, Matches, NearMiss
     from atpatch_onnx.strip import strip
     from atpatch_onnx.verify import Verification, verify
@@ -55,6 +56,7 @@ __all__ = [
     "NearMiss",
     "Outcome",
     "Patch",
+    "PatchedSession",
     "Rehearsal",
     "Split",
     "Verification",
@@ -88,6 +90,7 @@ _HOMES = {
     "NearMiss": "sites",
     "Outcome": "goal",
     "Patch": "patch",
+    "PatchedSession": "serving",
     "Rehearsal": "rehearsal",
     "Split": "debugset",
     "TARGETS": "bake",

@@ -154,15 +154,16 @@ def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, S
 
 
 def _constants(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls:
-    """Thresholds and benign attention as weights of the graph."""
-    threshold = reach = beta = None
+    """Thresholds, benign attention and switches as weights of the graph."""
+    threshold = reach = beta = switch = None
     if entry.detector is not None:
         threshold = at.constant("threshold", np.array([entry.detector.threshold], np.float32))
         if entry.detector.reach:
             reach = at.constant("reach", np.array([entry.detector.reach], np.float32))
     if entry.redistribution is not None:
         beta = at.constant("beta", entry.redistribution.beta)
-    return Controls(threshold, reach, beta)
+        switch = at.constant("switch", np.array([True]))
+    return Controls(threshold, reach, beta, switch)
 
 
 def _patched_site(step: Woven) -> PatchedSite:

@@ -242,7 +242,7 @@ class Repair:
     """float, broadcasts to `[maps, heads, queries, 1]`."""
 
     neutral: ir.Value | None
-    """float `[kv heads, depth]`, or None: tokens keep their own value."""
+    """float `[1, kv heads, 1, depth]`, or None: tokens keep their own value."""
 
 
 def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: Repair, emission: Emission) -> None:

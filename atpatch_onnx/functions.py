@@ -4,6 +4,10 @@ What the detector is fitted on is what it sees when served, because both graphs 
 that of design section 5; `atpatch_onnx.redistribution` is the numpy form of it. Shapes are in brackets: B maps,
 H heads, Hv heads of the values, Q queries, K keys, D depth, F features. All arithmetic is float32, whatever the model's
 precision. Every function runs from opset 15 on; `local_functions` makes them ready for a model's own opset.
+
+Weights that a running service may exchange (`SessionOptions.add_initializer`) meet a value that is computed before they
+meet a constant, and never stand alone in a sum or a product: optimizers fold constants, and drop `+ 0` and `* 1`, by
+what the file says.
 """
 
 import onnx_ir as ir
@@ -124,8 +128,9 @@ def DetectorMargin(X, offset, weight_1, bias_1, weight_2, bias_2, direction, thr
     embedding = op.MatMul(weight_2, hidden) + bias_2
     norm = op.Sqrt(op.ReduceSum(embedding * embedding, feature_axis, keepdims=1) + op.Constant(value_float=1e-12))
     score = op.Squeeze(op.MatMul(direction, embedding) / norm, feature_axis)
-    seen = op.ReduceSum(X, feature_axis, keepdims=0) > op.Constant(value_float=0.0)
-    return op.Where(seen, score - threshold, op.Constant(value_float=_UNSEEN))
+    zero = op.Constant(value_float=0.0)
+    seen = op.ReduceSum(X, feature_axis, keepdims=0) > zero
+    return op.Where(seen, score - op.Where(seen, threshold, zero), op.Constant(value_float=_UNSEEN))
 
 
 @script(_domain, default_opset=op)
@@ -135,7 +140,8 @@ def Reach(margin, reach):  # noqa: N802
     Columns that no query sees stay below it: they are farther away than any reach.
     """
     largest = op.ReduceMax(margin, op.Constant(value_ints=[1]), keepdims=1)
-    return op.Where(largest > op.Constant(value_float=0.0), margin + reach, margin)
+    zero = op.Constant(value_float=0.0)
+    return margin + op.Where(largest > zero, reach, zero)
 
 
 @script(_domain, default_opset=op)
@@ -153,7 +159,8 @@ def RedistributedMap(P, M, beta):  # noqa: N802
     n_benign = op.ReduceSum(benign_visible, key_axis, keepdims=1)
 
     mass = op.ReduceSum(weights, key_axis, keepdims=1)
-    share = mass * beta / op.Max(n, one)
+    some_benign = n_benign > zero
+    share = mass * op.Where(some_benign, beta, zero) / op.Max(n, one)
     left = mass - share * (n - n_benign)
     R = weights * (one - m)
     r = op.ReduceSum(R, key_axis, keepdims=1)
@@ -161,15 +168,13 @@ def RedistributedMap(P, M, beta):  # noqa: N802
     scale = op.Where(some, left / op.Where(some, r, one), zero)
     even = op.Where(some, zero, left / op.Max(n_benign, one))
     redistributed = share * flagged_visible + R * scale + benign_visible * even
-    return op.Where(n_benign > zero, redistributed, weights)
+    return op.Where(some_benign, redistributed, weights)
 
 
 @script(_domain, default_opset=op)
 def NeutralValues(V, M, neutral):  # noqa: N802
-    """A flagged token hands over the neutral value. V [B,Hv,K,D], M bool [B,K], neutral [Hv,D] -> float [B,Hv,K,D]."""
-    flagged = op.Unsqueeze(M, op.Constant(value_ints=[1, 3]))
-    mean = op.Unsqueeze(neutral, op.Constant(value_ints=[0, 2]))
-    return op.Where(flagged, mean, op.Cast(V, to=1))
+    """A flagged token hands over the neutral value. V [B,Hv,K,D], M bool [B,K], neutral [1,Hv,1,D] -> [B,Hv,K,D]."""
+    return op.Where(op.Unsqueeze(M, op.Constant(value_ints=[1, 3])), neutral, op.Cast(V, to=1))
 
 
 @script(_domain, default_opset=op)

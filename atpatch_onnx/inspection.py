@@ -98,7 +98,7 @@ def site_values(model: ir.Model, site: PatchedSite, outputs: dict[str, Array]) -
         corrected=laid_out(site.output, site.output_layout, P.shape[1]),
         flags=np.asarray(outputs[site.flags], bool).reshape(len(P), P.shape[3]),
         beta=baked_weight(model, site, "beta"),
-        neutral=baked_weight(model, site, "neutral") if site.value == "neutral" else None,
+        neutral=baked_weight(model, site, "neutral")[0, :, 0] if site.value == "neutral" else None,
     )
 
 
@@ -130,7 +130,7 @@ def weight_names(site: PatchedSite) -> list[str]:
     if site.reach:
         names.append("reach")
     if site.value is not None:
-        names += ["beta", "neutral"] if site.value == "neutral" else ["beta"]
+        names += ["beta", "switch", "neutral"] if site.value == "neutral" else ["beta", "switch"]
     return names
 
 

@@ -24,7 +24,7 @@ from atpatch_onnx.errors import StripError
 from atpatch_onnx.patch import Patch
 
 PREFIX = "atpatch."
-SCHEMA = "2"
+SCHEMA = "3"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnxruntime import SessionOptions as SessionOptions  # for those who may not import onnxruntime
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import RunError
@@ -142,6 +143,38 @@ class Session:
             for name, array in results.items():
                 parts.setdefault(name, []).append(array)
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+class FileSession:
+    """onnxruntime's own session of a model file, with other values for some of its weights.
+
+    onnxruntime checks neither shape nor type of these, and ignores one whose old value its optimizer has used up.
+
+    Args:
+        path: The model file, which onnxruntime reads.
+        weights: The other values, by name.
+        providers: Execution providers.
+        options: Options of the session.
+
+    Raises:
+        RunError: onnxruntime refuses the file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        weights: Mapping[str, Array],
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        options: SessionOptions,
+    ) -> None:
+        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
+        for name, value in self._weights.items():  # which must outlive the session
+            options.add_initializer(name, value)
+        try:
+            self.session = ort.InferenceSession(os.fspath(path), options, providers=list(providers))
+        except Exception as error:  # onnxruntime raises a dozen types without a common base
+            raise _refused(os.fspath(path), "a model that onnxruntime loads", error) from error
 
 
 def _filled_up(array: Array, size: int) -> Array:

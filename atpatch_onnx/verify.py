@@ -145,6 +145,8 @@ def _wrong_weights(patched: ir.Model, record: PatchRecord) -> Iterator[str]:
                 yield f"{where} is {array.tolist()}, the file says {said[name]}"
             if name == "beta" and not ((array >= 0) & (array <= 1)).all():
                 yield f"{where} is not within 0 and 1"
+            if name == "switch" and not array.all():
+                yield f"{where} is off"
 
 
 def _numbers(

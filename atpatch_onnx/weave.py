@@ -41,7 +41,7 @@ class Controls:
     """float, broadcasts to `[maps, heads, queries, 1]`, where the site redistributes."""
 
     switch: ir.Value | None = None
-    """bool `[1]`: redistribute only where true; None: always."""
+    """bool `[1]`, where the site redistributes: it does only where this is true; None: always."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,12 @@ def weave(
         carried[site.token_axis] = flags
         if entry.redistribution is not None:
             assert control.beta is not None, "a redistributing site has benign attention"
-            neutral = entry.redistribution.neutral
+            neutral = None
+            if entry.redistribution.neutral is not None:
+                neutral = at.constant("neutral", entry.redistribution.neutral[None, :, None])
             switched = flags if control.switch is None else at.op("And", flags, control.switch, name="switched")
             switched = per_map(at, site, handles, switched, "flags_of_maps")
-            repair = Repair(switched, control.beta, None if neutral is None else at.constant("neutral", neutral))
+            repair = Repair(switched, control.beta, neutral)
             repair_output(at, site, handles, repair, emission)
         woven.append(Woven(site, entry, handles, margin, reached, flags))
     return tuple(woven)

@@ -116,7 +116,7 @@ def test_redistribution_equals_the_oracle(engine: str, opset: int, d: Draw) -> N
     call = ENGINES[engine]
     found = call("RedistributedMap", opset, d.P, d.M, d.beta)
     np.testing.assert_allclose(found, redistribution.redistributed_map(d.P, d.M, d.beta), rtol=0, atol=TOLERANCE)
-    values = call("NeutralValues", opset, d.V, d.M, d.neutral)
+    values = call("NeutralValues", opset, d.V, d.M, d.neutral[None, :, None])
     assert np.array_equal(values, redistribution.neutral_values(d.V, d.M, d.neutral))
     repaired = call("Attend", opset, found, values)
     Y = redistribution.attend(d.P, d.V).astype(np.float32)

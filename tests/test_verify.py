@@ -228,6 +228,7 @@ WEIGHTS = {
     "beta below 0": ("beta", lambda a: a * 0 - 1),
     "beta is NaN": ("beta", lambda a: a * np.nan),
     "a neutral value of NaN": ("neutral", lambda a: a * np.nan),
+    "a switch that is off": ("switch", lambda a: ~a),
     "a detector of NaN": ("weight_1", lambda a: a * np.nan),
 }
 

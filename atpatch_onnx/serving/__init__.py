@@ -3,6 +3,7 @@
 from atpatch_onnx.serving.counters import Counters, Stats
 from atpatch_onnx.serving.drift import Drift, drift
 from atpatch_onnx.serving.kserve import KServeOptions, write_inference_service
+from atpatch_onnx.serving.session import PatchedSession
 from atpatch_onnx.serving.telemetry import register_opentelemetry, register_prometheus
 from atpatch_onnx.serving.triton import TritonOptions, write_model_repository
 
@@ -10,6 +11,7 @@ __all__ = [
     "Counters",
     "Drift",
     "KServeOptions",
+    "PatchedSession",
     "Stats",
     "TritonOptions",
     "drift",

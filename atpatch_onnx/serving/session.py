@@ -1,0 +1,282 @@
+"""A patched file behind onnxruntime, whose fix is exchanged, or switched off, while requests are served.
+
+    a patch  ->  baked into the file's own base, in memory  ->  the weights that differ  ->  a new session of the same
+    file with these weights  ->  proven by a probe  ->  exchanged
+
+The file is not touched. A request that runs finishes on the session it began with, and the old session goes when its
+last request has. onnxruntime checks neither shape nor type of a weight that it is handed, and ignores it where its
+optimizer made another constant of the old one; so both are checked here, and the new session has to answer a probe as
+a session does in whose graph the new weights stand.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.bake import FLAGGED, bake
+from atpatch_onnx.domain import DOMAIN
+from atpatch_onnx.emission import Emission
+from atpatch_onnx.errors import PatchMismatchError, ServingError
+from atpatch_onnx.insertion import SITE_KEY
+from atpatch_onnx.inspection import expose
+from atpatch_onnx.metadata import PatchRecord, read_record
+from atpatch_onnx.patch import Patch
+from atpatch_onnx.rehearsal.drawing import draw_inputs
+from atpatch_onnx.runtime import Array, FileSession, Session, SessionOptions
+from atpatch_onnx.serving.counters import Counters, Stats
+from atpatch_onnx.strip import strip
+
+TOLERANCE = 1e-5
+"""Of an output in the proof, relative to its largest value: both sessions run the same graph."""
+
+Weights = Mapping[str, Array]
+"""Of the patch, by their names in the graph."""
+
+
+class PatchedSession:
+    """As `onnxruntime.InferenceSession`: `run`, `get_inputs` and `get_outputs` are its own. Thread-safe.
+
+    Args:
+        path: A patched model, baked with monitoring outputs.
+        patch: A patch to begin with, instead of the one in the file.
+        providers: Execution providers; the CPU's by default.
+        options: Makes the options of a session; asked again for every new one.
+        probe: Inputs `[samples, ...]` by name that a new session is proven with; drawn at random by default. Real ones
+            are better where a model takes no others, such as tokens that must follow a grammar.
+
+    Raises:
+        ModelFileError: The file cannot be read.
+        StripError: It is not patched, or was edited.
+        ServingError: It was baked without monitoring outputs.
+        PatchMismatchError, ServingError: See `swap`.
+        RunError: onnxruntime refuses it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        patch: Patch | None = None,
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        options: Callable[[], SessionOptions] = SessionOptions,
+        probe: Mapping[str, Array] | None = None,
+    ) -> None:
+        self._path, self._providers, self._options = path, tuple(providers), options
+        self._model = graphs.load(path)
+        self._record = read_record(self._model)
+        if FLAGGED not in self._record.monitors:
+            raise ServingError(
+                os.fspath(path),
+                expected=f"the monitoring output {FLAGGED}",
+                found="a patch baked without it",
+                advice="Bake the patch again with monitoring outputs.",
+            )
+        self._probe = draw_inputs(self._model, np.random.default_rng(0)) if probe is None else probe
+        self._own: Weights = _weights(self._model)
+        self._weights: Weights = self._own
+        self._live_record, self._off = self._record, frozenset[str]()
+        self._counters, self._changing = Counters(), threading.Lock()
+        self._live = self._open(self._own)
+        self._names = [output.name for output in self._live.session.get_outputs()]
+        if patch is not None:
+            self.swap(patch)
+
+    def run(
+        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], run_options: Any = None
+    ) -> list[Any]:
+        """As `InferenceSession.run`, and counted; what onnxruntime raises is raised."""
+        live = self._live  # one reading: a request belongs to one session
+        wanted = list(output_names or self._names)
+        monitors = [name for name in self._record.monitors if name not in wanted and name != "atpatch/score"]
+        started = time.perf_counter()
+        results = live.session.run([*wanted, *monitors], dict(input_feed), run_options)
+        seconds = time.perf_counter() - started
+        named = dict(zip([*wanted, *monitors], results, strict=True))
+        sites = {site.site: f"{graphs.PREFIX}{site.site}/flags" for site in self._record.sites}
+        self._counters.count(
+            named[FLAGGED], seconds, {site: named[flags] for site, flags in sites.items() if flags in named}
+        )
+        return list(results[: len(wanted)])
+
+    def get_inputs(self) -> list[Any]:
+        """As of `InferenceSession`."""
+        return list(self._live.session.get_inputs())
+
+    def get_outputs(self) -> list[Any]:
+        """As of `InferenceSession`."""
+        return list(self._live.session.get_outputs())
+
+    @property
+    def patch(self) -> str:
+        """Id of the patch that is live."""
+        return self._live_record.patch
+
+    @property
+    def figures(self) -> Mapping[str, Any]:
+        """What the fit of the live patch measured; `goal.clean_flag_rate` is what `drift` compares with."""
+        return self._live_record.figures
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The patched sites, in graph order."""
+        return tuple(site.site for site in self._record.sites)
+
+    @property
+    def disabled(self) -> frozenset[str]:
+        """Sites that are switched off."""
+        return self._off
+
+    def stats(self) -> Stats:
+        """What was counted since the start, over all patches. Counts by site need a patch baked with `site_flags`."""
+        return self._counters.stats()
+
+    def swap(self, patch: Patch) -> None:
+        """Replace the fix by another one of the same sites and sizes; those that are switched off stay so.
+
+        Raises:
+            PatchMismatchError: The patch was fitted on another model, or differs from the file's in more than numbers.
+            ServingError: The new session does not do what the patch says; the old one stays.
+        """
+        with self._changing:
+            emission = Emission(self._record.emission)
+            inline = not any(domain == DOMAIN for domain, *_ in self._model.functions)
+            site_flags = len(self._record.monitors) > 2
+            baked = bake(strip(self._model), patch, emission=emission, inline=inline, site_flags=site_flags)
+            record, weights = read_record(baked), _weights(baked)
+            self._require_same_form(patch, baked, record, weights)
+            self._exchange(weights, record, self._off)
+
+    def disable(self, site: str) -> None:
+        """Let a site neither detect nor redistribute; flags of other sites are carried past it.
+
+        Raises:
+            ServingError: There is no such site, or the new session does not do what it should.
+        """
+        with self._changing:
+            self._exchange(self._weights, self._live_record, self._off | {self._known(site)})
+
+    def enable(self, site: str) -> None:
+        """Switch a site on again; errors as of `disable`."""
+        with self._changing:
+            self._exchange(self._weights, self._live_record, self._off - {self._known(site)})
+
+    def _known(self, site: str) -> str:
+        if site not in self.sites:
+            raise ServingError(
+                "site", expected=f"one of {', '.join(self.sites)}", found=repr(site), advice="Choose one of these."
+            )
+        return site
+
+    def _require_same_form(self, patch: Patch, baked: ir.Model, record: PatchRecord, weights: Weights) -> None:
+        """Refuse what could not be said by other numbers in the same graph."""
+
+        def refuse(expected: str, found: str) -> PatchMismatchError:
+            return PatchMismatchError(
+                f"patch {patch.id}",
+                expected=expected,
+                found=found,
+                advice="Bake it into the base, and start a session of that file.",
+            )
+
+        forms = [[replace(site, threshold=None, reach=None) for site in one.sites] for one in (self._record, record)]
+        if forms[0] != forms[1] or _nodes(self._model) != _nodes(baked):
+            raise refuse(
+                f"the file's own sites, each doing the same ({_roles(self._record)})", f"others ({_roles(record)})"
+            )
+        for name in self._own:
+            if (self._own[name].shape, self._own[name].dtype) != (weights[name].shape, weights[name].dtype):
+                raise refuse(
+                    f"{name} of shape {list(self._own[name].shape)}, as in the file",
+                    f"one of shape {list(weights[name].shape)}",
+                )
+
+    def _exchange(self, weights: Weights, record: PatchRecord, off: frozenset[str]) -> None:
+        """Open a session with these weights, prove it, and let it serve from now on."""
+        wanted = {**weights, **dict(self._silenced(off))}
+        alarmed = self._alarmed(wanted)
+        if alarmed is not None:  # in which redistribution has something to do
+            self._require_effect(self._open(alarmed), alarmed)
+        live = self._open(wanted)
+        self._require_effect(live, wanted)
+        self._live, self._weights, self._live_record, self._off = live, weights, record, off
+
+    def _open(self, weights: Weights) -> FileSession:
+        others = {name: array for name, array in weights.items() if not np.array_equal(array, self._own[name])}
+        return FileSession(self._path, others, providers=self._providers, options=self._options())
+
+    def _silenced(self, off: frozenset[str]) -> Iterator[tuple[str, Array]]:
+        """Of the sites that are switched off: a threshold that nothing exceeds, and the switch of redistribution."""
+        for site in off:
+            silent = {"threshold": np.array([np.inf], np.float32), "switch": np.array([False])}
+            for name, array in silent.items():
+                if f"{graphs.PREFIX}{site}/{name}" in self._own:
+                    yield f"{graphs.PREFIX}{site}/{name}", array
+
+    def _alarmed(self, weights: Weights) -> Weights | None:
+        """The weights with thresholds so low that half of the probe's columns are flagged; None where none detects."""
+        margins = {site.site: site.margin for site in self._record.sites if site.margin is not None}
+        names = {site: f"{graphs.PREFIX}{site}/threshold" for site in margins}
+        awake = [site for site in margins if np.isfinite(weights[names[site]]).all()]
+        if not awake:
+            return None
+        exposed = Session(expose(self._with(weights), [margins[site] for site in awake]), providers=self._providers)
+        found = exposed.run(self._probe, [margins[site] for site in awake])
+        lower = {names[site]: weights[names[site]] + np.median(found[margins[site]]) for site in awake}
+        return {**weights, **{name: np.asarray(array, np.float32) for name, array in lower.items()}}
+
+    def _with(self, weights: Weights) -> ir.Model:
+        """The model with other weights of the patch in its graph."""
+        model = graphs.copy(self._model)
+        for name, array in weights.items():
+            model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+        return model
+
+    def _require_effect(self, session: FileSession, weights: Weights) -> None:
+        """The probe's outputs must be those of a session in whose graph the weights stand."""
+        expected = Session(self._with(weights), providers=self._providers).run(self._probe)
+        found = session.session.run(list(expected), dict(self._probe))
+        for name, array in zip(expected, found, strict=True):
+            if not _close(expected[name], array):
+                raise ServingError(
+                    "the new session",
+                    expected=f"the output {name} of a probe as the new weights of the patch make it",
+                    found="another one: onnxruntime did not take all of them",
+                    advice="The old session goes on. Bake the patch into the base, and start a session of that file.",
+                )
+
+
+def _weights(model: ir.Model) -> dict[str, Array]:
+    return {
+        name: value.const_value.numpy()
+        for name, value in model.graph.initializers.items()
+        if name.startswith(graphs.PREFIX) and value.const_value is not None
+    }
+
+
+def _nodes(model: ir.Model) -> list[tuple[str, str | None]]:
+    """Our nodes, by operator and name."""
+    return [(node.op_type, node.name) for node in model.graph.all_nodes() if SITE_KEY in node.metadata_props]
+
+
+def _roles(record: PatchRecord) -> str:
+    def role(detects: bool, value: str | None) -> str:
+        return " and ".join([*["detects"] * detects, *([] if value is None else [f"redistributes, {value} values"])])
+
+    return "; ".join(f"{site.site} {role(site.margin is not None, site.value)}" for site in record.sites)
+
+
+def _close(expected: Array, found: Array) -> bool:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    if expected.dtype.kind != "f":
+        return bool(np.array_equal(expected, found))
+    finite = np.isfinite(expected)
+    scale = float(np.abs(expected[finite]).max(initial=0.0))
+    return bool(np.allclose(expected, found, rtol=0, atol=TOLERANCE * scale, equal_nan=True))
