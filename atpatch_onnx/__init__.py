@@ -20,7 +20,7 @@ from importlib import import_module
 from types import ModuleType
 
 if typing.TYPE_CHECKING:
-    from atpatch_onnx.bake import TARGETS, bake
+    from atpatch_onnx.bake import bake
     from atpatch_onnx.debugset import DebugSet, Split
     from atpatch_onnx.discrimination import Attribute, discriminatory_pairs
     from atpatch_onnx.emission import Emission
@@ -38,6 +38,7 @@ if typing.TYPE_CHECKING:
     from atpatch_onnx.serving import PatchedSession
     from atpatch_onnx.sites import AttentionSite, Matches, NearMiss
     from atpatch_onnx.strip import strip
+    from atpatch_onnx.targets import TARGETS
     from atpatch_onnx.verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -93,7 +94,7 @@ _HOMES = {
     "PatchedSession": "serving",
     "Rehearsal": "rehearsal",
     "Split": "debugset",
-    "TARGETS": "bake",
+    "TARGETS": "targets",
     "Verification": "verify",
     "bake": "bake",
     "discriminatory_pairs": "discrimination",

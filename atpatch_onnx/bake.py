@@ -8,8 +8,7 @@ The steps, each on a copy of the base, the base itself left alone:
 Flags are carried along a token axis: a site's flags are its own or those of the earlier patched sites of its axis.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +22,7 @@ from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import PatchedSite, describe, is_patched
 from atpatch_onnx.patch import Patch, SitePatch
 from atpatch_onnx.sites import AttentionSite
+from atpatch_onnx.targets import Target, require_target, target_named
 from atpatch_onnx.weave import Controls, Woven, weave
 
 FLAGGED = f"{graphs.PREFIX}flagged"
@@ -30,27 +30,6 @@ FLAGGED = f"{graphs.PREFIX}flagged"
 
 SCORE = f"{graphs.PREFIX}score"
 """Monitoring output, float `[batch, 1]`: the sample's largest margin over a threshold; flagged where positive."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """How a patch is written for one kind of runtime."""
-
-    emission: Emission
-    inline: bool
-    why: str
-
-
-TARGETS: Mapping[str, Target] = {
-    "cpu": Target(Emission.CONDITIONAL, False, "redistribution runs only when something is flagged"),
-    "cuda": Target(Emission.BRANCHLESS, False, "an If synchronises the device and forbids CUDA graphs"),
-    "tensorrt": Target(Emission.BRANCHLESS, True, "If is restricted and model-local functions are not expanded"),
-    "directml": Target(Emission.BRANCHLESS, True, "an If falls back to the CPU"),
-    "coreml": Target(Emission.BRANCHLESS, True, "If is refused"),
-    "web": Target(Emission.BRANCHLESS, True, "an If falls back to the CPU and splits the graph"),
-    "openvino": Target(Emission.BRANCHLESS, True, "model-local functions are refused"),
-    "portable": Target(Emission.BRANCHLESS, True, "no If and no model-local functions: what every runtime has"),
-}
 
 
 def bake(
@@ -77,16 +56,14 @@ def bake(
         site_flags: Whether to add an output `atpatch/<site>/flags` (bool `[batch, keys]`) for every patched site.
 
     Raises:
-        BakeError: The target is unknown, the model is patched already, or its opset is too old.
+        BakeError: The target is unknown or does not take the model, the model is patched already, or its opset is too
+            old.
         PatchMismatchError: The patch was fitted on another model.
     """
-    if target not in TARGETS:
-        raise BakeError(
-            "target", expected=f"one of {', '.join(TARGETS)}", found=repr(target), advice="Choose one of these."
-        )
-    inline = TARGETS[target].inline if inline is None else inline
+    wanted = target_named(target)
+    inline = wanted.inline if inline is None else inline
     entries = _patched_sites(model, patch)
-    emission = _emission(target, entries) if emission is None else Emission(emission)
+    emission = _emission(wanted, entries) if emission is None else Emission(emission)
     patched = graphs.copy(model)
     woven = weave(patched, entries, emission, _constants)
     monitors = _add_monitors(patched, woven) if monitor else []
@@ -97,14 +74,15 @@ def bake(
     import_functions(patched)
     if inline or patched.ir_version < 8:  # model-local functions came with IR version 8
         inline_functions(patched)
+    require_target(patched, target)
     require_invariants(patched)
     return patched
 
 
-def _emission(target: str, entries: Sequence[tuple[AttentionSite, SitePatch]]) -> Emission:
+def _emission(target: Target, entries: Sequence[tuple[AttentionSite, SitePatch]]) -> Emission:
     """The target's own; branchless where half precision is: what runtimes cast around an `If` may change the bits."""
     halves = any(site.dtype != ir.DataType.FLOAT.name for site, _ in entries)
-    return Emission.BRANCHLESS if halves else TARGETS[target].emission
+    return Emission.BRANCHLESS if halves else target.emission
 
 
 def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, SitePatch]]:

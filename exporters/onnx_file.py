@@ -15,7 +15,7 @@ def from_onnx(path: str | os.PathLike[str], *, patch: Patch | None = None, targe
     Args:
         path: The file; external data lies beside it.
         patch: The fix to bake in; None: the base as it is.
-        target: Where the patched model will run, a key of `bake.TARGETS`.
+        target: Where the patched model will run, a key of `TARGETS`.
 
     Raises:
         ModelFileError: The file is missing, damaged, or its external data is not where it may be.

@@ -41,7 +41,7 @@ def from_torch(
         input_names: Names of the graph's inputs; None: those of the arguments of `forward`.
         output_names: Names of the graph's outputs; None: torch's.
         patch: The fix to bake in; None: the base.
-        target: Where the patched model will run, a key of `bake.TARGETS`.
+        target: Where the patched model will run, a key of `TARGETS`.
 
     Raises:
         MissingExtraError: torch is not installed.

@@ -19,11 +19,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from atpatch_onnx.bake import TARGETS, bake
+from atpatch_onnx.bake import bake
 from atpatch_onnx.errors import MissingExtraError, PatchMismatchError
 from atpatch_onnx.exporters.exporting import ExportError, exporting
 from atpatch_onnx.graph import PREFIX
 from atpatch_onnx.patch import Patch
+from atpatch_onnx.targets import TARGETS
 
 try:
     import torch  # noqa: F401 - transformers imports without it, but has no exporter then
@@ -78,7 +79,7 @@ class AtPatchOnnxConfig(OnnxConfig):  # type: ignore[misc]  # transformers is no
     """The fix, or its `.safetensors` file, which is read at once: afterwards this is a `Patch`. None: the base."""
 
     target: str = "cpu"
-    """Where the patched model will run, a key of `bake.TARGETS`."""
+    """Where the patched model will run, a key of `TARGETS`."""
 
     monitor: bool = True
     """Whether to add the outputs `atpatch/flagged` and `atpatch/score`."""

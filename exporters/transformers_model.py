@@ -38,7 +38,7 @@ def from_transformers(
         config: How to export, e.g. `OnnxConfig(dynamic=True, opset_version=23)`; None: static shapes, default opset.
             Of an `AtPatchOnnxConfig` only the fields of `OnnxConfig` count.
         patch: The fix to bake in; None: the base.
-        target: Where the patched model will run, a key of `bake.TARGETS`.
+        target: Where the patched model will run, a key of `TARGETS`.
 
     Raises:
         MissingExtraError: transformers or torch is not installed.
@@ -82,7 +82,7 @@ def from_pretrained(
         dynamic: Leave batch and sequence axes free.
         opset: ONNX opset; None: the exporter's own.
         patch: The fix to bake in; None: the base.
-        target: Where the patched model will run, a key of `bake.TARGETS`.
+        target: Where the patched model will run, a key of `TARGETS`.
 
     Raises:
         MissingExtraError: transformers or torch is not installed.

@@ -77,6 +77,7 @@ def run_chain(task: str, seed: int, out: Path, fast: bool) -> tuple[str, int, fl
 
 def _write(file: Path, figures: Any) -> None:
     """The file appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     staged = file.with_suffix(".part")
     staged.write_text(json.dumps(figures, indent=1) + "\n")
     staged.replace(file)

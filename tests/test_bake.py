@@ -25,7 +25,7 @@ from models import (
 from onnx.reference import ReferenceEvaluator
 
 from atpatch_onnx import graph
-from atpatch_onnx.bake import TARGETS, bake
+from atpatch_onnx.bake import bake
 from atpatch_onnx.domain import DOMAIN
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import BakeError, PatchMismatchError
@@ -33,6 +33,7 @@ from atpatch_onnx.invariants import violations
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import read_record
 from atpatch_onnx.patch import Features, Patch
+from atpatch_onnx.targets import TARGETS
 
 NETS = {
     "opset 15": Net(opset=15),
