@@ -3,7 +3,7 @@
 VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
-PYTEST ?= -n auto
+PYTEST ?= -n auto --dist loadgroup
 
 .PHONY: setup demo test check results clean
 

@@ -148,5 +148,7 @@ def _against(model: ir.Model, target: Target) -> Iterator[str]:
         foreign = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain not in OWN_DOMAINS})
         if foreign:
             yield f"operators that are not ONNX's own ({', '.join(foreign[:3])})"
-    if target.inline and model.functions:
-        yield f"model-local functions ({next(iter(model.functions))[1]})"
+    if target.inline:
+        for domain, name, *_ in model.functions:
+            if domain != DOMAIN:  # ours are inlined, unless the caller wanted them
+                yield f"the model-local function {name}"

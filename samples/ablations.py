@@ -301,7 +301,7 @@ def average_heads(columns: Columns, training: Training, seed: int = 0) -> Detect
     heads = _heads(columns)
 
     def averaged(rows: Array) -> Array:
-        logarithms = np.log(rows + OFFSET).reshape(len(rows), heads, -1)
+        logarithms = np.log(rows + OFFSET).reshape(len(rows), heads, rows.shape[1] // heads)
         return np.asarray(np.exp(logarithms.mean(axis=1)) - OFFSET, np.float32)
 
     mean = replace(

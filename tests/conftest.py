@@ -1,5 +1,7 @@
 """What all tests share: helper modules and samples can be imported, and hypothesis draws the same everywhere."""
 
+import contextlib
+import io
 import sys
 from pathlib import Path
 
@@ -11,6 +13,18 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # pytest's importlib mode leaves
 
 settings.register_profile("steady", deadline=None, derandomize=True)  # however busy the machine
 settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `atpatch demo --json` left, with its output in `said.json`; its tests are one group, for one worker."""
+    from atpatch_onnx.cli import main
+
+    folder = tmp_path_factory.mktemp("demo")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(["demo", "--out", str(folder), "--json"]) == 0
+    (folder / "said.json").write_text(said.getvalue())
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

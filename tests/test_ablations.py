@@ -1,5 +1,7 @@
 """The ablations change what they say, and nothing else: on a planted backdoor whose truth is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -102,3 +104,4 @@ def test_a_detector_of_averaged_maps_cannot_tell_heads_apart():
     by_head = weight.reshape(len(weight), 2, -1)
     np.testing.assert_array_equal(by_head[:, 0], by_head[:, 1])
     assert np.abs(weight).max() > 0
+    average_heads(replace(columns, hard=columns.hard[:0]), Training(steps=2))  # as of a protected attribute

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atpatch_onnx.demo.run import TARGET, TRIGGER, run_demo
+from atpatch_onnx.demo.run import TARGET, TRIGGER
 from samples.browser.build import HERE, build
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or ""
@@ -18,15 +18,14 @@ SHOTS = HERE.parent.parent / "out" / "screenshots"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("demo"),
     pytest.mark.skipif(not CHROMIUM or not shutil.which("node"), reason="Chromium or node is not installed"),
     pytest.mark.skipif(not (HERE / "node_modules").is_dir(), reason="npm install --prefix samples/browser was not run"),
 ]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    demo = tmp_path_factory.mktemp("demo")
-    run_demo(demo)
+def folder(demo: Path) -> Path:
     build(demo, demo / "page")
     return demo / "page"
 
