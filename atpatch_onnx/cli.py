@@ -81,6 +81,9 @@ def fit(
     thresholds: Annotated[
         Literal["balanced", "lowest"], typer.Option(help="Where they lie; lowest: for pairs of an inverted trigger.")
     ] = "balanced",
+    redistribute: Annotated[
+        Literal["needed", "all"], typer.Option(help="Which sites do; all: for flip rates that few pairs cannot show.")
+    ] = "needed",
     site: Annotated[list[str] | None, typer.Option(help="Candidate sites by name; all by default.")] = None,
     output: Output = None,
     batch_size: BatchSize = 32,
@@ -93,6 +96,7 @@ def fit(
         goal=Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate),
         value=value,
         thresholds=thresholds,
+        redistribute=redistribute,
         sites=tuple(site) if site else None,
         output=output,
         batch_size=batch_size,

@@ -42,6 +42,11 @@ class FitOptions:
     Of a backdoor only: with a protected attribute every input is flagged.
     """
 
+    redistribute: Literal["needed", "all"] = "needed"
+    """Which sites redistribute: those without which the goal is missed on the validation part, or all of them, for
+    goals that so few pairs cannot show, such as a flip rate of 0.04 %: a site that is left alone may leak in others.
+    """
+
     features: Features | None = None
     """What detectors read; None: whole columns where the map's size is fixed and unmasked, else summaries."""
 
@@ -61,6 +66,7 @@ class FitOptions:
         checks = (
             ("value", self.value in ("neutral", "own"), "'neutral' or 'own'"),
             ("thresholds", self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
+            ("redistribute", self.redistribute in ("needed", "all"), "'needed' or 'all'"),
             ("betas", _falling(self.betas), "numbers from 0 to 1, the largest first"),
             ("missed", _falling(self.missed), "numbers from 0 to 1, the largest first"),
             ("batch_size", self.batch_size >= 1, "at least 1"),

@@ -110,7 +110,8 @@ class Found:
     setting: Setting
     outcome: Outcome
     without: Mapping[Element, Outcome]
-    """What is left of the fix without each of the elements; where the goal is met, each of these misses it."""
+    """What is left of the fix without each of the elements; where the goal is met, each of these misses it, but for
+    sites that redistribute because all do."""
 
 
 class Search:
@@ -126,6 +127,7 @@ class Search:
     def __init__(self, scored: ScoredPart, calibration: Calibration, options: FitOptions, progress: Progress) -> None:
         self._scored, self._calibration = scored, calibration
         self._options, self._progress = options, progress
+        self._all = options.redistribute == "all"
         self.attempts = 0
         self._known: dict[str, Outcome] = {}
 
@@ -177,7 +179,11 @@ class Search:
         that could meet the goal are tried, or the one that comes nearest to it; and all sites at last.
         """
         ranked = sorted(names, key=self._calibration.gap, reverse=True)
-        sets = [*([name] for name in ranked), *(ranked[:count] for count in range(2, len(names)))]
+        alone = ranked
+        if self._all:  # only flags of the first site reach all of them
+            alone = list(names[:1])
+            ranked = [*alone, *(name for name in ranked if name not in alone)]
+        sets = [*([name] for name in alone), *(ranked[:count] for count in range(2, len(names)))]
         excess = [self._at_best(detecting).excess(self._options.goal) for detecting in sets]
         nearest = min(excess, default=0.0)
         for detecting in (*(one for one, short in zip(sets, excess, strict=True) if short == nearest), ranked):
@@ -196,7 +202,11 @@ class Search:
         return judge(scored.part, before, (before, clean), (repaired, other), scored.anomalous)
 
     def _minimal(self, elements: Sequence[Element], strength: Strength) -> list[Element]:
-        return ddmin(elements, lambda subset: self._meets(subset, strength))
+        """A 1-minimal set; where all sites redistribute, they and the detector that all of them need stay in it."""
+        first = next(iter(self._scored.clean.margins))
+        kept = [e for e in elements if self._all and (e[0] == "redistribute" or e == ("detect", first))]
+        rest = [e for e in elements if e not in kept]
+        return [*ddmin(rest, lambda subset: self._meets([*subset, *kept], strength)), *kept]
 
     def _raised(self, elements: Sequence[Element], strength: Strength) -> Strength:
         """The largest benign attention of each redistributing site in turn that still meets the goal."""

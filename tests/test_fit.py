@@ -241,6 +241,18 @@ def test_the_lowest_thresholds_are_below_the_balanced_ones_and_meet_the_goal():
     assert other < one
 
 
+@pytest.mark.parametrize("name", ["one-site", "attribute-carry", "several-could-detect"])
+def test_all_sites_redistribute_where_that_is_asked_for(name):
+    """The first one then has to detect, or those before the first detector would have no flags."""
+    planted, *_ = TRUTHS[name]
+    patch = fitted(planted, replace(QUICK, redistribute="all"))
+    detecting, redistributing = roles(patch)
+    assert redistributing == planted.sites
+    assert detecting[0] == planted.sites[0]
+    assert patch.meets_target
+    assert find_sites(bake(planted.model(), patch))
+
+
 LATE = Planted(drawn=(2,), harmful=(0,), harm=400)
 """The harm is done before the trigger is drawn to: no patch can undo it."""
 
@@ -449,6 +461,7 @@ def test_an_output_that_does_not_exist():
         ({"missed": ()}, "option missed"),
         ({"missed": (0.1, 0.1)}, "option missed"),
         ({"thresholds": "highest"}, "option thresholds: expected 'balanced' or 'lowest'; found 'highest'"),
+        ({"redistribute": "some"}, "option redistribute: expected 'needed' or 'all'; found 'some'"),
         ({"batch_size": 0}, "option batch_size"),
     ],
 )
