@@ -47,7 +47,7 @@ def write_page(out: Path, docs: Path, pieces: Iterable[Piece]) -> None:
     docs.mkdir(parents=True, exist_ok=True)
     folder = docs / "results"
     drawn = pictures.draw(out, folder, runs)
-    hours = sum(run["core_seconds"] for found in runs.values() for run in found) / 3600
+    hours = _core_seconds(out, runs) / 3600
     document = {
         "core_hours": round(hours, 2),
         "seeds": sorted({run["seed"] for found in runs.values() for run in found}),
@@ -56,6 +56,13 @@ def write_page(out: Path, docs: Path, pieces: Iterable[Piece]) -> None:
     }
     (docs / "results.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
     (docs / "results.md").write_text(render(runs, spreads, judged, [folder.name + "/" + name for name in drawn], hours))
+
+
+def _core_seconds(out: Path, runs: Runs) -> float:
+    """Of all pieces, and of every training, by its own clock: a training is not done again with the pieces."""
+    seconds = [run["core_seconds"] for (work, _), found in runs.items() if work != "trained" for run in found]
+    seconds += [json.loads(file.read_text())["seconds"] for file in out.glob("*/base.json")]
+    return math.fsum(seconds)
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, Any]:

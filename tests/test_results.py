@@ -123,6 +123,17 @@ def written(folder: Path, runs: list[tuple[Piece, dict[str, Any]]]) -> str:
     return (folder / "docs" / "results.md").read_text()
 
 
+def test_the_hours_are_those_of_all_pieces_and_of_every_training(tmp_path):
+    case = "vit/badnets-fixed"
+    for name in ("vit-badnets-fixed-0", "vit-clean-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "base.json").write_text('{"seconds": 1800.0}')
+    known = {"case": case, "seed": 0, "training": {}, "core_seconds": 1700.0}
+    page = written(tmp_path, [(Piece(case, 0, "trained"), known), (Piece(case, 0, "measured"), backdoor(case, 0, 0))])
+    assert json.loads((tmp_path / "docs" / "results.json").read_text())["core_hours"] == round(1 + 60 / 3600, 2)
+    assert "1.0 hours of one core in all" in page
+
+
 def test_the_page_says_what_was_found(tmp_path):
     rows = [
         {
