@@ -50,7 +50,7 @@ FIGURES: Mapping[str, Callable[[Run], Any]] = {
     "precision": _of("evaluation", "columns", "precision"),
     "clean inputs flagged": _of("evaluation", "clean_flag_rate"),
     "clean inputs changed": _of("evaluation", "clean_changed"),
-    "seconds of the fit": _of("seconds", "fit"),
+    "core seconds": _of("core_seconds"),
 }
 """What is said of a run, and where it stands: a rate as JSON, a number, or None."""
 

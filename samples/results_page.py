@@ -216,14 +216,15 @@ def _backdoors(spreads: Spreads) -> list[str]:
             _share(f["recall"]),
             _share(f["precision"]),
             _share(f["clean inputs flagged"]),
-            f"{f['seconds of the fit'].mean:.0f} s" if f["seconds of the fit"] else "-",
+            f"{f['core seconds'].mean:.0f} s" if f["core seconds"] else "-",
         )
         for name, f in found
     ]
     return [
         "The bases, and their twins trained without poison: a weak base would make a fix look good.",
         _table(("case", "seeds", "twin's accuracy", "accuracy", "ASR", "floor"), strength),
-        "After the fix. Recall and precision are the detector's, by columns.",
+        "After the fix. Recall and precision are the detector's, by columns. Core time is that of one core for the fit, its"
+        " verification and its evaluation (and the search for the trigger).",
         _table(
             (
                 "case",
@@ -233,7 +234,7 @@ def _backdoors(spreads: Spreads) -> list[str]:
                 "recall",
                 "precision",
                 "clean inputs flagged",
-                "fit",
+                "core time",
             ),
             fixed,
         ),
