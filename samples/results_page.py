@@ -223,7 +223,7 @@ def _backdoors(spreads: Spreads) -> list[str]:
     return [
         "The bases, and their twins trained without poison: a weak base would make a fix look good.",
         _table(("case", "seeds", "twin's accuracy", "accuracy", "ASR", "floor"), strength),
-        "After the fix. Recall and precision are the detector's, by columns. Core time is that of one core for the fit, its"
+        "After the fix. Recall and precision are the detector's, by columns. Core time is one core's, for the fit, its"
         " verification and its evaluation (and the search for the trigger).",
         _table(
             (
