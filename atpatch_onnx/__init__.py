@@ -21,6 +21,7 @@ from types import ModuleType
 
 if typing.TYPE_CHECKING:
     from atpatch_onnx.bake import bake
+    from atpatch_onnx.benchmark import Benchmark, benchmark
     from atpatch_onnx.debugset import DebugSet, Split
     from atpatch_onnx.discrimination import Attribute, discriminatory_pairs
     from atpatch_onnx.emission import Emission
@@ -48,6 +49,7 @@ __all__ = [
     "AtPatchError",
     "AttentionSite",
     "Attribute",
+    "Benchmark",
     "DebugSet",
     "Emission",
     "Evaluation",
@@ -62,6 +64,7 @@ __all__ = [
     "Split",
     "Verification",
     "bake",
+    "benchmark",
     "discriminatory_pairs",
     "evaluate",
     "explain",
@@ -82,6 +85,7 @@ _HOMES = {
     "AtPatchError": "errors",
     "AttentionSite": "sites",
     "Attribute": "discrimination",
+    "Benchmark": "benchmark",
     "DebugSet": "debugset",
     "Emission": "emission",
     "Evaluation": "evaluate",
@@ -97,6 +101,7 @@ _HOMES = {
     "TARGETS": "targets",
     "Verification": "verify",
     "bake": "bake",
+    "benchmark": "benchmark",
     "discriminatory_pairs": "discrimination",
     "evaluate": "evaluate",
     "explain": "matching",

@@ -216,6 +216,39 @@ def evaluate(
 
 
 @app.command()
+def benchmark(
+    base: Base,
+    patched: Annotated[
+        Path | None, typer.Argument(metavar="[PATCHED]", help="The patched file; or --synthetic.", show_default=False)
+    ] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="What would a patch at every site cost?")] = False,
+    target: Annotated[str, typer.Option(help=f"Of a synthetic patch: {', '.join(TARGETS)}.")] = "cpu",
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; 1 and 8 by default.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="Numbers of threads; 2 by default.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens, where the model leaves their number free.")] = 128,
+    rounds: Annotated[int, typer.Option(help="How often each form is timed.")] = 40,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Time PATCHED, or a synthetic patch, against BASE: clean and flagged inputs, in turns."""
+    if (patched is None) is not synthetic:
+        raise typer.BadParameter("give either PATCHED or --synthetic")
+    with progress_bars() as progress:
+        result = atp.benchmark(
+            base,
+            patched,
+            target=target,
+            batches=batch or (1, 8),
+            threads=threads or (2,),
+            length=length,
+            rounds=rounds,
+            memory=memory,
+            progress=progress,
+        )
+    _show(result.to_json(), [text.benchmark_table(result)], as_json)
+
+
+@app.command()
 def report(
     base: Base,
     patched: Patched,

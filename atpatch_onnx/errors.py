@@ -69,6 +69,10 @@ class RunError(AtPatchError):
     """The runtime refused a model or an input."""
 
 
+class BenchmarkError(AtPatchError):
+    """A patch cannot be timed as asked."""
+
+
 class ServingError(AtPatchError):
     """A model cannot be served as asked, or a serving stack's files cannot be written."""
 

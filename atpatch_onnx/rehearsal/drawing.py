@@ -200,24 +200,32 @@ def _marks(uses: Iterable[tuple[ir.Node, int]]) -> Iterator[int]:
                 yield int(constant.numpy().item())
 
 
-def draw_detector(rng: np.random.Generator, features: Features, count: int, threshold: float) -> Detector:
+def draw_detector(
+    rng: np.random.Generator,
+    features: Features,
+    count: int,
+    threshold: float,
+    *,
+    hidden: int = _HIDDEN,
+    embedding: int = _EMBEDDING,
+) -> Detector:
     """A detector of `count` column features that gives every column a score of its own."""
     return Detector(
         features=features,
         mean=np.abs(_normal(rng, count, 1)),
         scale=np.abs(_normal(rng, count, 1)) + np.float32(0.5),
-        weight_1=np.float32(0.25) * _normal(rng, _HIDDEN, count),
-        bias_1=_normal(rng, _HIDDEN, 1),
-        weight_2=_normal(rng, _EMBEDDING, _HIDDEN),
-        bias_2=_normal(rng, _EMBEDDING, 1),
-        prototypes=draw_prototypes(rng),
+        weight_1=np.float32(0.25) * _normal(rng, hidden, count),
+        bias_1=_normal(rng, hidden, 1),
+        weight_2=_normal(rng, embedding, hidden),
+        bias_2=_normal(rng, embedding, 1),
+        prototypes=draw_prototypes(rng, embedding),
         threshold=threshold,
     )
 
 
-def draw_prototypes(rng: np.random.Generator) -> Array:
+def draw_prototypes(rng: np.random.Generator, embedding: int = _EMBEDDING) -> Array:
     """Two directions of embeddings, `[2, embedding]`, unit norm."""
-    prototypes = _normal(rng, 2, _EMBEDDING)
+    prototypes = _normal(rng, 2, embedding)
     return np.asarray(prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True))
 
 

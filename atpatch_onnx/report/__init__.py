@@ -6,6 +6,7 @@
 """
 
 from atpatch_onnx.report.text import (
+    benchmark_table,
     evaluation_table,
     fit_summary,
     fit_table,
@@ -15,6 +16,7 @@ from atpatch_onnx.report.text import (
 )
 
 __all__ = [
+    "benchmark_table",
     "evaluation_table",
     "fit_summary",
     "fit_table",

@@ -33,6 +33,7 @@ from atpatch_onnx.report.verdict import missed_goal
 from atpatch_onnx.sites import AttentionSite, Dim, Matches
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
+    from atpatch_onnx.benchmark import Benchmark
     from atpatch_onnx.evaluate import Evaluation
     from atpatch_onnx.verify import Verification
 
@@ -210,6 +211,21 @@ def evaluation_table(evaluation: Evaluation) -> Group:
     style = "" if evaluation.clean_bit_identical else "bold red"
     line = Text(f"Clean inputs without a flag keep their outputs bit for bit: {kept}", style)
     return Group(table, _BLANK, detector, _BLANK, line)
+
+
+def benchmark_table(benchmark: Benchmark) -> Table:
+    """Ratios of medians, patched over base, with their intervals."""
+    memory = "" if benchmark.memory is None else f" Peak memory, clean: {benchmark.memory:.3f} of the base's."
+    table = _table(
+        f"Cost of a patch at {benchmark.sites} sites, {benchmark.emission}",
+        caption=f"Ratios of medians, patched over base; in brackets: 95 % bootstrap intervals.{memory}",
+    )
+    for name in ("Batch", "Threads", "Base", "Clean inputs", "Flagged inputs"):
+        table.add_column(name, justify="right")
+    for one in benchmark.timings:
+        ratios = (f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in (one.clean, one.flagged))
+        table.add_row(*_texts((str(one.batch), str(one.threads), f"{one.base_ms:.2f} ms", *ratios)))
+    return table
 
 
 def measure(value: Rate | float | None) -> str:

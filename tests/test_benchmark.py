@@ -1,0 +1,137 @@
+"""What a patch costs: ratios with intervals, forms that are flagged as they say, and nothing kept from the timing."""
+
+import json
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from planted import Planted, fitted
+
+import atpatch_onnx as atp
+from atpatch_onnx import benchmark as verb
+from atpatch_onnx.benchmark import _Files, ratio, synthetic_patch
+from atpatch_onnx.cli import main
+from atpatch_onnx.errors import BenchmarkError
+from atpatch_onnx.patch import Features
+from atpatch_onnx.runtime import FileSession, SessionOptions
+from atpatch_onnx.training import Training
+
+PLANTED = Planted()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> _Files:
+    folder = tmp_path_factory.mktemp("benchmark")
+    atp.save(PLANTED.model(), folder / "base.onnx")
+    atp.save(atp.bake(PLANTED.model(), fitted(PLANTED)), folder / "patched.onnx")
+    return _Files(folder / "base.onnx", folder / "patched.onnx")
+
+
+def test_clean_and_flagged_are_what_they_say(files):
+    debug = PLANTED.debug(20)
+    both = {"x": np.concatenate([debug.clean["x"], debug.counterfactual["x"]])}
+    logits = {}
+    for form, (path, weights) in files.forms().items():
+        session = FileSession(path, weights, options=SessionOptions()).session
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(None, both), strict=True))
+        logits[form] = found["logits"]
+        if form != "base":
+            assert (found["atpatch/flagged"] == (form == "flagged")).all()
+    assert logits["clean"].tobytes() == logits["base"].tobytes()
+
+
+def test_the_ratio_is_of_medians_and_its_interval_covers_it():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(scale=0.1, size=200)
+    base, ours = 1 + noise, 1.2 + noise
+    found = ratio(ours, base)
+    assert found.value == np.median(ours) / np.median(base)
+    assert found.low < 1.2 < found.high
+    assert found.high - found.low < 0.05
+    assert ratio(ours, base) == found
+    same = ratio(base, base)
+    assert same.low == same.value == same.high == 1
+
+
+def test_what_takes_longer_has_a_larger_ratio(files, monkeypatch):
+    """Sessions that only sleep: twice as long on clean inputs, three times on flagged ones."""
+    takes = {"base": 0.004, "clean": 0.008, "flagged": 0.012}
+    order = []
+
+    class Sleeping:
+        def __init__(self, path, weights, options):
+            form = next(name for name, one in files.forms().items() if repr(one) == repr((path, weights)))
+            self.session = SimpleNamespace(run=lambda *_: order.append(form) or time.sleep(takes[form]))
+
+    monkeypatch.setattr(sys.modules["atpatch_onnx.benchmark"], "FileSession", Sleeping)
+    [timing] = verb(files.base, files.patched, batches=[2], memory=False, rounds=20).timings
+    assert 1.6 < timing.clean.value < 2.4
+    assert 2.4 < timing.flagged.value < 3.6
+    assert (timing.batch, timing.threads, timing.rounds) == (2, 2, 20)
+    rounds = np.array(order[9:]).reshape(20, 3)
+    assert all(set(one) == set(takes) for one in rounds), "every form once a round"
+    assert len({tuple(one) for one in rounds}) > 3, "in an order that is drawn anew"
+
+
+def test_every_batch_and_number_of_threads(files):
+    told = []
+    result = verb(
+        files.base, files.patched, batches=[2, 1], threads=[1, 2], rounds=3, progress=lambda *a: told.append(a)
+    )
+    assert [(one.batch, one.threads) for one in result.timings] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert result.patch == fitted(PLANTED).id
+    assert (result.sites, result.detecting, result.emission) == (1, 1, "conditional")
+    assert result.memory is None or 0.2 < result.memory < 5
+    assert told[-1] == ("timing batches of 2, 2 threads", 3, 3)
+
+
+def test_sizes_that_the_model_fixes_are_timed_once(tmp_path):
+    planted = Planted(batch=3)
+    atp.save(planted.model(), tmp_path / "base.onnx")
+    result = verb(tmp_path / "base.onnx", batches=[1, 8], rounds=2, memory=False)
+    assert [one.batch for one in result.timings] == [3]
+
+
+@pytest.mark.parametrize("planted", [Planted(), Planted(form="attention", masked=True), Planted(free=True)])
+def test_a_synthetic_patch_does_all_at_every_site_in_a_fits_sizes(planted):
+    model, sizes = planted.model(), Training()
+    patch = synthetic_patch(model)
+    assert [site.site for site in patch.sites] == list(planted.sites)
+    assert all(site.redistribution is not None for site in patch.sites)
+    real = fitted(Planted()).sites[0].detector if planted == Planted() else None
+    for site in patch.sites:
+        assert site.detector.weight_1.shape[0] == sizes.hidden
+        assert site.detector.weight_2.shape == (sizes.embedding, sizes.hidden)
+        if real is not None:
+            assert site.detector.features is real.features is Features.WHOLE
+            assert site.detector.weight_1.shape[1] == real.weight_1.shape[1]
+
+
+def test_the_command_line(files, tmp_path, capsys):
+    quick = ["--batch", "1", "--threads", "1", "--rounds", "2", "--no-memory"]
+    assert main(["benchmark", str(files.base), str(files.patched), *quick, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    [timing] = said["timings"]
+    assert timing["clean_ratio"] > 0
+    assert timing["clean_interval"][0] <= timing["clean_ratio"] <= timing["clean_interval"][1]
+    assert set(timing) >= {"batch", "threads", "base_ms", "flagged_ratio", "flagged_interval"}
+    assert said["memory_ratio"] is None
+    assert main(["benchmark", str(files.base), "--synthetic", *quick]) == 0
+    assert "Cost of a patch at 3 sites, conditional" in capsys.readouterr().out
+    for wrong in ([str(files.base)], [str(files.base), str(files.patched), "--synthetic"]):
+        assert main(["benchmark", *wrong]) == 2
+    assert main(["benchmark", str(files.base), str(files.patched), "--rounds", "0"]) == 1
+    assert "rounds: expected numbers from 1 on" in capsys.readouterr().err
+
+
+def test_a_model_without_attention_has_nothing_to_time():
+    x = ir.Value(name="x", shape=ir.Shape([2, 3]), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.Node("", "Relu", [x])
+    node.outputs[0].name = "y"
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": 18}, name="relu")
+    with pytest.raises(BenchmarkError, match="an attention site; found none"):
+        synthetic_patch(ir.Model(graph, ir_version=10))
