@@ -7,10 +7,11 @@ For an anchor i with the others of its class P(i) and all others A(i):
 Classes are anomalous and benign columns. Hard negatives, the suspects' positions on clean inputs, are a fixed share of
 every batch. We differ from AtPatch (arXiv 2601.21695) in what decides: the difference of the similarities to two
 prototypes, so that one threshold, calibrated later, means the same at every site; and in that the encoder reads the
-logarithms of the weights, whose tails are heavy.
+logarithms of the weights, whose tails are heavy. A logistic loss on the score is there as well: where attention gives
+an anomaly away less, it names more of it (docs/results.md).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -22,10 +23,10 @@ from atpatch_onnx.collect import Columns
 from atpatch_onnx.errors import FitError
 from atpatch_onnx.patch import OFFSET, Array, Detector
 from atpatch_onnx.threads import one_thread
-from atpatch_onnx.training import Training
+from atpatch_onnx.training import Loss, Training
 
 
-class Head(Protocol):
+class _Head(Protocol):
     """What is asked of embeddings while training, and the prototypes that come of it."""
 
     def parameters(self) -> list[nn.Parameter]:
@@ -38,11 +39,11 @@ class Head(Protocol):
         """Unit-norm `[2, embedding]`, benign and anomalous, from the embeddings of all columns of either class."""
 
 
-@dataclass(frozen=True)
-class ContrastiveHead:
+class _ContrastiveHead:
     """The supervised contrastive loss; a prototype is the mean embedding of its class."""
 
-    temperature: float
+    def __init__(self, training: Training, generator: torch.Generator) -> None:
+        self._temperature = training.temperature
 
     def parameters(self) -> list[nn.Parameter]:
         """None."""
@@ -50,21 +51,50 @@ class ContrastiveHead:
 
     def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """See `contrastive_loss`."""
-        return contrastive_loss(embeddings, labels, self.temperature)
+        return contrastive_loss(embeddings, labels, self._temperature)
 
     def prototypes(self, benign: Tensor, anomalous: Tensor) -> Tensor:
         """Mean embeddings, normalised."""
         return functional.normalize(torch.stack([benign.mean(dim=0), anomalous.mean(dim=0)]), dim=1)
 
 
+class _LogisticHead:
+    """Binary cross-entropy on the score, whose direction is learned; prototypes are the direction's two ends."""
+
+    def __init__(self, training: Training, generator: torch.Generator) -> None:
+        self._direction = nn.Parameter(torch.randn(training.embedding, generator=generator))
+        self._scale = nn.Parameter(torch.tensor(5.0))
+        self._offset = nn.Parameter(torch.tensor(0.0))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The direction, and how scores become logits."""
+        return [self._direction, self._scale, self._offset]
+
+    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Mean over rows."""
+        logits = self._scale * (embeddings @ functional.normalize(self._direction, dim=0)) + self._offset
+        return functional.binary_cross_entropy_with_logits(logits, labels.float())
+
+    def prototypes(self, benign: Tensor, anomalous: Tensor) -> Tensor:
+        """Whatever the embeddings are."""
+        unit = functional.normalize(self._direction.detach(), dim=0)
+        return torch.stack([-unit, unit])
+
+
+_HEADS: Mapping[Loss, Callable[[Training, torch.Generator], _Head]] = {
+    "contrastive": _ContrastiveHead,
+    "logistic": _LogisticHead,
+}
+
+
 @one_thread()
-def train_detector(columns: Columns, training: Training, head: Head | None = None, *, seed: int = 0) -> Detector:
+def train_detector(columns: Columns, training: Training, loss: Loss = "contrastive", *, seed: int = 0) -> Detector:
     """A detector for one site, its threshold still zero. The same columns, training and seed give the same bits.
 
     Args:
         columns: What was collected at the site.
         training: How.
-        head: The loss; None: contrastive, at the training's temperature.
+        loss: What is asked of the embeddings.
         seed: Of the start, the batches and the noise; the site's number goes in as well.
 
     Raises:
@@ -93,7 +123,7 @@ def train_detector(columns: Columns, training: Training, head: Head | None = Non
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(layer.bias)
     encoder = nn.Sequential(first, nn.ReLU(), last)
-    head = head or ContrastiveHead(training.temperature)
+    head = _HEADS[loss](training, generator)
     trained = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
@@ -106,9 +136,9 @@ def train_detector(columns: Columns, training: Training, head: Head | None = Non
         ]
         batch = torch.cat(rows)
         batch = batch + training.noise * torch.randn(batch.shape, generator=generator)
-        loss = head.loss(_embedded(encoder, batch), labels)
+        error = head.loss(_embedded(encoder, batch), labels)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        error.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 

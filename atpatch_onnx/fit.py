@@ -2,10 +2,12 @@
 
 suspects -> split -> collect (fit part) -> train detectors -> trial graph
 -> thresholds (calibration part) -> benign attention, sites (validation part) -> patch
+
+From the training on once more, with another loss, where the goal is missed.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from atpatch_onnx.runtime import Progress, silent
 from atpatch_onnx.scored import ScoredPart
 from atpatch_onnx.search import Calibration, Found, Search
 from atpatch_onnx.sites import AttentionSite
+from atpatch_onnx.training import Loss
 from atpatch_onnx.trial import Trial
 
 
@@ -47,27 +50,56 @@ def fit(
     """
     require("torch", "fit", "fitting a patch")
     require("sklearn", "fit", "fitting a patch")
-    from atpatch_onnx.detector import train_detector  # the only place that needs torch
-
     model = as_model(model)
     options = options or FitOptions()
     prepared = prepare(model, debug, options, progress)
-    parts = prepared.parts
     kinds = {site: options.features or choose_features(site) for site in prepared.sites}
-    columns = collect(model, kinds, parts.fit, batch_size=options.batch_size, seed=options.seed, progress=progress)
+    run = {"batch_size": options.batch_size, "progress": progress}
+    columns = collect(model, kinds, prepared.parts.fit, seed=options.seed, **run)  # type: ignore[arg-type]
+    attempts: list[_Attempt] = []
+    for loss in options.losses:
+        attempts.append(_attempt(model, prepared, columns, loss, options, progress))
+        if not attempts[-1].found.outcome.shortfalls(options.goal):
+            break
+    best = min(attempts, key=lambda attempt: attempt.found.outcome.nearness(options.goal))
+    return _patch(model, prepared, best, sum(attempt.settings_tried for attempt in attempts), options)
+
+
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """What came of one loss."""
+
+    loss: Loss
+    entries: Sequence[tuple[AttentionSite, SitePatch]]
+    calibration: Calibration
+    found: Found
+    settings_tried: int
+
+
+def _attempt(
+    model: ir.Model,
+    prepared: Prepared,
+    columns: Sequence[Columns],
+    loss: Loss,
+    options: FitOptions,
+    progress: Progress,
+) -> _Attempt:
+    """Train detectors, calibrate them, search."""
+    from atpatch_onnx.detector import train_detector  # the only place that needs torch
+
     entries = []
     for number, column in enumerate(columns, 1):
-        detector = train_detector(column, options.training, seed=options.seed)
+        detector = train_detector(column, options.training, loss, seed=options.seed)
         entries.append((column.site, _site_patch(column, detector, options)))
-        progress("training detectors", number, len(columns))
-    trial = Trial(model, entries, prepared.output)
+        progress(f"training detectors, {loss}", number, len(columns))
+    trial, parts = Trial(model, entries, prepared.output), prepared.parts
     run = {"batch_size": options.batch_size, "progress": progress}
-    to_calibrate = ScoredPart(trial, parts.calibration, stage="calibrating", **run)  # type: ignore[arg-type]
+    to_calibrate = ScoredPart(trial, parts.calibration, stage=f"calibrating, {loss}", **run)  # type: ignore[arg-type]
     calibration = Calibration.of(to_calibrate, options)
-    to_validate = ScoredPart(trial, parts.validation, stage="validating", **run)  # type: ignore[arg-type]
+    to_validate = ScoredPart(trial, parts.validation, stage=f"validating, {loss}", **run)  # type: ignore[arg-type]
     search = Search(to_validate, calibration, options, progress)
     found = search.run()
-    return _patch(model, prepared, entries, calibration, search, found, options)
+    return _Attempt(loss, entries, calibration, found, search.attempts)
 
 
 def _site_patch(columns: Columns, detector: Detector, options: FitOptions) -> SitePatch:
@@ -78,12 +110,11 @@ def _site_patch(columns: Columns, detector: Detector, options: FitOptions) -> Si
 def _patch(
     model: ir.Model,
     prepared: Prepared,
-    entries: Sequence[tuple[AttentionSite, SitePatch]],
-    calibration: Calibration,
-    search: Search,
-    found: Found,
+    best: _Attempt,
+    settings_tried: int,
     options: FitOptions,
 ) -> Patch:
+    found = best.found
     shortfalls = found.outcome.shortfalls(options.goal)
     if shortfalls and not options.force:
         raise TargetMissedError(
@@ -93,7 +124,7 @@ def _patch(
             advice="Give more pairs or other candidate sites, relax the goal, or write it anyway (option --force).",
         )
     chosen = []
-    for site, entry in entries:
+    for site, entry in best.entries:
         detector = redistribution = None
         if site.name in found.setting.thresholds:
             assert entry.detector is not None
@@ -115,11 +146,12 @@ def _patch(
         "meets_target": not shortfalls,
         "shortfalls": list(shortfalls),
         "goal": asdict(options.goal),
+        "loss": best.loss,
         "value": options.value,
         "pairs": {"fit": len(parts.fit), "calibration": len(parts.calibration), "validation": len(parts.validation)},
         "outcome": found.outcome.to_json(),
-        "settings_tried": search.attempts,
-        "sites": [_site_figures(site, calibration, found) for site, _ in entries],
+        "settings_tried": settings_tried,
+        "sites": [_site_figures(site, best.calibration, found) for site, _ in best.entries],
     }
     return Patch(base=fingerprint(model), sites=tuple(chosen), figures=figures)
 

@@ -53,6 +53,10 @@ class Outcome:
         """By how much the bounds are exceeded, all together, as a share; 0 where the goal is met."""
         return sum(max(found - bound, 0.0) for _, found, bound in self._rows(goal))
 
+    def nearness(self, goal: Goal) -> tuple[float, float]:
+        """What to compare outcomes by: the smaller, the nearer to the goal."""
+        return self.excess(goal), self.remaining
+
     def _missed(self, goal: Goal) -> Iterator[str]:
         for what, found, bound in self._rows(goal):
             if found > bound:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from atpatch_onnx.errors import FitError
 from atpatch_onnx.goal import Goal
 from atpatch_onnx.patch import Features
-from atpatch_onnx.training import Training
+from atpatch_onnx.training import Loss, Training
 
 MISSED = (1.0, 0.05, 0.02, 0.01, 0.005)
 """A flagged input's other columns have a lower threshold that misses the first of these shares, the largest, at which
@@ -23,6 +23,9 @@ class FitOptions:
 
     goal: Goal = field(default_factory=Goal)
     training: Training = field(default_factory=Training)
+
+    losses: tuple[Loss, ...] = ("contrastive", "logistic")
+    """Of the detectors' training, to try in this order: the first that meets the goal, else the nearest to it."""
 
     value: Literal["neutral", "own"] = "neutral"
     """What a flagged token hands over: the site's mean value, or its own as in the paper."""
@@ -64,6 +67,7 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         checks = (
+            ("losses", _some_of(self.losses, get_args(Loss)), "some of 'contrastive' and 'logistic', each once"),
             ("value", self.value in ("neutral", "own"), "'neutral' or 'own'"),
             ("thresholds", self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
             ("redistribute", self.redistribute in ("needed", "all"), "'needed' or 'all'"),
@@ -75,6 +79,10 @@ class FitOptions:
             if not holds:
                 found = repr(getattr(self, name))
                 raise FitError(f"option {name}", expected=expected, found=found, advice="Choose an allowed value.")
+
+
+def _some_of(chosen: tuple[str, ...], known: tuple[str, ...]) -> bool:
+    return bool(chosen) and set(chosen) <= set(known) and len(set(chosen)) == len(chosen)
 
 
 def _falling(shares: tuple[float, ...]) -> bool:

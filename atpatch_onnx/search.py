@@ -157,7 +157,7 @@ class Search:
             return False
 
         def nearness(one: tuple[list[Element], Strength, Outcome]) -> tuple[float, float]:
-            return one[2].excess(goal), one[2].remaining
+            return one[2].nearness(goal)
 
         first, *smaller = (dict.fromkeys(names, beta) for beta in self._options.betas)
         same, *lower = self._options.missed

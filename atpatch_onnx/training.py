@@ -1,6 +1,10 @@
 """How a detector is trained: settings only, so that they can be named without torch."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Loss = Literal["contrastive", "logistic"]
+"""Supervised contrastive, as in the paper; or binary cross-entropy on the score itself."""
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from onnxscript import opset18 as op
 from onnxscript import script
 from onnxscript.values import Opset
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional
 
 import atpatch_onnx as atp
 from atpatch_onnx.cli import progress_bars
@@ -266,31 +263,7 @@ def _contrastive(columns: Columns, training: Training, seed: int) -> Detector:
 
 
 def _logistic(columns: Columns, training: Training, seed: int) -> Detector:
-    return train_detector(columns, training, LogisticHead(training, seed), seed=seed)
-
-
-class LogisticHead:
-    """Binary cross-entropy on the score, whose direction is learned, instead of contrastive learning."""
-
-    def __init__(self, training: Training, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.direction = nn.Parameter(torch.randn(training.embedding, generator=generator))
-        self.scale = nn.Parameter(torch.tensor(5.0))
-        self.offset = nn.Parameter(torch.tensor(0.0))
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The direction, and how scores become logits."""
-        return [self.direction, self.scale, self.offset]
-
-    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Mean binary cross-entropy."""
-        logits = self.scale * (embeddings @ functional.normalize(self.direction, dim=0)) + self.offset
-        return functional.binary_cross_entropy_with_logits(logits, labels.float())
-
-    def prototypes(self, benign: Tensor, anomalous: Tensor) -> Tensor:
-        """The two ends of the learned direction."""
-        unit = functional.normalize(self.direction.detach(), dim=0)
-        return torch.stack([-unit, unit])
+    return train_detector(columns, training, "logistic", seed=seed)
 
 
 def average_heads(columns: Columns, training: Training, seed: int = 0) -> Detector:

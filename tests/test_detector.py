@@ -1,6 +1,7 @@
 """Detectors: the loss against a naive loop, what they separate, and that nothing depends on the machine."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from atpatch_onnx.errors import FitError
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.patch import OFFSET, Detector, Features
 from atpatch_onnx.probe import choose_features
-from atpatch_onnx.training import Training
+from atpatch_onnx.training import Loss, Training
 
 ARRAYS = ("mean", "scale", "weight_1", "bias_1", "weight_2", "bias_2", "prototypes")
 
@@ -88,9 +89,10 @@ def planted_columns() -> tuple[Columns, ...]:
     )
 
 
-def test_planted_columns_are_separated_and_innocent_ones_are_not(planted_columns):
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_planted_columns_are_separated_and_innocent_ones_are_not(planted_columns, loss):
     for columns in planted_columns:
-        detector = train_detector(columns, Training(steps=300))
+        detector = train_detector(columns, Training(steps=300), loss)
         anomalous, benign = scores(detector, columns.anomalous), scores(detector, np.r_[columns.hard, columns.benign])
         if columns.site.index in (0, 2):
             assert anomalous.min() > benign.max() + 0.1
@@ -141,6 +143,14 @@ def test_a_detector_has_the_shapes_of_the_patch_file():
     benign = np.log(np.concatenate([columns.hard, columns.benign]).astype(np.float64) + OFFSET)
     # a float32 mean of float32 logarithms
     np.testing.assert_allclose(detector.mean[:, 0], benign.mean(axis=0), rtol=1e-6, atol=1e-6)
+
+
+def test_the_logistic_loss_learns_a_direction_of_its_own():
+    """Its prototypes are opposite; those of the contrastive loss are means of embeddings."""
+    contrastive, logistic = train_detector(drawn(), QUICK), train_detector(drawn(), QUICK, "logistic")
+    np.testing.assert_array_equal(logistic.prototypes[0], -logistic.prototypes[1])
+    assert contrastive.prototypes[0] @ contrastive.prototypes[1] > -0.999
+    np.testing.assert_allclose(np.linalg.norm(logistic.prototypes, axis=1), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

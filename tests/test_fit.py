@@ -10,10 +10,12 @@ import pytest
 from models import run, same_bits
 from planted import QUICK, Planted, fitted
 
+from atpatch_onnx import detector as detector_module
 from atpatch_onnx import fit as fitting_function
 from atpatch_onnx import preparation, runtime
 from atpatch_onnx.bake import bake
 from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.detector import train_detector
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError, RunError, TargetMissedError
 from atpatch_onnx.fit import fit
 from atpatch_onnx.goal import Goal
@@ -256,6 +258,47 @@ def test_all_sites_redistribute_where_that_is_asked_for(name):
 LATE = Planted(drawn=(2,), harmful=(0,), harm=400)
 """The harm is done before the trigger is drawn to: no patch can undo it."""
 
+
+def trained_with(monkeypatch: pytest.MonkeyPatch, *blind: str) -> list[str]:
+    """The losses that detectors are trained with from now on; those of the `blind` ones see nothing."""
+    asked: list[str] = []
+
+    def train(columns, training, loss="contrastive", *, seed=0):
+        asked.append(loss)
+        found = train_detector(columns, training, loss, seed=seed)
+        return replace(found, weight_1=0 * found.weight_1) if loss in blind else found
+
+    monkeypatch.setattr(detector_module, "train_detector", train)
+    return asked
+
+
+def test_another_loss_is_tried_only_where_the_first_misses_the_goal(monkeypatch):
+    planted = Planted()
+    usual = roles(fitted(planted))
+    asked = trained_with(monkeypatch)
+    assert fit(planted.model(), planted.debug(), QUICK).figures["loss"] == "contrastive"
+    assert asked == ["contrastive"] * planted.layers
+    asked = trained_with(monkeypatch, "contrastive")
+    patch = fit(planted.model(), planted.debug(), QUICK)
+    assert asked == ["contrastive"] * planted.layers + ["logistic"] * planted.layers
+    assert patch.figures["loss"] == "logistic"
+    assert patch.meets_target
+    assert roles(patch) == usual
+    with pytest.raises(TargetMissedError):
+        fit(planted.model(), planted.debug(), replace(QUICK, losses=("contrastive",)))
+
+
+@pytest.mark.parametrize("blind", ["contrastive", "logistic"])
+def test_where_all_miss_the_goal_the_nearest_is_written(monkeypatch, blind):
+    planted = Planted()
+    trained_with(monkeypatch, blind)
+    out_of_reach = replace(QUICK, goal=Goal(accuracy_loss=-0.5), force=True)
+    patch = fit(planted.model(), planted.debug(), out_of_reach)
+    assert not patch.meets_target
+    assert patch.figures["loss"] != blind
+    assert patch.figures["outcome"]["remaining"] <= 0.01
+
+
 LITTLE_HELP = re.compile(r"ASR above floor (99|100)\.\d\d%, (98|99)\.\d\d% over the bound of 1\.00%")
 
 
@@ -268,7 +311,7 @@ def test_a_missed_goal_says_by_how_much():
 
 
 def test_force_gives_a_patch_that_says_so(tmp_path):
-    patch = fitted(LATE, replace(QUICK, force=True))
+    patch = fitted(LATE, replace(QUICK, force=True, losses=("contrastive",)))
     assert not patch.meets_target
     (shortfall,) = patch.figures["shortfalls"]
     assert LITTLE_HELP.fullmatch(shortfall)
@@ -455,6 +498,11 @@ def test_an_output_that_does_not_exist():
     ("options", "text"),
     [
         ({"value": "mean"}, "option value: expected 'neutral' or 'own'; found 'mean'"),
+        ({"losses": ()}, "option losses"),
+        (
+            {"losses": ("contrastive", "hinge")},
+            "option losses: expected some of 'contrastive' and 'logistic', each once",
+        ),
         ({"betas": ()}, "option betas"),
         ({"betas": (1.0, 1.5)}, "option betas"),
         ({"betas": (0.0, 1.0)}, "option betas: expected numbers from 0 to 1, the largest first"),
@@ -479,7 +527,9 @@ def test_progress_is_told_of_every_stage():
         QUICK,
         progress=lambda stage, done, total: stages.setdefault(stage, []).append((done, total)),
     )
-    assert {"finding the suspect tokens", "training detectors", "delta debugging, settings tried"} < set(stages)
+    assert {"finding the suspect tokens", "training detectors, contrastive", "delta debugging, settings tried"} < set(
+        stages
+    )
     for told in stages.values():
         assert [done for done, _ in told] == sorted({done for done, _ in told})
 
