@@ -105,7 +105,7 @@ def test_torch_patched(net, x, base):
     feed = {"x": x.numpy()}
     patch = fire_on_some(base, draw_patch(base), feed)
     patched = from_torch(
-        net, (x,), dynamic_shapes=SHAPES, input_names=["x"], output_names=["logits"], patch=patch, target="portable"
+        net, (x,), dynamic_shapes=SHAPES, input_names=["x"], output_names=["logits"], patch=patch, target="web"
     )
     assert not any(node.op_type == "If" for node in patched.graph)
     found = run(patched, feed)
