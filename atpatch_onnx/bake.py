@@ -170,17 +170,16 @@ def _add_monitors(model: ir.Model, woven: Sequence[Woven]) -> list[str]:
     """Outputs `atpatch/flagged` and `atpatch/score` over all sites."""
     end = Insertion(model.graph, "monitor")
     batch = next((value.shape[0] for value in model.graph.inputs if value.shape is not None and len(value.shape)), None)
-    flagged = score = None
+    flagged = None
     last = {step.site.token_axis: step for step in woven}
     for step in last.values():  # flags are carried: the last site of an axis has them all
         flag = end.call("SampleFlag", step.flags, name=f"{step.site.name}/flagged")
         flagged = flag if flagged is None else end.op("Or", flagged, flag, name=f"{step.site.name}/any_flagged")
-    for step in woven:
-        if step.margin is not None:
-            own = end.call("SampleScore", step.margin, name=f"{step.site.name}/score")
-            score = own if score is None else end.op("Max", score, own, name=f"{step.site.name}/any_score")
+    margins = [step.margin for step in woven if step.margin is not None]
     assert flagged is not None
-    assert score is not None, "a patch detects somewhere"
+    assert margins, "a patch detects somewhere"
+    every = end.op("Concat", *margins, name="margins", attributes=[ir.AttrInt64("axis", 1)])
+    score = end.call("SampleScore", every, name="sample_score")
     return [_add_output(model, flagged, "flagged", [batch, 1]), _add_output(model, score, "score", [batch, 1])]
 
 

@@ -3,7 +3,7 @@
 A figure is a ratio of medians over rounds. In a round each form runs once, in an order that is drawn anew, so that
 whatever else the machine does meets all of them. Its interval is a bootstrap over rounds. Whether inputs are flagged is
 decided by thresholds that nothing, or everything, exceeds, which stand in for the patch's own (`FileSession`): every
-column is scored as in service.
+column is scored as in service. What a flagged input costs does not depend on how many of its columns are flagged.
 """
 
 import multiprocessing
@@ -24,14 +24,13 @@ from numpy.typing import NDArray
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.bake import bake
 from atpatch_onnx.errors import BenchmarkError
+from atpatch_onnx.features import choose_features, feature_count
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import read_record
-from atpatch_onnx.patch import Patch, SitePatch
-from atpatch_onnx.probe import choose_features
+from atpatch_onnx.patch import Features, Patch, SitePatch
 from atpatch_onnx.rehearsal.drawing import NEVER, draw_detector, draw_inputs, draw_redistribution
 from atpatch_onnx.runtime import Array, FileSession, Progress, SessionOptions, silent
 from atpatch_onnx.training import Training
-from atpatch_onnx.weave import feature_count
 
 DRAWS = 2_000
 """Of the bootstrap."""
@@ -105,6 +104,7 @@ def benchmark(
     patched: str | os.PathLike[str] | None = None,
     *,
     target: str = "cpu",
+    features: Features | None = None,
     batches: Sequence[int] = (1, 8),
     threads: Sequence[int] = (2,),
     length: int = 128,
@@ -119,6 +119,7 @@ def benchmark(
         base: The fastest unpatched form of the model: the file itself, its fused form if there is one.
         patched: The patched file; None: a patch is drawn that detects and redistributes at every site.
         target: How a drawn patch is written, a key of `TARGETS`.
+        features: What the detectors of a drawn patch read, where a site has it; None: what `fit` would choose.
         batches: Sizes to time; those that the model does not leave free are timed once.
         threads: Numbers of threads to time.
         length: Of every axis that is free, but for the batch: tokens.
@@ -137,7 +138,7 @@ def benchmark(
             raise BenchmarkError(name, expected="numbers from 1 on", found=str(list(numbers)), advice="Give others.")
     with tempfile.TemporaryDirectory() as folder:
         files = _Files(
-            Path(base), Path(patched) if patched is not None else _synthetic(base, target, Path(folder), seed)
+            Path(base), Path(patched) if patched is not None else _synthetic(base, target, features, Path(folder), seed)
         )
         model, record = graphs.load(base), read_record(graphs.load(files.patched))
         known = {tuple(array.shape for array in of.values()): of for of in _inputs(model, batches, length, seed)}
@@ -172,15 +173,15 @@ class _Files:
         return {name: np.array([value], np.float32) for name in names}
 
 
-def _synthetic(base: str | os.PathLike[str], target: str, folder: Path, seed: int) -> Path:
+def _synthetic(base: str | os.PathLike[str], target: str, features: Features | None, folder: Path, seed: int) -> Path:
     """A file with a drawn patch at every site, its detectors as large as those of a fit."""
     model = graphs.load(base)
     path = folder / "patched.onnx"
-    graphs.save(bake(model, synthetic_patch(model, seed=seed), target=target), path, external="link")
+    graphs.save(bake(model, synthetic_patch(model, features, seed=seed), target=target), path, external="link")
     return path
 
 
-def synthetic_patch(model: ir.Model, *, seed: int = 0) -> Patch:
+def synthetic_patch(model: ir.Model, wanted: Features | None = None, *, seed: int = 0) -> Patch:
     """A patch that detects and redistributes at every site, drawn at random, of the sizes that a fit gives it.
 
     Raises:
@@ -188,7 +189,7 @@ def synthetic_patch(model: ir.Model, *, seed: int = 0) -> Patch:
     """
     rng, sizes, sites = np.random.default_rng(seed), Training(), []
     for site in find_sites(model):
-        features = choose_features(site)
+        features = choose_features(site, wanted)
         count = feature_count(site, features)
         if count is None or not isinstance(site.kv_heads, int) or not isinstance(site.depth, int):
             raise BenchmarkError(

@@ -17,6 +17,7 @@ from atpatch_onnx.errors import AtPatchError, PatchFileError, VerificationError
 from atpatch_onnx.goal import Goal
 from atpatch_onnx.graph import External
 from atpatch_onnx.metadata import read_record
+from atpatch_onnx.patch import Features
 from atpatch_onnx.report import text
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ def fit(
     thresholds: Annotated[
         Literal["balanced", "lowest"], typer.Option(help="Where they lie; lowest: for pairs of an inverted trigger.")
     ] = "balanced",
+    features: Annotated[
+        Features | None,
+        typer.Option(help="What detectors read of a map; the map's own kind and size decide.", show_default=False),
+    ] = None,
     redistribute: Annotated[
         Literal["needed", "all"], typer.Option(help="Which sites do; all: for flip rates that few pairs cannot show.")
     ] = "needed",
@@ -97,6 +102,7 @@ def fit(
         value=value,
         thresholds=thresholds,
         redistribute=redistribute,
+        features=features,
         sites=tuple(site) if site else None,
         output=output,
         batch_size=batch_size,
@@ -222,6 +228,9 @@ def benchmark(
         Path | None, typer.Argument(metavar="[PATCHED]", help="The patched file; or --synthetic.", show_default=False)
     ] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="What would a patch at every site cost?")] = False,
+    features: Annotated[
+        Features | None, typer.Option(help="Of a synthetic patch: what its detectors read.", show_default=False)
+    ] = None,
     target: Annotated[str, typer.Option(help=f"Of a synthetic patch: {', '.join(TARGETS)}.")] = "cpu",
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; 1 and 8 by default.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Numbers of threads; 2 by default.")] = None,
@@ -238,6 +247,7 @@ def benchmark(
             base,
             patched,
             target=target,
+            features=features,
             batches=batch or (1, 8),
             threads=threads or (2,),
             length=length,

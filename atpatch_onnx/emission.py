@@ -223,14 +223,6 @@ def _extra_output(product: ir.Node, index: int, at: Insertion, name: str) -> ir.
     return product.outputs[index]
 
 
-def column_features(at: Insertion, P: ir.Value, site: AttentionSite, *, whole: bool) -> ir.Value:
-    """Column features `[maps, features, keys]`, float32."""
-    if whole:
-        return at.call("WholeColumns", P, name="features")
-    queries = "ValidQueries" if site.self_attention else "AllQueries"
-    return at.call("ColumnSummary", P, at.call(queries, P, name="valid_queries"), name="features")
-
-
 @dataclass(frozen=True)
 class Repair:
     """What redistribution at one site needs, as values of the graph."""
@@ -253,11 +245,21 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
 
     def corrected(into: Insertion) -> ir.Value:
         V = canonical_values(into, site, handles)
+        benign = into.call("BenignColumns", V, repair.flags, name="benign_columns")
+        sums = into.call("Attend", handles.P, benign, name="benign_sums")
+        visible = into.call("Visible", handles.P, name="visible")
+        columns = into.call("CountColumns", repair.flags, name="count_columns")
+        counts = into.call("Attend", visible, columns, name="counts")
+        chosen = into.call("MapFlag", repair.flags, name="map_flag")
         if repair.neutral is not None:
-            V = into.call("NeutralValues", V, repair.flags, repair.neutral, name="neutral_values")
-        P = into.call("RedistributedMap", handles.P, repair.flags, repair.beta, name="redistributed_map")
-        repaired = into.call("Attend", P, V, name="repaired")
-        return _selected(into, site, repaired, Y, repair.flags)
+            handed = into.call("NeutralHanded", handles.P, repair.flags, repair.neutral, name="handed")
+        else:
+            flagged = into.call("FlaggedColumns", V, repair.flags, name="flagged_columns")
+            handed = into.call("OwnHanded", into.call("Attend", visible, flagged, name="flagged_sums"), name="handed")
+            rows = into.call("SomeBenign", sums, name="some_benign")
+            chosen = into.op("And", rows, chosen, name="flagged_rows")
+        repaired = into.call("Redistributed", sums, counts, repair.beta, handed, name="repaired")
+        return _selected(into, site, repaired, Y, chosen)
 
     if emission is Emission.BRANCHLESS:
         result = corrected(at)
@@ -277,23 +279,15 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
     result.name = name
 
 
-def _selected(at: Insertion, site: AttentionSite, repaired: ir.Value, Y: ir.Value, flags: ir.Value) -> ir.Value:
-    """The repaired output where a map has a flag, else Y, in the layout of Y.
+def _selected(at: Insertion, site: AttentionSite, repaired: ir.Value, Y: ir.Value, chosen: ir.Value) -> ir.Value:
+    """The repaired output where chosen, bool `[maps, 1, 1 or queries, 1]`, else Y; in the layout of Y.
 
     Y itself is not moved: in float16, onnxruntime's CPU kernels hand it on unrounded to whatever computes in float32,
     and a Reshape in between would round it.
     """
     layout, sizes = Layout.parse(site.output_layout), _sizes(site, site.heads)
-    flagged = at.call("MapFlag", flags, name="map_flag")
-    if "n" in layout.axes:
-        shape = [-1 if axis == "n" else 1 for axis in layout.axes]
-        chosen = (
-            flagged
-            if layout.is_canonical
-            else at.op("Reshape", flagged, at.constant("per_map", np.array(shape, np.int64)), name="flagged")
-        )
-    else:
-        every = at.op("Expand", flagged, at.op("Shape", repaired, name="repaired/shape"), name="flagged")
+    if not layout.is_canonical:
+        every = at.op("Expand", chosen, at.op("Shape", repaired, name="repaired/shape"), name="flagged")
         chosen = from_canonical(at, every, Y, layout, sizes, "flagged")
     repaired = from_canonical(at, repaired, Y, layout, sizes, "output")
     return at.call("SelectFlagged", repaired, Y, chosen, name="selected")

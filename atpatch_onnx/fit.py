@@ -16,11 +16,11 @@ import onnx_ir as ir
 from atpatch_onnx.collect import Columns, collect
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import TargetMissedError, require
+from atpatch_onnx.features import choose_features
 from atpatch_onnx.graph import ModelOrPath, as_model, fingerprint
 from atpatch_onnx.options import FitOptions
 from atpatch_onnx.patch import Detector, Patch, Redistribution, SitePatch
 from atpatch_onnx.preparation import Prepared, prepare
-from atpatch_onnx.probe import choose_features
 from atpatch_onnx.runtime import Progress, silent
 from atpatch_onnx.scored import ScoredPart
 from atpatch_onnx.search import Calibration, Found, Search
@@ -53,7 +53,7 @@ def fit(
     model = as_model(model)
     options = options or FitOptions()
     prepared = prepare(model, debug, options, progress)
-    kinds = {site: options.features or choose_features(site) for site in prepared.sites}
+    kinds = {site: choose_features(site, options.features) for site in prepared.sites}
     run = {"batch_size": options.batch_size, "progress": progress}
     columns = collect(model, kinds, prepared.parts.fit, seed=options.seed, **run)  # type: ignore[arg-type]
     attempts: list[_Attempt] = []

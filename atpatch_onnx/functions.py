@@ -20,8 +20,10 @@ from atpatch_onnx.domain import DOMAIN, DOMAIN_VERSION
 SUMMARIES = ("mean", "first query", "quarter 1", "quarter 2", "quarter 3", "quarter 4", "maximum", "own query")
 """The per-head column features of `ColumnSummary`, in order."""
 
+LANDMARKS = 8
+"""How many queries `LandmarkQueries` picks."""
+
 _domain = Opset(DOMAIN, DOMAIN_VERSION)
-_TINY = 1e-30
 _UNSEEN = -8.0
 
 
@@ -115,6 +117,69 @@ def ColumnSummary(P, valid):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
+def LandmarkQueries(P):  # noqa: N802
+    """Eight of the queries of self-attention that are tokens, evenly spaced from the first to the last of them.
+
+    P [B,H,Q,K] -> int64 [B,8]. Reading all of a long map costs more than a hundredth of the layer. So a key counts as a
+    token's if any of 32 rows sees it, evenly spaced from the first row to the last. Of these rows, those of padding do
+    not count (see `ValidQueries`). That finds every token under padding masks and causal ones. It misses some where
+    windows are shorter than the 31st part of a sequence.
+    """
+    one = op.Constant(value_ints=[1])
+    zero = op.Constant(value_float=0.0)
+    queries = op.Shape(P, start=2, end=3)
+    keys = op.Shape(P, start=3, end=4)
+    probes = (
+        op.Range(op.Constant(value_int=0), op.Constant(value_int=32), op.Constant(value_int=1)) * (queries - one)
+    ) / op.Constant(value_ints=[31])
+    seen = op.ReduceMax(op.Cast(op.Gather(P, probes, axis=2), to=1), one, keepdims=0)
+    columns = op.Range(op.Constant(value_int=0), op.Squeeze(keys), op.Constant(value_int=1))
+    own = op.Unsqueeze(probes + (keys - queries), one) == op.Unsqueeze(columns, op.Constant(value_ints=[0]))
+    key_axis = op.Constant(value_ints=[2])
+    sees_others = op.ReduceMax(op.Where(own, zero, seen), key_axis, keepdims=1) > zero
+    largest = op.ReduceMax(seen, key_axis, keepdims=1)
+    smallest = op.Neg(op.ReduceMax(op.Neg(seen), key_axis, keepdims=1))
+    uneven = (largest - smallest) * op.Cast(keys, to=1) > op.Constant(value_float=1e-5)
+    token = op.Or(op.And(sees_others, uneven), keys == one)
+    known = op.ReduceMax(op.Where(token, seen, zero), one, keepdims=0)
+    valid = op.Cast(op.Slice(known, keys - queries, keys, one) > zero, to=7)
+    rank = op.CumSum(valid, op.Constant(value_int=1)) - valid
+    last = op.Max(op.ReduceSum(valid, one, keepdims=1) - one, op.Constant(value_ints=[0]))
+    wanted = (op.Constant(value_ints=[0, 2, 4, 6, 8, 10, 12, 14]) * last + op.Constant(value_ints=[7])) / op.Constant(
+        value_ints=[14]
+    )
+    found = op.And(
+        op.Unsqueeze(wanted, key_axis) == op.Unsqueeze(rank, one), op.Unsqueeze(valid > op.Constant(value_int=0), one)
+    )
+    return op.ArgMax(op.Cast(found, to=1), axis=2, keepdims=0)
+
+
+@script(_domain, default_opset=op)
+def LandmarkRows(P, landmarks):  # noqa: N802
+    """Where the rows of these queries are in the map, all axes but the last one flat. int64 [B,8] -> int64 [B,H*8]."""
+    first = op.Constant(value_int=0)
+    step = op.Constant(value_int=1)
+    queries = op.Shape(P, start=2, end=3)
+    heads = op.Shape(P, start=1, end=2)
+    maps = op.Shape(P, start=0, end=1) * heads
+    starts = op.Range(first, op.Squeeze(maps), step) * queries
+    of_heads = op.Reshape(starts, op.Concat(op.Constant(value_ints=[-1]), heads, op.Constant(value_ints=[1]), axis=0))
+    rows = of_heads + op.Unsqueeze(landmarks, op.Constant(value_ints=[1]))
+    return op.Reshape(rows, op.Constant(value_ints=[0, -1]))
+
+
+@script(_domain, default_opset=op)
+def LandmarkColumns(P, rows):  # noqa: N802
+    """Column features from a few rows. P [B,H,Q,K], int64 [B,H*8] -> [B,H*8,K].
+
+    Weights are relative to the row's uniform share, `P_ij * n_i`.
+    """
+    weights = op.Cast(op.Gather(op.Flatten(P, axis=3), rows, axis=0), to=1)
+    visible = op.Cast(weights > op.Constant(value_float=0.0), to=1)
+    return weights * op.ReduceSum(visible, op.Constant(value_ints=[2]), keepdims=1)
+
+
+@script(_domain, default_opset=op)
 def DetectorMargin(X, offset, weight_1, bias_1, weight_2, bias_2, direction, threshold):  # noqa: N802
     """How far each column's score is above the threshold. X [B,F,K] -> [B,K].
 
@@ -126,10 +191,11 @@ def DetectorMargin(X, offset, weight_1, bias_1, weight_2, bias_2, direction, thr
     feature_axis = op.Constant(value_ints=[1])
     hidden = op.Relu(op.MatMul(weight_1, op.Log(X + offset)) + bias_1)
     embedding = op.MatMul(weight_2, hidden) + bias_2
-    norm = op.Sqrt(op.ReduceSum(embedding * embedding, feature_axis, keepdims=1) + op.Constant(value_float=1e-12))
+    norm = op.Max(op.ReduceL2(embedding, feature_axis, keepdims=1), op.Constant(value_float=1e-6))
     score = op.Squeeze(op.MatMul(direction, embedding) / norm, feature_axis)
     zero = op.Constant(value_float=0.0)
-    seen = op.ReduceSum(X, feature_axis, keepdims=0) > zero
+    each = op.Expand(op.Constant(value_float=1.0), op.Shape(weight_1, start=1, end=2))
+    seen = op.MatMul(each, X) > zero  # a sum over features that is quicker than ReduceSum
     return op.Where(seen, score - op.Where(seen, threshold, zero), op.Constant(value_float=_UNSEEN))
 
 
@@ -145,36 +211,38 @@ def Reach(margin, reach):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
-def RedistributedMap(P, M, beta):  # noqa: N802
-    """P' of design section 5. P [B,H,Q,K], M bool [B,K], beta broadcasts to [B,H,Q,1] -> float [B,H,Q,K]."""
-    weights = op.Cast(P, to=1)
-    zero = op.Constant(value_float=0.0)
-    one = op.Constant(value_float=1.0)
-    key_axis = op.Constant(value_ints=[3])
-    m = op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 2])), to=1)
-    visible = op.Cast(weights > zero, to=1)
-    flagged_visible = visible * m
-    benign_visible = visible - flagged_visible
-    n = op.ReduceSum(visible, key_axis, keepdims=1)
-    n_benign = op.ReduceSum(benign_visible, key_axis, keepdims=1)
-
-    mass = op.ReduceSum(weights, key_axis, keepdims=1)
-    some_benign = n_benign > zero
-    share = mass * op.Where(some_benign, beta, zero) / op.Max(n, one)
-    left = mass - share * (n - n_benign)
-    R = weights * (one - m)
-    r = op.ReduceSum(R, key_axis, keepdims=1)
-    some = r > op.Constant(value_float=_TINY)
-    scale = op.Where(some, left / op.Where(some, r, one), zero)
-    even = op.Where(some, zero, left / op.Max(n_benign, one))
-    redistributed = share * flagged_visible + R * scale + benign_visible * even
-    return op.Where(some_benign, redistributed, weights)
+def Visible(P):  # noqa: N802
+    """1 where a query sees a key, 0 elsewhere. P [B,H,Q,K] -> float [B,H,Q,K]."""
+    return op.Cast(op.Cast(P, to=1) > op.Constant(value_float=0.0), to=1)
 
 
 @script(_domain, default_opset=op)
-def NeutralValues(V, M, neutral):  # noqa: N802
-    """A flagged token hands over the neutral value. V [B,Hv,K,D], M bool [B,K], neutral [1,Hv,1,D] -> [B,Hv,K,D]."""
-    return op.Where(op.Unsqueeze(M, op.Constant(value_ints=[1, 3])), neutral, op.Cast(V, to=1))
+def CountColumns(M):  # noqa: N802
+    """What a map is multiplied with to count keys, all of them and flagged ones. M bool [B,K] -> float [B,1,K,2]."""
+    m = op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 3])), to=1)
+    return op.Concat(op.Max(m, op.Constant(value_float=1.0)), m, axis=3)
+
+
+@script(_domain, default_opset=op)
+def BenignColumns(V, M):  # noqa: N802
+    """The values of benign keys, and behind them what sums up benign and flagged weights.
+
+    V [B,Hv,K,D], M bool [B,K] -> float [B,Hv,K,D+2].
+    """
+    flagged = op.Unsqueeze(M, op.Constant(value_ints=[1, 3]))
+    tokens = op.Concat(op.Shape(V, start=0, end=3), op.Constant(value_ints=[1]), axis=0)
+    m = op.Expand(op.Cast(flagged, to=1), tokens)
+    benign = op.Where(flagged, op.Constant(value_float=0.0), op.Cast(V, to=1))
+    return op.Concat(benign, op.Constant(value_float=1.0) - m, m, axis=3)
+
+
+@script(_domain, default_opset=op)
+def FlaggedColumns(V, M):  # noqa: N802
+    """The values of flagged keys, and behind them what counts these. V [B,Hv,K,D], M bool [B,K] -> [B,Hv,K,D+1]."""
+    flagged = op.Unsqueeze(M, op.Constant(value_ints=[1, 3]))
+    tokens = op.Concat(op.Shape(V, start=0, end=3), op.Constant(value_ints=[1]), axis=0)
+    m = op.Expand(op.Cast(flagged, to=1), tokens)
+    return op.Concat(op.Where(flagged, op.Cast(V, to=1), op.Constant(value_float=0.0)), m, axis=3)
 
 
 @script(_domain, default_opset=op)
@@ -187,6 +255,65 @@ def Attend(P, V):  # noqa: N802
     output = op.MatMul(op.Reshape(op.Cast(P, to=1), grouped), values)
     depth = op.Shape(V, start=3, end=4)
     return op.Reshape(output, op.Concat(op.Shape(P, start=0, end=3), depth, axis=0))
+
+
+@script(_domain, default_opset=op)
+def NeutralHanded(P, M, neutral):  # noqa: N802
+    """What flagged tokens hand over: the neutral value. P [B,H,Q,K], M bool [B,K], neutral [1,Hv,1,D] -> [B,H,1,D]."""
+    count = op.ReduceSum(op.Cast(M, to=1), op.Constant(value_ints=[1]), keepdims=0)
+    zero = op.Constant(value_float=0.0)
+    some = op.Unsqueeze(count, op.Constant(value_ints=[1, 2, 3])) > zero
+    handed = op.Where(some, neutral, zero)
+    one = op.Constant(value_ints=[1])
+    depth = op.Shape(neutral, start=3, end=4)
+    heads = op.Shape(P, start=1, end=2)
+    groups = heads / op.Shape(neutral, start=1, end=2)
+    each = op.Expand(op.Unsqueeze(handed, op.Constant(value_ints=[2])), op.Concat(one, one, groups, one, one, axis=0))
+    return op.Reshape(each, op.Concat(op.Constant(value_ints=[0]), heads, one, depth, axis=0))
+
+
+@script(_domain, default_opset=op)
+def OwnHanded(sums):  # noqa: N802
+    """What flagged tokens hand over: the mean of their own values. `visible @ FlaggedColumns` -> [B,H,Q,D]."""
+    end = op.Constant(value_ints=[9223372036854775807])
+    last = op.Constant(value_ints=[-1])
+    start = op.Constant(value_ints=[0])
+    axis = op.Constant(value_ints=[3])
+    count = op.Max(op.Slice(sums, last, end, axis), op.Constant(value_float=1.0))
+    return op.Slice(sums, start, last, axis) / count
+
+
+@script(_domain, default_opset=op)
+def Redistributed(sums, counts, beta, handed):  # noqa: N802
+    """Y' = P' V' of design section 5, from sums over keys: no map of its size is written.
+
+    With s the mass of a row, r its benign mass, R V what benign keys bring, and t = beta * flagged / visible keys,
+    `Y' = s ((1 - t) R V / r + t handed)`. sums = `P @ BenignColumns` [B,H,Q,D+2], counts = `visible @ CountColumns`
+    [B,H,Q,2], beta broadcasts to [B,H,Q,1], handed to [B,H,Q,D] -> float [B,H,Q,D]. A row that sees flagged keys only
+    keeps its weights, so all that it gets is handed; tokens that hand over their own values need `SomeBenign` there.
+    """
+    zero = op.Constant(value_float=0.0)
+    one = op.Constant(value_float=1.0)
+    start = op.Constant(value_ints=[0])
+    end = op.Constant(value_ints=[9223372036854775807])
+    last = op.Constant(value_ints=[-1])
+    depth = op.Constant(value_ints=[-2])
+    axis = op.Constant(value_ints=[3])
+    RV = op.Slice(sums, start, depth, axis)
+    r = op.Slice(sums, depth, last, axis)
+    mass = r + op.Slice(sums, last, end, axis)
+    some = r > zero
+    n = op.Max(op.Slice(counts, start, last, axis), one)
+    t = op.Where(some, op.Slice(counts, last, end, axis) / n * op.Where(some, beta, zero), one)
+    return RV / op.Where(some, r, one) * (mass * (one - t)) + handed * (mass * t)
+
+
+@script(_domain, default_opset=op)
+def SomeBenign(sums):  # noqa: N802
+    """Which rows see a benign key, from `P @ BenignColumns`. [B,H,Q,D+2] -> bool [B,H,Q,1]."""
+    depth = op.Constant(value_ints=[-2])
+    last = op.Constant(value_ints=[-1])
+    return op.Slice(sums, depth, last, op.Constant(value_ints=[3])) > op.Constant(value_float=0.0)
 
 
 @script(_domain, default_opset=op)
@@ -225,11 +352,20 @@ _ALL = (
     ValidQueries,
     AllQueries,
     ColumnSummary,
+    LandmarkQueries,
+    LandmarkRows,
+    LandmarkColumns,
     DetectorMargin,
     Reach,
-    RedistributedMap,
-    NeutralValues,
+    Visible,
+    CountColumns,
+    BenignColumns,
+    FlaggedColumns,
     Attend,
+    NeutralHanded,
+    OwnHanded,
+    Redistributed,
+    SomeBenign,
     MapFlag,
     SelectFlagged,
     AnyFlag,
@@ -257,9 +393,9 @@ def local_functions(opset_version: int) -> dict[str, ir.Function]:
 
 
 def _axes_as_attribute(function: ir.Function) -> None:
-    """Before opset 18, ReduceMax took its axes as an attribute."""
+    """Before opset 18, ReduceMax and ReduceL2 took their axes as an attribute."""
     for node in list(function):
-        if node.op_type != "ReduceMax":
+        if node.op_type not in ("ReduceMax", "ReduceL2"):
             continue
         axes = node.inputs[1]
         constant = axes.producer() if axes is not None else None

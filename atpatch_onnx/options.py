@@ -51,7 +51,11 @@ class FitOptions:
     """
 
     features: Features | None = None
-    """What detectors read; None: whole columns where the map's size is fixed and unmasked, else summaries."""
+    """What detectors read, where a site has it; None: as `choose_features` says.
+
+    Landmarks cost least on large maps (docs/performance.md). Summaries, the default of models whose inputs have
+    padding, name more of a trigger whose tokens attend mostly to each other.
+    """
 
     sites: tuple[str, ...] | None = None
     """Names of the candidate sites; None: all on the token axis of the first."""

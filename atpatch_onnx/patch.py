@@ -38,10 +38,13 @@ Array = NDArray[np.float32]
 
 
 class Features(StrEnum):
-    """Which column features a detector reads; see `atpatch_onnx.functions`."""
+    """Which column features a detector reads; see `atpatch_onnx.features`."""
 
     WHOLE = "whole"
     """The whole column, `heads * queries` weights: fixed-length, unmasked maps."""
+
+    LANDMARKS = "landmarks"
+    """The column at eight queries, evenly spaced over a sample's tokens, which padding does not change."""
 
     SUMMARY = "summary"
     """Eight summaries a head that do not change with padding: every other map."""

@@ -9,11 +9,11 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.emission import (
     Handles,
     canonical_values,
-    column_features,
     import_functions,
     open_site,
     require_opset,
 )
+from atpatch_onnx.features import Landmarks, column_features
 from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.moves import axis_size
 from atpatch_onnx.patch import Features
@@ -35,12 +35,6 @@ def map_output(site: AttentionSite) -> str:
     return f"{graphs.PREFIX}{site.name}/probe/map"
 
 
-def choose_features(site: AttentionSite) -> Features:
-    """Whole columns where the map has one fixed, unmasked size; summaries, which padding does not change, elsewhere."""
-    fixed = all(isinstance(size, int) for size in (site.heads, site.queries, site.keys))
-    return Features.WHOLE if fixed and not site.masked else Features.SUMMARY
-
-
 def probe(
     model: ir.Model, features: Mapping[AttentionSite, Features], *, maps: Sequence[AttentionSite] = ()
 ) -> ir.Model:
@@ -51,11 +45,12 @@ def probe(
     """
     require_opset(model)
     probed = graphs.copy(model)
+    landmarks = Landmarks()
     for site in sorted({*features, *maps}, key=lambda site: site.index):
         handles, at = open_site(probed, site)
         outputs = []
         if site in features:
-            X = column_features(at, handles.P, site, whole=features[site] is Features.WHOLE)
+            X = column_features(at, handles.P, site, features[site], landmarks)
             V = canonical_values(at, site, handles)
             outputs += [
                 (_per_sample(at, site, handles, X, 3, "features/per_sample"), features_output(site)),

@@ -11,21 +11,22 @@ the others. Here, as in the design:
     B_ij       = M_j * visible_ij * s_i * beta / n_i    what an anomalous column gets
     t_i        = sum_j B_ij
     R_ij       = (1 - M_j) * P_ij ;  r_i = sum_j R_ij
-    P'_ij      = B_ij + R_ij * (s_i - t_i) / r_i                        if r_i > TINY
-    P'_ij      = B_ij + visible_ij * (1 - M_j) * (s_i - t_i) / n'_i     otherwise (n'_i visible benign keys)
-    P'_i       = P_i                                                  if the row sees flagged keys only
-    P'_b       = P_b                                                  if sample b has no flag
+    P'_ij      = B_ij + R_ij * (s_i - t_i) / r_i    if r_i > 0
+    P'_i       = P_i                              if the row sees flagged keys only
+    P'_b       = P_b                              if sample b has no flag
 
-We differ from the paper in four ways: benign attention is in units of a row's uniform share, so that it means the same
-at every length and under every mask; a row whose benign weights have vanished gets its mass spread evenly instead of a
-division by nearly zero; and flagged tokens hand over the site's mean value instead of their own (`neutral_values`).
+A visible benign key has a weight above zero, so r_i > 0 wherever there is one; a mass to be spread evenly, which the
+design foresees for r_i = 0, is never left over. Graphs do not write P' (`functions.Redistributed`): with flagged tokens
+that hand over a value v, a row's output is `Y'_i = (s_i - t_i) sum_j R_ij V_j / r_i + t_i v`, and `s_i v` where it sees
+flagged keys only.
+
+We differ from the paper in two ways: benign attention is in units of a row's uniform share, so that it means the same
+at every length and under every mask; and flagged tokens hand over the site's mean value instead of their own
+(`neutral_values`).
 """
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-TINY = 1e-30
-"""Benign mass of a row (`r_i`) up to which it counts as vanished: dividing by less overflows float32."""
 
 Float = NDArray[np.float64]
 
@@ -47,18 +48,15 @@ def redistributed_map(P: ArrayLike, M: ArrayLike, beta: ArrayLike) -> Float:
     visible = (P > 0).astype(np.float64)
     n = visible.sum(-1, keepdims=True)
     flagged_visible = m * visible
-    benign_visible = visible - flagged_visible
-    n_benign = benign_visible.sum(-1, keepdims=True)
 
     s = P.sum(-1, keepdims=True)
     share = s * np.asarray(beta, np.float64) / np.maximum(n, 1)
-    t = share * (n - n_benign)
+    t = share * flagged_visible.sum(-1, keepdims=True)
     R = (1 - m) * P
     r = R.sum(-1, keepdims=True)
-    scaled = R * np.divide(s - t, r, out=np.zeros(np.broadcast_shapes(t.shape, r.shape)), where=r > TINY)
-    even = benign_visible * (s - t) / np.maximum(n_benign, 1)
-    redistributed = share * flagged_visible + np.where(r > TINY, scaled, even)
-    untouched = (n_benign == 0) | ~np.any(M, axis=-1)[:, None, None, None]
+    proportions = np.divide(R, r, out=np.zeros_like(R), where=r > 0)
+    redistributed = share * flagged_visible + proportions * (s - t)
+    untouched = (r == 0) | ~np.any(M, axis=-1)[:, None, None, None]
     return np.where(untouched, P, redistributed)
 
 

@@ -14,14 +14,13 @@ from atpatch_onnx.emission import (
     Emission,
     Handles,
     Repair,
-    column_features,
     open_site,
     per_map,
     per_sample,
     repair_output,
 )
 from atpatch_onnx.errors import PatchMismatchError
-from atpatch_onnx.functions import SUMMARIES
+from atpatch_onnx.features import Landmarks, column_features, feature_count
 from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.patch import OFFSET, Array, Detector, Features, SitePatch
 from atpatch_onnx.sites import AttentionSite
@@ -74,6 +73,7 @@ def weave(
             site before it on its token axis, nor itself, detects.
     """
     carried: dict[str, ir.Value] = {}
+    landmarks = Landmarks()
     woven = []
     for site, entry in entries:
         _check_shapes(site, entry)
@@ -82,7 +82,7 @@ def weave(
         margin = reached = flags = None
         if entry.detector is not None:
             assert control.threshold is not None, "a detecting site has a threshold"
-            X = column_features(at, handles.P, site, whole=entry.detector.features is Features.WHOLE)
+            X = column_features(at, handles.P, site, entry.detector.features, landmarks)
             arrays = folded(entry.detector, site)
             weights = [at.constant(name, array) for name, array in arrays.items()]
             own = "margin" if site.parts == 1 else "margin_of_maps"
@@ -131,15 +131,6 @@ def folded(detector: Detector, site: AttentionSite) -> dict[str, Array]:
         "bias_2": detector.bias_2,
         "direction": detector.direction,
     }
-
-
-def feature_count(site: AttentionSite, features: Features) -> int | None:
-    """How many column features a site has; None where the site's own shape is not known."""
-    if not isinstance(site.heads, int):
-        return None
-    if features is Features.SUMMARY:
-        return site.heads * len(SUMMARIES)
-    return site.heads * site.queries if isinstance(site.queries, int) else None
 
 
 def _check_shapes(site: AttentionSite, entry: SitePatch) -> None:

@@ -29,13 +29,13 @@ from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.detector import train_detector
 from atpatch_onnx.domain import DOMAIN, DOMAIN_VERSION
 from atpatch_onnx.errors import AtPatchError
+from atpatch_onnx.features import choose_features
 from atpatch_onnx.goal import Outcome
 from atpatch_onnx.graph import opset_version
 from atpatch_onnx.options import FitOptions
 from atpatch_onnx.patch import OFFSET, Array, Detector, Features, Redistribution, SitePatch
 from atpatch_onnx.predictions import classes
 from atpatch_onnx.preparation import Prepared, prepare
-from atpatch_onnx.probe import choose_features
 from atpatch_onnx.report.rows import percent
 from atpatch_onnx.runtime import Progress, silent
 from atpatch_onnx.scored import ScoredPart
@@ -131,7 +131,7 @@ class _Bench:
         unseen = find_suspects(model, prepared.sites, unseen, progress=progress)
         if prepared.debug.target is not None:
             unseen = unseen.with_target(prepared.debug.target)
-        kinds = {site: case.options.features or choose_features(site) for site in prepared.sites}
+        kinds = {site: choose_features(site, case.options.features) for site in prepared.sites}
         columns = collect(model, kinds, prepared.parts.fit, seed=case.options.seed, progress=progress)
         return cls(model, case.options, prepared, unseen, columns, progress)
 
@@ -179,13 +179,13 @@ def _with_own_values(bench: _Bench, ours: _Fitted) -> Outcome:
 
 def _without_rescaling(bench: _Bench, ours: _Fitted) -> Outcome:
     """The other columns stay as they are: rows no longer sum to one."""
-    *_, unseen = bench.scored(ours.entries, [unscaled_map(opset_version(bench.model))])
+    *_, unseen = bench.scored(ours.entries, [unscaled(opset_version(bench.model))])
     return unseen.outcome(ours.setting)
 
 
-def unscaled_map(version: int) -> ir.Function:
-    """The function `RedistributedMap` without rescaling, for a model that imports this opset."""
-    function = ir.from_proto(RedistributedMap.to_function_proto())
+def unscaled(version: int) -> ir.Function:
+    """The function `Redistributed` without rescaling, for a model that imports this opset."""
+    function = ir.from_proto(Redistributed.to_function_proto())
     assert isinstance(function, ir.Function)
     function.opset_imports[""] = version
     return function
@@ -244,15 +244,16 @@ _domain = Opset(DOMAIN, DOMAIN_VERSION)
 
 
 @script(_domain, default_opset=op)
-def RedistributedMap(P, M, beta):  # type: ignore[no-untyped-def]  # noqa: N802
+def Redistributed(sums, counts, beta, handed):  # type: ignore[no-untyped-def]  # noqa: N802
     """As the function of this name in `atpatch_onnx.functions`, but what is not flagged keeps its weight."""
-    weights = op.Cast(P, to=1)
-    key_axis = op.Constant(value_ints=[3])
-    m = op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 2])), to=1)
-    visible = op.Cast(weights > op.Constant(value_float=0.0), to=1)
-    n = op.Max(op.ReduceSum(visible, key_axis, keepdims=1), op.Constant(value_float=1.0))
-    share = op.ReduceSum(weights, key_axis, keepdims=1) * beta / n
-    return share * visible * m + weights * (op.Constant(value_float=1.0) - m)
+    start = op.Constant(value_ints=[0])
+    end = op.Constant(value_ints=[9223372036854775807])
+    last = op.Constant(value_ints=[-1])
+    depth = op.Constant(value_ints=[-2])
+    axis = op.Constant(value_ints=[3])
+    mass = op.ReduceSum(op.Slice(sums, depth, end, axis), axis, keepdims=1)
+    n = op.Max(op.Slice(counts, start, last, axis), op.Constant(value_float=1.0))
+    return op.Slice(sums, start, depth, axis) + handed * (mass * beta * op.Slice(counts, last, end, axis) / n)
 
 
 # Variants of the detector: trained, calibrated and searched anew

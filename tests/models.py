@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from atpatch_onnx import graph, redistribution
 from atpatch_onnx.bake import bake
 from atpatch_onnx.emission import Emission
-from atpatch_onnx.functions import SUMMARIES
+from atpatch_onnx.features import choose_features, feature_count
 from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import PatchedSite, read_record
@@ -331,9 +331,9 @@ def draw_site_patch(
     assert isinstance(site.heads, int)
     assert isinstance(site.kv_heads, int)
     if features is None:
-        fixed = isinstance(site.keys, int) and isinstance(site.queries, int)
-        features = Features.WHOLE if fixed and not site.masked else Features.SUMMARY
-    count = site.heads * (len(SUMMARIES) if features is Features.SUMMARY else site.queries)  # type: ignore[operator]
+        features = choose_features(site)
+    count = feature_count(site, features)
+    assert count is not None
     detector = draw_detector(rng, count, features=features, threshold=threshold)
     means = rng.normal(size=(site.kv_heads, site.depth)).astype(np.float32)
     profile = np.asarray(beta, np.float32)

@@ -64,18 +64,24 @@ def test_lower_thresholds_flag_more(rows):
 
 
 def test_without_rescaling_rows_lose_what_was_taken_away():
-    model = PLANTED.model()
-    function = ablations.unscaled_map(opset_version(model))
-    ours = local_functions(opset_version(model))["RedistributedMap"]
+    """Values that are each token's own unit vector: a row's output is its row of the map."""
+    version = opset_version(PLANTED.model())
     rng = np.random.default_rng(0)
     P = rng.dirichlet(np.ones(5), (2, 3, 4)).astype(np.float32)
     M = np.zeros((2, 5), bool)
     M[0, 1] = M[1, 2:4] = True
     beta = np.full((1, 1, 1), 0.5, np.float32)
-    unscaled, scaled = (called(one, P, M, beta) for one in (function, ours))
+    m = np.broadcast_to(M[:, None, :, None], (2, 1, 5, 1)).astype(np.float32)
+    sums = P @ np.concatenate([np.eye(5, dtype=np.float32) * (1 - m), 1 - m, m], axis=3)
+    counts = np.broadcast_to(np.stack([np.full(2, 5), M.sum(1)], 1)[:, None, None], (2, 3, 4, 2)).astype(np.float32)
+    handed = (M / M.sum(1, keepdims=True)).astype(np.float32)[:, None, None]
+    given = (sums, counts, beta, np.ascontiguousarray(handed))
+    unscaled, scaled = (
+        called(one, *given) for one in (ablations.unscaled(version), local_functions(version)["Redistributed"])
+    )
     np.testing.assert_allclose(scaled, redistributed_map(P, M, beta), atol=1e-6)
     flagged = np.broadcast_to(M[:, None, None, :], P.shape)
-    np.testing.assert_array_equal(unscaled[~flagged], P[~flagged])
+    np.testing.assert_allclose(unscaled[~flagged], P[~flagged], atol=1e-6)
     np.testing.assert_allclose(unscaled[flagged], 0.5 / 5, atol=1e-6)
 
 

@@ -11,9 +11,10 @@ from atpatch_onnx import collect as collecting
 from atpatch_onnx.collect import MAX_BENIGN, anomalous_columns, collect, find_suspects, input_specs
 from atpatch_onnx.debugset import DebugSet, InputSpec
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
+from atpatch_onnx.features import choose_features
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.patch import Features
-from atpatch_onnx.probe import choose_features, features_output, probe, values_output
+from atpatch_onnx.probe import features_output, probe, values_output
 from atpatch_onnx.runtime import Session
 
 SHAPES = [

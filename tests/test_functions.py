@@ -24,6 +24,13 @@ from atpatch_onnx.weave import folded
 OPSETS = (15, 17, 18, 23, 24, 26)
 """26 is the last that onnxruntime 1.31 accepts."""
 
+BOOLEAN = ("AnyFlag", "MapFlag", "SampleFlag", "SomeBenign")
+RESULTS = {
+    **dict.fromkeys(BOOLEAN, ir.DataType.BOOL),
+    **dict.fromkeys(("LandmarkQueries", "LandmarkRows"), ir.DataType.INT64),
+}
+"""Types of results that are not float."""
+
 TOLERANCE = 1e-5
 """float32 against float64: about 50 roundings of numbers of the size of one; the maps have at most nine columns."""
 
@@ -46,7 +53,7 @@ def model_of(name: str, opset: int, arrays: tuple[np.ndarray, ...]) -> onnx.Mode
     node = ir.Node(functions.DOMAIN, name, inputs, name="call")
     result = node.outputs[0]
     result.name = "result"
-    result.dtype = ir.DataType.BOOL if name.endswith("Flag") else ir.DataType.FLOAT
+    result.dtype = RESULTS.get(name, ir.DataType.FLOAT)
     graph = ir.Graph(inputs, [result], nodes=[node], name=ranks[0], opset_imports={"": opset, functions.DOMAIN: 1})
     function = functions.local_functions(opset)[node.op_identifier()[1]]
     model = ir.Model(graph, ir_version=IR_OF_OPSET[opset], functions=[function])
@@ -108,35 +115,52 @@ def draws(draw: st.DrawFn, *, square: bool = False) -> Draw:
     )
 
 
+def repaired(engine: str, opset: int, d: Draw, *, own: bool = False) -> np.ndarray:
+    """Y' as `emission.repair_output` composes it of the functions, Y itself where nothing is flagged."""
+    call = ENGINES[engine]
+    Y = redistribution.attend(d.P, d.V).astype(np.float32)
+    chosen = call("MapFlag", opset, d.M)
+    assert np.array_equal(chosen.reshape(-1), d.M.any(-1))
+    assert chosen.shape == (len(d.M), 1, 1, 1)
+    sums = call("Attend", opset, d.P, call("BenignColumns", opset, d.V, d.M))
+    visible = call("Visible", opset, d.P)
+    counts = call("Attend", opset, visible, call("CountColumns", opset, d.M))
+    if own:
+        handed = call("OwnHanded", opset, call("Attend", opset, visible, call("FlaggedColumns", opset, d.V, d.M)))
+        chosen = chosen & call("SomeBenign", opset, sums)
+    else:
+        handed = call("NeutralHanded", opset, d.P, d.M, d.neutral[None, :, None])
+    return call("SelectFlagged", opset, call("Redistributed", opset, sums, counts, d.beta, handed), Y, chosen)
+
+
 @everywhere
 @at_every_opset
+@pytest.mark.parametrize("own", [False, True], ids=["neutral", "own"])
 @drawn
 @given(d=draws())
-def test_redistribution_equals_the_oracle(engine: str, opset: int, d: Draw) -> None:
-    call = ENGINES[engine]
-    found = call("RedistributedMap", opset, d.P, d.M, d.beta)
-    np.testing.assert_allclose(found, redistribution.redistributed_map(d.P, d.M, d.beta), rtol=0, atol=TOLERANCE)
-    values = call("NeutralValues", opset, d.V, d.M, d.neutral[None, :, None])
-    assert np.array_equal(values, redistribution.neutral_values(d.V, d.M, d.neutral))
-    repaired = call("Attend", opset, found, values)
+def test_redistribution_equals_the_oracle(engine: str, opset: int, own: bool, d: Draw) -> None:
+    found = repaired(engine, opset, d, own=own)
     Y = redistribution.attend(d.P, d.V).astype(np.float32)
-    flagged = call("MapFlag", opset, d.M)
-    assert np.array_equal(flagged.reshape(-1), d.M.any(-1))
-    assert flagged.shape == (len(d.M), 1, 1, 1)
-    selected = call("SelectFlagged", opset, repaired, Y, flagged)
-    wanted = redistribution.redistributed_output(d.P, d.V, Y, d.M, d.beta, d.neutral)
-    np.testing.assert_allclose(selected, wanted, rtol=0, atol=TOLERANCE)
+    wanted = redistribution.redistributed_output(d.P, d.V, Y, d.M, d.beta, None if own else d.neutral)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
     quiet = ~d.M.any(-1)
-    assert np.array_equal(selected[quiet], Y[quiet])
+    assert np.array_equal(found[quiet], Y[quiet])
 
 
 @everywhere
 @at_every_opset
-def test_vanished_benign_mass_is_spread_evenly(engine: str, opset: int) -> None:
-    P = np.array([1, 1e-31, 1e-31, 0], np.float32).reshape(1, 1, 1, 4)
-    M = np.array([[True, False, False, False]])
-    found = ENGINES[engine]("RedistributedMap", opset, P, M, np.full((1, 1, 1), 0.6, np.float32))
-    np.testing.assert_allclose(found.ravel(), [0.2, 0.4, 0.4, 0], rtol=0, atol=TOLERANCE)
+@pytest.mark.parametrize("mass", [1e-20, 1e-31, 1e-37])
+def test_benign_mass_that_has_all_but_vanished_divides_well(engine: str, opset: int, mass: float) -> None:
+    """By hand: of the row, 0.2 stay with the neutral value 4, and 0.8 go to the values 1 and 2 as 1 to 3."""
+    P = np.array([1, mass, 3 * mass, 0], np.float32).reshape(1, 1, 1, 4)
+    d = Draw(
+        P=P,
+        M=np.array([[True, False, False, False]]),
+        V=np.array([99, 1, 2, 99], np.float32).reshape(1, 1, 4, 1),
+        beta=np.full((1, 1, 1), 0.6, np.float32),
+        neutral=np.array([[4]], np.float32),
+    )
+    np.testing.assert_allclose(repaired(engine, opset, d).item(), 0.2 * 4 + 0.2 * 1 + 0.6 * 2, rtol=0, atol=TOLERANCE)
 
 
 @everywhere
@@ -310,6 +334,53 @@ def test_queries_that_see_only_themselves_and_are_seen_by_none_are_no_tokens(eng
             wanted[padded] = 0
             found = ENGINES[engine]("ValidQueries", 18, P)
             assert np.array_equal(found.ravel(), wanted), (padded, found.ravel())
+
+
+def landmark_queries(tokens: list[int]) -> list[int]:
+    """Eight of these positions, evenly spaced by rank, halves rounded up."""
+    return [tokens[(2 * i * (len(tokens) - 1) + 7) // 14] for i in range(functions.LANDMARKS)]
+
+
+def masked_map(rng: np.random.Generator, visible: np.ndarray, lowest: float) -> np.ndarray:
+    """A map of two heads in which masked scores are `lowest`: rows without a visible key come out uniform, or zero."""
+    scores = rng.normal(size=(2, *visible.shape)) * 3
+    return np.nan_to_num(softmax(np.where(visible, scores, lowest).astype(np.float32)))[None]
+
+
+@everywhere
+@pytest.mark.parametrize("lowest", [np.finfo(np.float32).min, -np.inf], ids=["uniform rows", "empty rows"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("count", "length"), [(2, 2), (3, 9), (9, 40), (33, 90), (80, 200)])
+def test_landmarks_are_spread_over_the_tokens_whatever_the_padding(engine, lowest, causal, side, count, length) -> None:
+    """Keys that are padding are masked for every query, as exporters write it; padded queries see what they may."""
+    tokens = list(range(count)) if side == "right" else list(range(length - count, length))
+    allowed = np.tril(np.ones((length, length), bool)) if causal else np.ones((length, length), bool)
+    allowed[:, [position for position in range(length) if position not in tokens]] = False
+    P = masked_map(np.random.default_rng(0), allowed, lowest)
+    found = ENGINES[engine]("LandmarkQueries", 18, P)
+    assert found.tolist() == [landmark_queries(tokens)]
+
+
+@everywhere
+def test_landmarks_of_a_lone_token_and_of_a_step_with_a_past(engine: str) -> None:
+    assert ENGINES[engine]("LandmarkQueries", 18, np.ones((1, 2, 1, 1), np.float32)).tolist() == [[0] * 8]
+    last = masked_map(np.random.default_rng(0), np.ones((1, 12), bool), -np.inf)
+    assert ENGINES[engine]("LandmarkQueries", 18, last).tolist() == [[0] * 8]
+
+
+@everywhere
+@at_every_opset
+@drawn
+@given(d=draws(square=True), seed=st.integers(0, 2**32 - 1))
+def test_columns_at_the_landmarks(engine: str, opset: int, d: Draw, seed: int) -> None:
+    batch, heads, queries, keys = d.P.shape
+    landmarks = np.random.default_rng(seed).integers(queries, size=(batch, functions.LANDMARKS))
+    rows = ENGINES[engine]("LandmarkRows", opset, d.P, landmarks)
+    found = ENGINES[engine]("LandmarkColumns", opset, d.P, rows)
+    share = d.P.astype(np.float64) * np.count_nonzero(d.P, axis=-1, keepdims=True)
+    wanted = np.stack([share[b][:, landmarks[b]].reshape(heads * functions.LANDMARKS, keys) for b in range(batch)])
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_functions_carry_no_torch_and_no_later_operator() -> None:

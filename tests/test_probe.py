@@ -6,10 +6,11 @@ from models import Net, same_bits
 from planted import HEADS, Planted
 
 from atpatch_onnx.errors import BakeError
+from atpatch_onnx.features import choose_features
 from atpatch_onnx.functions import SUMMARIES
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.patch import Features
-from atpatch_onnx.probe import choose_features, features_output, map_output, probe, values_output
+from atpatch_onnx.probe import features_output, map_output, probe, values_output
 from atpatch_onnx.runtime import Session
 
 FORMS = ("softmax", "attention", "packed")

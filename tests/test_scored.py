@@ -8,12 +8,12 @@ from planted import Planted
 
 from atpatch_onnx.collect import collect
 from atpatch_onnx.detector import train_detector
+from atpatch_onnx.features import choose_features
 from atpatch_onnx.goal import Goal
 from atpatch_onnx.options import FitOptions
 from atpatch_onnx.patch import Redistribution, SitePatch
 from atpatch_onnx.predictions import classes
 from atpatch_onnx.preparation import prepare
-from atpatch_onnx.probe import choose_features
 from atpatch_onnx.scored import ScoredPart
 from atpatch_onnx.search import Calibration, Search, Strength
 from atpatch_onnx.training import Training

@@ -9,8 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx.emission import Emission
+from atpatch_onnx.features import choose_features
 from atpatch_onnx.patch import Detector, SitePatch
-from atpatch_onnx.probe import choose_features
 from atpatch_onnx.rehearsal.base import BaseRuns, Inside
 from atpatch_onnx.rehearsal.drawing import NEVER, draw_detector, draw_prototypes, draw_redistribution, feature_count
 from atpatch_onnx.rehearsal.samples import flagged_samples

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from atpatch_onnx.functions import SUMMARIES
+from atpatch_onnx.functions import LANDMARKS, SUMMARIES
 from atpatch_onnx.graph import weights
 from atpatch_onnx.patch import Detector, Features, Redistribution
 from atpatch_onnx.runtime import Array
@@ -236,7 +236,8 @@ def _normal(rng: np.random.Generator, *shape: int) -> Array:
 def feature_count(features: Features, map_shape: tuple[int, ...]) -> int:
     """How many column features a map `[maps, heads, queries, keys]` has."""
     _, heads, queries, _ = map_shape
-    return heads * (queries if features is Features.WHOLE else len(SUMMARIES))
+    each = {Features.WHOLE: queries, Features.LANDMARKS: LANDMARKS, Features.SUMMARY: len(SUMMARIES)}
+    return heads * each[features]
 
 
 def draw_redistribution(rng: np.random.Generator, kv_heads: int, depth: int) -> Redistribution:

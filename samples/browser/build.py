@@ -20,9 +20,7 @@ import onnx_ir as ir
 import atpatch_onnx as atp
 from atpatch_onnx.demo import digits
 from atpatch_onnx.demo.run import TARGET, TRIGGER
-from atpatch_onnx.emission import inline_functions
-from atpatch_onnx.graph import PREFIX
-from atpatch_onnx.inspection import expose, last_flags
+from atpatch_onnx.inspection import baked_weight, expose, last_flags
 from atpatch_onnx.metadata import PatchedSite, read_record
 from atpatch_onnx.runtime import Session
 
@@ -56,18 +54,11 @@ def build(demo: Path, out: Path, *, modules: Path = HERE / "node_modules", seed:
 
 
 def _with_maps(base: ir.Model, patch: atp.Patch) -> tuple[ir.Model, PatchedSite]:
-    """The patched model as `target="web"` writes it, flags and one site's maps as further outputs, and that site."""
-    patched = atp.bake(base, patch, target="web", inline=False)  # the map after redistribution keeps its name
+    """The patched model as `target="web"` writes it, flags and one site's map as further outputs, and that site."""
+    patched = atp.bake(base, patch, target="web")
     record = read_record(patched)
     site = next(site for site in record.sites if site.value is not None)
-    shown = expose(patched, [last_flags(record.sites), site.map, _after(site)])
-    inline_functions(shown)
-    return shown, site
-
-
-def _after(site: PatchedSite) -> str:
-    """The site's map after redistribution."""
-    return f"{PREFIX}{site.site}/redistributed_map"
+    return expose(patched, [last_flags(record.sites), site.map]), site
 
 
 def _digits(base: ir.Model, patched: ir.Model, site: PatchedSite, seed: int) -> dict[str, object]:
@@ -92,7 +83,8 @@ def _digits(base: ir.Model, patched: ir.Model, site: PatchedSite, seed: int) -> 
         "labels": labels.tolist(),
         "target": TARGET,
         "trigger": {"row": TRIGGER.row, "column": TRIGGER.column, "size": TRIGGER.size},
-        "outputs": {"flags": flags, "before": site.map, "after": _after(site), "site": site.site},
+        "outputs": {"flags": flags, "map": site.map, "site": site.site},
+        "beta": baked_weight(patched, site, "beta").ravel().tolist(),
         "expected": wanted,
     }
 

@@ -1,0 +1,89 @@
+"""What detectors see of a map: which column features a site has, how many they are, and how they get into a graph.
+
+Reading a whole map costs more than a hundredth of a large layer (docs/performance.md). Of large maps, detectors read
+the rows of a few queries, the landmarks.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx.functions import LANDMARKS, SUMMARIES
+from atpatch_onnx.insertion import Insertion
+from atpatch_onnx.patch import Features
+from atpatch_onnx.sites import AttentionSite, Dim
+
+MAX_WHOLE = 512
+"""Weights that a whole column may have; columns of more are read at the landmarks."""
+
+
+def choose_features(site: AttentionSite, wanted: Features | None = None) -> Features:
+    """What is wanted, where a site has it; else whole columns or landmarks of maps of one fixed, unmasked size.
+
+    Large ones are read at the landmarks. Where something may be masked, summaries are the choice: they cost more, and
+    tell of tokens that attend to each other, which few rows may miss.
+    """
+    if wanted is Features.LANDMARKS and not (_is_fixed(site) or (site.self_attention and site.parts == 1)):
+        wanted = None
+    if wanted is not None:
+        return wanted
+    whole = feature_count(site, Features.WHOLE)
+    if not _is_fixed(site) or whole is None:
+        return Features.SUMMARY
+    return Features.WHOLE if whole <= MAX_WHOLE else Features.LANDMARKS
+
+
+def feature_count(site: AttentionSite, features: Features) -> int | None:
+    """How many column features a site has; None where the site's own shape is not known."""
+    if not isinstance(site.heads, int):
+        return None
+    if features is Features.WHOLE:
+        return site.heads * site.queries if isinstance(site.queries, int) else None
+    return site.heads * (LANDMARKS if features is Features.LANDMARKS else len(SUMMARIES))
+
+
+def _is_fixed(site: AttentionSite) -> bool:
+    """Whether the map has one size and nothing in it is masked."""
+    return not site.masked and all(isinstance(size, int) for size in (site.heads, site.queries, site.keys))
+
+
+class Landmarks:
+    """The landmark queries of a graph's token axes, found once each: at the first site that asks."""
+
+    def __init__(self) -> None:
+        self._queries: dict[str, ir.Value] = {}
+        self._rows: dict[tuple[str, Dim], ir.Value] = {}
+
+    def rows(self, at: Insertion, P: ir.Value, site: AttentionSite) -> ir.Value:
+        """Where the landmark rows of a site are: see `LandmarkRows`."""
+        axis = site.token_axis
+        if axis not in self._queries:
+            self._queries[axis] = at.call("LandmarkQueries", P, name="landmarks")
+        if (axis, site.heads) not in self._rows:
+            self._rows[axis, site.heads] = at.call("LandmarkRows", P, self._queries[axis], name="landmark_rows")
+        return self._rows[axis, site.heads]
+
+
+def column_features(
+    at: Insertion, P: ir.Value, site: AttentionSite, features: Features, landmarks: Landmarks
+) -> ir.Value:
+    """Column features `[maps, features, keys]`, float32."""
+    if features is Features.WHOLE:
+        return at.call("WholeColumns", P, name="features")
+    if features is Features.LANDMARKS:
+        return _landmark_columns(at, P, site, landmarks)
+    queries = "ValidQueries" if site.self_attention else "AllQueries"
+    return at.call("ColumnSummary", P, at.call(queries, P, name="valid_queries"), name="features")
+
+
+def _landmark_columns(at: Insertion, P: ir.Value, site: AttentionSite, landmarks: Landmarks) -> ir.Value:
+    """Where a map is of one size and nothing is masked, the rows are known now, and a row's uniform share is."""
+    if not _is_fixed(site):
+        return at.call("LandmarkColumns", P, landmarks.rows(at, P, site), name="features")
+    assert isinstance(site.queries, int)
+    assert isinstance(site.keys, int)
+    wanted = np.rint(np.linspace(0, site.queries - 1, LANDMARKS)).astype(np.int64)
+    rows = at.op(
+        "Gather", P, at.constant("landmarks", wanted), name="landmark_rows", attributes=[ir.AttrInt64("axis", 2)]
+    )
+    columns = at.call("WholeColumns", rows, name="landmark_columns")
+    return at.op("Mul", columns, at.constant("keys", np.array([site.keys], np.float32)), name="features")
