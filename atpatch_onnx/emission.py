@@ -245,20 +245,22 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
 
     def corrected(into: Insertion) -> ir.Value:
         V = canonical_values(into, site, handles)
-        benign = into.call("BenignColumns", V, repair.flags, name="benign_columns")
-        sums = into.call("Attend", handles.P, benign, name="benign_sums")
-        visible = into.call("Visible", handles.P, name="visible")
-        columns = into.call("CountColumns", repair.flags, name="count_columns")
-        counts = into.call("Attend", visible, columns, name="counts")
-        chosen = into.call("MapFlag", repair.flags, name="map_flag")
+        P, flags = handles.P, repair.flags
+        benign = into.call("Attend", P, into.call("BenignValues", V, flags, name="benign_values"), name="benign")
+        masses = into.call("Attend", P, into.call("MassColumns", flags, name="mass_columns"), name="masses")
+        visible = into.call("VisibleOfSoftmax" if _is_softmax(P) else "Visible", P, name="visible")
+        counts = into.call("Attend", visible, into.call("CountColumns", flags, name="count_columns"), name="counts")
+        chosen = into.call("MapFlag", flags, name="map_flag")
         if repair.neutral is not None:
-            handed = into.call("NeutralHanded", handles.P, repair.flags, repair.neutral, name="handed")
+            handed = into.call("NeutralHanded", P, flags, repair.neutral, name="handed")
         else:
-            flagged = into.call("FlaggedColumns", V, repair.flags, name="flagged_columns")
-            handed = into.call("OwnHanded", into.call("Attend", visible, flagged, name="flagged_sums"), name="handed")
-            rows = into.call("SomeBenign", sums, name="some_benign")
+            flagged = into.call("FlaggedValues", V, flags, name="flagged_values")
+            handed = into.call(
+                "OwnHanded", into.call("Attend", visible, flagged, name="flagged"), counts, name="handed"
+            )
+            rows = into.call("SomeBenign", masses, name="some_benign")
             chosen = into.op("And", rows, chosen, name="flagged_rows")
-        repaired = into.call("Redistributed", sums, counts, repair.beta, handed, name="repaired")
+        repaired = into.call("Redistributed", benign, masses, counts, repair.beta, handed, name="repaired")
         return _selected(into, site, repaired, Y, chosen)
 
     if emission is Emission.BRANCHLESS:
@@ -277,6 +279,12 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
             outputs[index] = result
     Y.name = f"{PREFIX}{site.name}/base"
     result.name = name
+
+
+def _is_softmax(P: ir.Value) -> bool:
+    """Whether no weight is above 1: the map comes out of a softmax as it is, not through a gate."""
+    node = P.producer()
+    return node is not None and (node.op_type == "Softmax" or (node.op_type == "Attention" and node.domain == ""))
 
 
 def _selected(at: Insertion, site: AttentionSite, repaired: ir.Value, Y: ir.Value, chosen: ir.Value) -> ir.Value:

@@ -24,6 +24,7 @@ LANDMARKS = 8
 """How many queries `LandmarkQueries` picks."""
 
 _domain = Opset(DOMAIN, DOMAIN_VERSION)
+_TINY = 1e-30
 _UNSEEN = -8.0
 
 
@@ -217,32 +218,37 @@ def Visible(P):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
+def VisibleOfSoftmax(P):  # noqa: N802
+    """As `Visible` where no weight is above 1, in a third of the time. P [B,H,Q,K] -> float [B,H,Q,K]."""
+    return op.Ceil(op.Cast(P, to=1))
+
+
+@script(_domain, default_opset=op)
 def CountColumns(M):  # noqa: N802
-    """What a map is multiplied with to count keys, all of them and flagged ones. M bool [B,K] -> float [B,1,K,2]."""
+    """What `Visible` is multiplied with to count keys, all of them and flagged ones. M bool [B,K] -> float [B,1,K,2]."""
     m = op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 3])), to=1)
     return op.Concat(op.Max(m, op.Constant(value_float=1.0)), m, axis=3)
 
 
 @script(_domain, default_opset=op)
-def BenignColumns(V, M):  # noqa: N802
-    """The values of benign keys, and behind them what sums up benign and flagged weights.
-
-    V [B,Hv,K,D], M bool [B,K] -> float [B,Hv,K,D+2].
-    """
-    flagged = op.Unsqueeze(M, op.Constant(value_ints=[1, 3]))
-    tokens = op.Concat(op.Shape(V, start=0, end=3), op.Constant(value_ints=[1]), axis=0)
-    m = op.Expand(op.Cast(flagged, to=1), tokens)
-    benign = op.Where(flagged, op.Constant(value_float=0.0), op.Cast(V, to=1))
-    return op.Concat(benign, op.Constant(value_float=1.0) - m, m, axis=3)
+def MassColumns(M):  # noqa: N802
+    """What a map is multiplied with to sum weights, all of them and benign ones. M bool [B,K] -> float [B,1,K,2]."""
+    m = op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 3])), to=1)
+    one = op.Constant(value_float=1.0)
+    return op.Concat(op.Max(m, one), one - m, axis=3)
 
 
 @script(_domain, default_opset=op)
-def FlaggedColumns(V, M):  # noqa: N802
-    """The values of flagged keys, and behind them what counts these. V [B,Hv,K,D], M bool [B,K] -> [B,Hv,K,D+1]."""
-    flagged = op.Unsqueeze(M, op.Constant(value_ints=[1, 3]))
-    tokens = op.Concat(op.Shape(V, start=0, end=3), op.Constant(value_ints=[1]), axis=0)
-    m = op.Expand(op.Cast(flagged, to=1), tokens)
-    return op.Concat(op.Where(flagged, op.Cast(V, to=1), op.Constant(value_float=0.0)), m, axis=3)
+def BenignValues(V, M):  # noqa: N802
+    """The values of benign keys, zero for the others. V [B,Hv,K,D], M bool [B,K] -> float [B,Hv,K,D]."""
+    m = op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 3])), to=1)
+    return op.Cast(V, to=1) * (op.Constant(value_float=1.0) - m)
+
+
+@script(_domain, default_opset=op)
+def FlaggedValues(V, M):  # noqa: N802
+    """The values of flagged keys, zero for the others. V [B,Hv,K,D], M bool [B,K] -> float [B,Hv,K,D]."""
+    return op.Cast(V, to=1) * op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 3])), to=1)
 
 
 @script(_domain, default_opset=op)
@@ -273,47 +279,46 @@ def NeutralHanded(P, M, neutral):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
-def OwnHanded(sums):  # noqa: N802
-    """What flagged tokens hand over: the mean of their own values. `visible @ FlaggedColumns` -> [B,H,Q,D]."""
+def OwnHanded(flagged, counts):  # noqa: N802
+    """What flagged tokens hand over: the mean of their own values.
+
+    flagged = `Visible @ FlaggedValues` [B,H,Q,D], counts = `Visible @ CountColumns` [B,H,Q,2] -> [B,H,Q,D].
+    """
     end = op.Constant(value_ints=[9223372036854775807])
-    last = op.Constant(value_ints=[-1])
-    start = op.Constant(value_ints=[0])
-    axis = op.Constant(value_ints=[3])
-    count = op.Max(op.Slice(sums, last, end, axis), op.Constant(value_float=1.0))
-    return op.Slice(sums, start, last, axis) / count
+    count = op.Slice(counts, op.Constant(value_ints=[-1]), end, op.Constant(value_ints=[3]))
+    return flagged / op.Max(count, op.Constant(value_float=1.0))
 
 
 @script(_domain, default_opset=op)
-def Redistributed(sums, counts, beta, handed):  # noqa: N802
+def Redistributed(benign, masses, counts, beta, handed):  # noqa: N802
     """Y' = P' V' of design section 5, from sums over keys: no map of its size is written.
 
     With s the mass of a row, r its benign mass, R V what benign keys bring, and t = beta * flagged / visible keys,
-    `Y' = s ((1 - t) R V / r + t handed)`. sums = `P @ BenignColumns` [B,H,Q,D+2], counts = `visible @ CountColumns`
-    [B,H,Q,2], beta broadcasts to [B,H,Q,1], handed to [B,H,Q,D] -> float [B,H,Q,D]. A row that sees flagged keys only
-    keeps its weights, so all that it gets is handed; tokens that hand over their own values need `SomeBenign` there.
+    `Y' = s ((1 - t) R V / r + t handed)`. benign = `P @ BenignValues` [B,H,Q,D], masses = `P @ MassColumns` [B,H,Q,2],
+    counts = `Visible @ CountColumns` [B,H,Q,2], beta broadcasts to [B,H,Q,1], handed to [B,H,Q,D] -> float [B,H,Q,D].
+    A row that sees flagged keys only keeps its weights, so all that it gets is handed; tokens that hand over their own
+    values need `SomeBenign` there.
     """
     zero = op.Constant(value_float=0.0)
     one = op.Constant(value_float=1.0)
     start = op.Constant(value_ints=[0])
-    end = op.Constant(value_ints=[9223372036854775807])
     last = op.Constant(value_ints=[-1])
-    depth = op.Constant(value_ints=[-2])
+    end = op.Constant(value_ints=[9223372036854775807])
     axis = op.Constant(value_ints=[3])
-    RV = op.Slice(sums, start, depth, axis)
-    r = op.Slice(sums, depth, last, axis)
-    mass = r + op.Slice(sums, last, end, axis)
-    some = r > zero
+    mass = op.Slice(masses, start, last, axis)
+    r = op.Slice(masses, last, end, axis)
+    some = r > op.Constant(value_float=_TINY)
     n = op.Max(op.Slice(counts, start, last, axis), one)
     t = op.Where(some, op.Slice(counts, last, end, axis) / n * op.Where(some, beta, zero), one)
-    return RV / op.Where(some, r, one) * (mass * (one - t)) + handed * (mass * t)
+    return benign * (mass * (one - t) / op.Where(some, r, one)) + handed * (mass * t)
 
 
 @script(_domain, default_opset=op)
-def SomeBenign(sums):  # noqa: N802
-    """Which rows see a benign key, from `P @ BenignColumns`. [B,H,Q,D+2] -> bool [B,H,Q,1]."""
-    depth = op.Constant(value_ints=[-2])
-    last = op.Constant(value_ints=[-1])
-    return op.Slice(sums, depth, last, op.Constant(value_ints=[3])) > op.Constant(value_float=0.0)
+def SomeBenign(masses):  # noqa: N802
+    """Which rows see a benign key, from `P @ MassColumns`. [B,H,Q,2] -> bool [B,H,Q,1]."""
+    end = op.Constant(value_ints=[9223372036854775807])
+    r = op.Slice(masses, op.Constant(value_ints=[-1]), end, op.Constant(value_ints=[3]))
+    return r > op.Constant(value_float=_TINY)
 
 
 @script(_domain, default_opset=op)
@@ -358,9 +363,11 @@ _ALL = (
     DetectorMargin,
     Reach,
     Visible,
+    VisibleOfSoftmax,
     CountColumns,
-    BenignColumns,
-    FlaggedColumns,
+    MassColumns,
+    BenignValues,
+    FlaggedValues,
     Attend,
     NeutralHanded,
     OwnHanded,

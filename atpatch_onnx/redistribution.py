@@ -11,12 +11,12 @@ the others. Here, as in the design:
     B_ij       = M_j * visible_ij * s_i * beta / n_i    what an anomalous column gets
     t_i        = sum_j B_ij
     R_ij       = (1 - M_j) * P_ij ;  r_i = sum_j R_ij
-    P'_ij      = B_ij + R_ij * (s_i - t_i) / r_i    if r_i > 0
-    P'_i       = P_i                              if the row sees flagged keys only
+    P'_ij      = B_ij + R_ij * (s_i - t_i) / r_i    if r_i > TINY
+    P'_i       = P_i                              if the row sees flagged keys only, up to TINY
     P'_b       = P_b                              if sample b has no flag
 
-A visible benign key has a weight above zero, so r_i > 0 wherever there is one; a mass to be spread evenly, which the
-design foresees for r_i = 0, is never left over. Graphs do not write P' (`functions.Redistributed`): with flagged tokens
+A visible benign key has a weight above zero, so the design's mass to be spread evenly, for r_i = 0, is never left over.
+Graphs do not write P' (`functions.Redistributed`): with flagged tokens
 that hand over a value v, a row's output is `Y'_i = (s_i - t_i) sum_j R_ij V_j / r_i + t_i v`, and `s_i v` where it sees
 flagged keys only.
 
@@ -27,6 +27,9 @@ at every length and under every mask; and flagged tokens hand over the site's me
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+TINY = 1e-30
+"""Benign mass of a row (`r_i`) up to which it counts as none: dividing by less overflows float32."""
 
 Float = NDArray[np.float64]
 
@@ -54,9 +57,9 @@ def redistributed_map(P: ArrayLike, M: ArrayLike, beta: ArrayLike) -> Float:
     t = share * flagged_visible.sum(-1, keepdims=True)
     R = (1 - m) * P
     r = R.sum(-1, keepdims=True)
-    proportions = np.divide(R, r, out=np.zeros_like(R), where=r > 0)
+    proportions = np.divide(R, r, out=np.zeros_like(R), where=r > TINY)
     redistributed = share * flagged_visible + proportions * (s - t)
-    untouched = (r == 0) | ~np.any(M, axis=-1)[:, None, None, None]
+    untouched = (r <= TINY) | ~np.any(M, axis=-1)[:, None, None, None]
     return np.where(untouched, P, redistributed)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpatch_onnx.redistribution import (
+    TINY,
     attend,
     neutral_values,
     redistributed_map,
@@ -186,10 +187,11 @@ def test_with_neutral_values_the_output_does_not_hear_what_flagged_tokens_say(d:
 
 
 def test_benign_columns_that_have_all_but_vanished_get_the_mass_in_their_proportions() -> None:
-    P = np.array([1.0, 1e-31, 3e-31, 0.0]).reshape(1, 1, 1, 4)
+    P = np.array([1.0, TINY, 3 * TINY, 0.0]).reshape(1, 1, 1, 4)
     M = np.array([[True, False, False, False]])
     found = redistributed_map(P, M, 0.6).ravel()
     np.testing.assert_allclose(found, [0.2, 0.2, 0.6, 0.0], rtol=0, atol=EXACT)
+    assert np.array_equal(redistributed_map(P / 5, M, 0.6), P / 5)
 
 
 def test_worked_example() -> None:
