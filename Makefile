@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 PYTEST ?= -n auto --dist loadgroup
 
-.PHONY: setup demo test check results clean
+.PHONY: setup demo test check results benchmark clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,9 @@ check: setup
 
 results: setup
 	$(VENV)/bin/python -m samples.results
+
+benchmark: setup
+	$(VENV)/bin/python -m samples.performance
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out

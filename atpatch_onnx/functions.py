@@ -225,7 +225,7 @@ def VisibleOfSoftmax(P):  # noqa: N802
 
 @script(_domain, default_opset=op)
 def CountColumns(M):  # noqa: N802
-    """What `Visible` is multiplied with to count keys, all of them and flagged ones. M bool [B,K] -> float [B,1,K,2]."""
+    """What `Visible` is multiplied with to count keys, all and flagged ones. M bool [B,K] -> float [B,1,K,2]."""
     m = op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 3])), to=1)
     return op.Concat(op.Max(m, op.Constant(value_float=1.0)), m, axis=3)
 

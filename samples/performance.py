@@ -1,0 +1,323 @@
+"""What a patch costs on large models: timings, memory, a plot over lengths; writes `docs/performance.md`.
+
+    python -m samples.performance                 # or: make benchmark
+    python -m samples.performance --render        # the page from docs/performance.json again
+
+Every timing is `atpatch benchmark` with a synthetic patch that detects and redistributes at every site. Run it on a
+machine that does nothing else: goals are hundredths, and each ratio stands beside its interval, and beside what two
+sessions of the same base differ by. `--fast` takes tiny models and few rounds, to see that it works.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from jinja2 import Environment, StrictUndefined
+from rich.console import Console
+
+import atpatch_onnx as atp
+from atpatch_onnx.benchmark import Timing, ratio, synthetic_patch
+from atpatch_onnx.patch import Features
+from atpatch_onnx.runtime import FileSession, SessionOptions
+from samples.speed_models import EAGER, FUSED, OFFLINE, export, hooked, quiet, torch_model
+from samples.tasks import prepare
+
+PAGE = Path(__file__).parent / "performance.md.j2"
+DOCS = Path(__file__).parents[1] / "docs"
+THREADS = 2
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+BRANCHLESS = "tensorrt"
+"""A target whose emission is branchless and that takes every opset."""
+
+PAIRS = 1000
+"""Of the fit that is timed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table: a model at a length, a batch, what detectors read."""
+
+    name: str
+    model: str
+    length: int
+    batch: int
+    features: Features | None = None
+    clean: float = 1.01
+    """The goal for clean inputs; for flagged ones it is 1.08, for branchless clean ones 1.05."""
+
+    whole: bool = True
+    """Whether branchless and memory are measured as well."""
+
+
+CASES = (
+    Case("ViT-B/16", "vit", 197, 1),
+    Case("ViT-B/16", "vit", 197, 8),
+    Case("BERT-base, landmarks", "bert", 128, 1, Features.LANDMARKS),
+    Case("BERT-base, landmarks", "bert", 128, 8, Features.LANDMARKS),
+    Case("BERT-base, landmarks", "bert", 512, 1, Features.LANDMARKS),
+    Case("BERT-base, landmarks", "bert", 512, 8, Features.LANDMARKS, whole=False),
+    Case("BERT-base, summaries", "bert", 128, 1, Features.SUMMARY, whole=False),
+    Case("BERT-base, summaries", "bert", 512, 1, Features.SUMMARY, whole=False),
+    Case("GPT-2 (small)", "gpt2", 1024, 1, Features.LANDMARKS, clean=1.05, whole=False),
+)
+
+
+def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict[str, Any]:
+    """All figures, JSON types."""
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name in ("vit", "bert", "gpt2", "two layers"):
+            console.print(f"exporting {name}")
+            files[name] = export(name, Path(folder), fast=fast)
+        rows = []
+        for case in CASES:
+            length = min(case.length, 48) if fast else case.length
+            rows.append(_row(case, files[case.model], length, 0.0 if fast else seconds))
+            console.print(rows[-1])
+        lengths = [
+            _at_length(files["two layers"][FUSED], length, 0.0 if fast else seconds / 4)
+            for length in ((16, 32) if fast else LENGTHS)
+        ]
+        console.print(lengths)
+        hooks = {"ViT-B/16": _against_hooks(files["vit"][FUSED], "vit", fast=fast)}
+        baked = _seconds_to_bake(files["vit"][FUSED], Path(folder) / "baked.onnx")
+    case, _ = prepare("vit/badnets-fixed", seed=0, fast=fast, out=out)
+    hooks["Fashion-MNIST ViT"] = _fashion_against_hooks(case.base)
+    return {
+        "machine": _machine(),
+        "rows": rows,
+        "lengths": lengths,
+        "hooks": hooks,
+        "seconds": {"bake": baked, "fit": _seconds_to_fit(case.base, case.debug, case.options)},
+        "pairs": min(PAIRS, len(case.debug)),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    libraries = {name: version(name) for name in ("onnxruntime", "torch", "transformers", "onnx")}
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": libraries,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _row(case: Case, forms: Mapping[str, Path], length: int, seconds: float) -> dict[str, Any]:
+    """The forms of the base, and what a patch of the second one costs against it."""
+    base = forms[FUSED]
+    options: dict[str, Any] = {"length": length, "batches": [case.batch], "threads": [THREADS]}
+    rounds = _rounds(base, length, case.batch, seconds)
+    found = atp.benchmark(base, features=case.features, rounds=rounds, memory=case.whole, **options)
+    [timing] = found.timings
+    row: dict[str, Any] = {
+        "name": case.name,
+        "length": length,
+        "batch": case.batch,
+        "goal": case.clean,
+        "rounds": timing.rounds,
+        "base_ms": timing.base_ms,
+        "clean": _interval(timing.clean),
+        "flagged": _interval(timing.flagged),
+        "memory": found.memory,
+        "forms": _forms(forms, length, case.batch, rounds),
+    }
+    if case.whole:
+        branchless = atp.benchmark(
+            base, target=BRANCHLESS, features=case.features, rounds=rounds, memory=False, **options
+        )
+        row["branchless"] = _interval(branchless.timings[0].clean)
+    return row
+
+
+def _interval(found: Any) -> list[float]:
+    return [found.value, found.low, found.high]
+
+
+def _rounds(path: Path, length: int, batch: int, seconds: float) -> int:
+    """How many rounds of three forms fit into this time; at least 3."""
+    [timing] = _short(path, length, batch)
+    return max(3, int(seconds / (3 * timing.base_ms / 1000)))
+
+
+def _short(path: Path, length: int, batch: int) -> tuple[Timing, ...]:
+    options: dict[str, Any] = {"length": length, "batches": [batch], "threads": [THREADS]}
+    return atp.benchmark(path, rounds=1, memory=False, features=Features.LANDMARKS, **options).timings
+
+
+def _forms(forms: Mapping[str, Path], length: int, batch: int, rounds: int) -> dict[str, list[float]]:
+    """Each form of the base against the second one, in turns; and that one against itself, as a yardstick."""
+    from atpatch_onnx.benchmark import _inputs  # the inputs of the table
+
+    inputs = dict(next(iter(_inputs(atp.load(forms[FUSED]), [batch], length, 0))))
+    paths = {FUSED: forms[FUSED], EAGER: forms[EAGER], OFFLINE: forms[OFFLINE], "itself": forms[FUSED]}
+    sessions = {form: FileSession(path, {}, options=_options()).session for form, path in paths.items()}
+    taken: dict[str, list[float]] = {form: [] for form in sessions}
+    for session in sessions.values():
+        session.run(None, inputs)
+    rng = np.random.default_rng(0)
+    for _ in range(max(3, rounds // 3)):
+        for form in rng.permutation(list(sessions)):
+            taken[form].append(_seconds(lambda run=sessions[form].run: run(None, inputs)))
+    base = np.array(taken.pop(FUSED))
+    return {form: _interval(ratio(np.array(one), base)) for form, one in taken.items()}
+
+
+def _options() -> SessionOptions:
+    options = SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = THREADS
+    return options
+
+
+def _seconds(do: Any) -> float:
+    started = time.perf_counter()
+    do()
+    return time.perf_counter() - started
+
+
+def _at_length(base: Path, length: int, seconds: float) -> dict[str, Any]:
+    """Clean and flagged ratios of both emissions."""
+    rounds = _rounds(base, length, 1, seconds)
+    point: dict[str, Any] = {"length": length}
+    for emission, target in (("conditional", "cpu"), ("branchless", BRANCHLESS)):
+        [timing] = atp.benchmark(
+            base,
+            target=target,
+            features=Features.LANDMARKS,
+            length=length,
+            batches=[1],
+            threads=[THREADS],
+            rounds=rounds,
+            memory=False,
+        ).timings
+        point[emission] = {"clean": _interval(timing.clean), "flagged": _interval(timing.flagged)}
+    return point
+
+
+def _against_hooks(base: Path, name: str, *, fast: bool) -> list[float]:
+    """Torch with hooks over the patched file, on a clean input: the same detectors in both."""
+    model = atp.load(base)
+    patch = synthetic_patch(model)
+    return _torch_over_file(hooked(torch_model(name, fast=fast, attention="eager"), patch), model, patch)
+
+
+def _fashion_against_hooks(base: Path) -> list[float]:
+    from transformers import ViTForImageClassification
+
+    model = atp.load(base)
+    patch = synthetic_patch(model)
+    module = ViTForImageClassification.from_pretrained(base.parent, attn_implementation="eager").eval()
+    return _torch_over_file(hooked(module, patch), model, patch)
+
+
+def _torch_over_file(module: Any, model: Any, patch: atp.Patch, rounds: int = 40) -> list[float]:
+    """In turns with a pause between, for onnxruntime's threads wait busily for a while after a run."""
+    config = module.config
+    pixels = np.random.default_rng(0).normal(size=(1, config.num_channels, config.image_size, config.image_size))
+    inputs = {"pixel_values": pixels.astype(np.float32)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "patched.onnx"
+        atp.save(atp.bake(model, patch), path)
+        session = FileSession(path, {}, options=_options()).session
+        tensor = torch.from_numpy(inputs["pixel_values"])
+        runs = {"torch": lambda: module(tensor), "file": lambda: session.run(None, inputs)}
+        taken: dict[str, list[float]] = {form: [] for form in runs}
+        with torch.inference_mode():
+            for number in range(rounds + 3):
+                for form, run in runs.items():
+                    time.sleep(0.02)
+                    seconds = _seconds(run)
+                    if number >= 3:
+                        taken[form].append(seconds)
+    return _interval(ratio(np.array(taken["torch"]), np.array(taken["file"])))
+
+
+def _seconds_to_bake(base: Path, target: Path) -> float:
+    """From file to file, weights included."""
+    patch = synthetic_patch(atp.load(base))
+    return _seconds(lambda: atp.save(atp.bake(atp.load(base), patch), target))
+
+
+def _seconds_to_fit(base: Path, debug: atp.DebugSet, options: atp.FitOptions) -> float:
+    pairs = debug.take(np.arange(min(PAIRS, len(debug))))
+    forced = atp.FitOptions(goal=options.goal, seed=options.seed, force=True)
+    return _seconds(lambda: atp.fit(atp.load(base), pairs, forced))
+
+
+def page(figures: Mapping[str, Any]) -> str:
+    """The page in Markdown."""
+
+    def shown(of: list[float] | None) -> str:
+        return "" if of is None else f"{of[0]:.3f} ({of[1]:.3f} to {of[2]:.3f})"
+
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["ratio"] = shown
+    met = [row for row in figures["rows"] if row["clean"][0] <= row["goal"]]
+    return environment.from_string(PAGE.read_text()).render(**figures, met=len(met), forms=[EAGER, OFFLINE], base=FUSED)
+
+
+def plot(figures: Mapping[str, Any], path: Path) -> None:
+    """Overhead over length, both emissions."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    lengths = [point["length"] for point in figures["lengths"]]
+    for emission, color in (("conditional", "tab:blue"), ("branchless", "tab:orange")):
+        for kind, style in (("clean", "-"), ("flagged", "--")):
+            of = np.array([point[emission][kind] for point in figures["lengths"]]) - 1
+            axes.plot(lengths, 100 * of[:, 0], style, color=color, marker="o", label=f"{emission}, {kind}")
+            axes.fill_between(lengths, 100 * of[:, 1], 100 * of[:, 2], color=color, alpha=0.15)
+    axes.set(xscale="log", xlabel="tokens", ylabel="time added by the patch, %", xticks=lengths, xticklabels=lengths)
+    axes.minorticks_off()
+    axes.axhline(0, color="gray", linewidth=0.8)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, write the figures, draw the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder for performance.md, .json and .png")
+    parser.add_argument("--out", type=Path, default=Path("out/results"), help="where the Fashion-MNIST base is kept")
+    parser.add_argument("--seconds", type=float, default=30, help="about how long a row of the table takes to time")
+    parser.add_argument("--fast", action="store_true", help="tiny models, few rounds")
+    parser.add_argument("--render", action="store_true", help="write the page from the figures again")
+    options = parser.parse_args(arguments)
+    options.docs.mkdir(parents=True, exist_ok=True)
+    kept = options.docs / "performance.json"
+    if not options.render:
+        quiet()
+        figures = measured(options.out, fast=options.fast, seconds=options.seconds, console=Console())
+        kept.write_text(json.dumps(figures, indent=1) + "\n")
+    figures = json.loads(kept.read_text())
+    plot(figures, options.docs / "performance.png")
+    (options.docs / "performance.md").write_text(page(figures))
+    print(f"wrote {options.docs / 'performance.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
