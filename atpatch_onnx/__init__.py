@@ -34,7 +34,7 @@ if typing.TYPE_CHECKING:
     from atpatch_onnx.matching import explain, find_sites
     from atpatch_onnx.options import FitOptions
     from atpatch_onnx.patch import Patch
-    from atpatch_onnx.quantization import quantizer_settings
+    from atpatch_onnx.quantization import quantize, quantizer_settings, rebind
     from atpatch_onnx.rehearsal import Rehearsal, rehearse
     from atpatch_onnx.serving import PatchedSession
     from atpatch_onnx.sites import AttentionSite, Matches, NearMiss
@@ -74,7 +74,9 @@ __all__ = [
     "invert_tokens",
     "invert_trigger",
     "load",
+    "quantize",
     "quantizer_settings",
+    "rebind",
     "rehearse",
     "save",
     "strip",
@@ -111,7 +113,9 @@ _HOMES = {
     "invert_tokens": "inversion",
     "invert_trigger": "inversion",
     "load": "graph",
+    "quantize": "quantization",
     "quantizer_settings": "quantization",
+    "rebind": "quantization",
     "rehearse": "rehearsal",
     "save": "graph",
     "strip": "strip",

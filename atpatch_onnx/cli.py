@@ -259,6 +259,38 @@ def benchmark(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="The patch, a .safetensors file.")],
+    out: Out,
+    precision: Annotated[Literal["int8", "fp16"], typer.Option(help="What the model computes in.")] = "int8",
+    target: Annotated[str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}.")] = "cpu",
+    data: Annotated[
+        Path | None, typer.Option(help="A debug set that the fit never saw: measure again.", show_default=False)
+    ] = None,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize MODEL with onnxruntime's tools, put PATCH into it, in float32, and measure again what it does."""
+    base, fix = atp.load(model), atp.Patch.load(patch)
+    quantized = atp.quantize(base, precision)
+    patched = atp.bake(quantized, atp.rebind(fix, base, quantized), target=target)
+    atp.save(patched, out)
+    shown: dict[str, Any] = {"file": str(out), "precision": precision}
+    lines: list[Any] = [f"wrote {out}: {precision}, patch {fix.id}; strip it for the {precision} base"]
+    if data is not None:
+        debug = atp.DebugSet.load(data)
+        pairs = {"float32": (base, atp.bake(base, fix)), precision: (quantized, patched)}
+        for name, (before, after) in pairs.items():
+            with progress_bars() as progress:
+                found = atp.evaluate(before, after, debug, output=output, batch_size=batch_size, progress=progress)
+            shown[name] = found.to_json()
+            lines += [f"{name}:", text.evaluation_table(found)]
+    _show(shown, lines, as_json)
+
+
+@app.command()
 def report(
     base: Base,
     patched: Patched,

@@ -1,4 +1,7 @@
-"""What a quantizer has to be told so that detector and redistribution stay as they were fitted: in float32.
+"""Quantized models, with a detector and a redistribution that stay as they were fitted: in float32.
+
+A base is quantized first, and the patch baked into the result. Where the patch is in the file already, quantizers have
+to be told what to leave alone (`quantizer_settings`).
 
 onnxruntime's quantizers pick nodes of the main graph by operator and name, those within branches if they are asked to
 (`EnableSubgraph`), and never look into model-local functions. So the settings name each of our nodes in the graph and
@@ -6,15 +9,28 @@ its branches, calls of functions included; the bodies of functions need no names
 """
 
 import json
+import logging
 import os
+import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
+import onnx
 import onnx_ir as ir
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from atpatch_onnx.errors import AtPatchError, BakeError
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.errors import AtPatchError, BakeError, PatchMismatchError
 from atpatch_onnx.functions import local_functions
 from atpatch_onnx.graph import PREFIX, opset_version
 from atpatch_onnx.insertion import SITE_KEY
+from atpatch_onnx.metadata import is_patched
+from atpatch_onnx.patch import Patch
+
+Precision = Literal["int8", "fp16"]
+"""int8: weights of products, activations quantized as they come. fp16: weights and arithmetic."""
 
 OP_TYPES = ("MatMul",)
 """What may be quantized: onnxruntime writes a graph that does not load for ai.onnx `Attention`, one of its defaults."""
@@ -66,3 +82,96 @@ def write_settings(patched: ir.Model, path: str | os.PathLike[str]) -> None:
         raise AtPatchError(
             str(path), expected="a place that can be written to", found=str(error), advice="Choose another path."
         ) from error
+
+
+def quantize(base: ir.Model, precision: Precision = "int8") -> ir.Model:
+    """A base as onnxruntime's own tools quantize it. A patch is baked into the result (`rebind`), and stays in float32.
+
+    Dynamic int8 has one scale for a whole batch, so there a sample's result depends on its batch-mates, with a patch
+    or without.
+
+    Args:
+        base: The model, without a patch.
+        precision: `int8` or `fp16`; inputs and outputs stay float32.
+
+    Raises:
+        BakeError: The model is patched, or the tool fails.
+    """
+    if precision not in get_args(Precision):
+        raise BakeError(
+            "precision", expected=" or ".join(get_args(Precision)), found=repr(precision), advice="Choose one of them."
+        )
+    if is_patched(base):
+        raise BakeError(
+            "the model",
+            expected="a base, into which the patch is baked once it is quantized",
+            found="a patched model",
+            advice="Strip it first; or quantize it yourself, with what `bake --quantizer-settings` writes.",
+        )
+    try:
+        quantized = ir.from_proto(_TOOLS[precision](_with_weights(base)))
+        quantized.graph.sort()  # the float16 tool puts its casts of inputs behind all else
+        return quantized
+    except Exception as error:  # onnxruntime's tools raise what comes
+        raise BakeError(
+            "the model",
+            expected=f"a model that onnxruntime's {precision} tool takes",
+            found=" ".join(str(error).split())[:400],
+            advice="Quantize it with onnxruntime alone first.",
+        ) from error
+
+
+def rebind(patch: Patch, base: ir.Model, quantized: ir.Model) -> Patch:
+    """The same patch, for `quantized` instead of the base it was fitted on.
+
+    Its thresholds were calibrated on the base: measure again what it does (`evaluate`).
+
+    Args:
+        patch: Fitted on `base`.
+        base: What was quantized.
+        quantized: What `quantize` made of it.
+
+    Raises:
+        PatchMismatchError: The patch was fitted on another model.
+    """
+    found = graphs.fingerprint(base)
+    if patch.base != found:
+        raise PatchMismatchError(
+            f"patch {patch.id}",
+            expected=f"the model it was fitted on, {patch.base}",
+            found=f"a model with the fingerprint {found}",
+            advice="Quantize the model that it was fitted on.",
+        )
+    return replace(patch, base=graphs.fingerprint(quantized))
+
+
+def _with_weights(model: ir.Model) -> onnx.ModelProto:
+    """The model with its external data read, and without shapes of weights, which the quantizer transposes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        graphs.save(model, path, external="copy")
+        proto = onnx.load(path)
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    kept = [value for value in proto.graph.value_info if value.name not in weights]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    return proto
+
+
+def _int8(proto: onnx.ModelProto) -> onnx.ModelProto:
+    logging.disable(logging.WARNING)  # it asks for its preprocessing each time
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "int8.onnx"
+            quantize_dynamic(proto, path, weight_type=QuantType.QInt8, op_types_to_quantize=list(OP_TYPES))
+            return onnx.load(path)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _fp16(proto: onnx.ModelProto) -> onnx.ModelProto:
+    converted: onnx.ModelProto = convert_float_to_float16(proto, keep_io_types=True)
+    return converted
+
+
+_TOOLS = {"int8": _int8, "fp16": _fp16}

@@ -30,7 +30,8 @@ from rich.console import Console
 import atpatch_onnx as atp
 from atpatch_onnx.benchmark import Timing, ratio, synthetic_patch
 from atpatch_onnx.patch import Features
-from atpatch_onnx.runtime import FileSession, SessionOptions
+from atpatch_onnx.rehearsal.drawing import draw_inputs
+from atpatch_onnx.runtime import Array, FileSession, SessionOptions
 from samples.speed_models import EAGER, FUSED, OFFLINE, export, hooked, quiet, torch_model
 from samples.tasks import prepare
 
@@ -85,7 +86,7 @@ def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict
         rows = []
         for case in CASES:
             length = min(case.length, 48) if fast else case.length
-            rows.append(_row(case, files[case.model], length, 0.0 if fast else seconds))
+            rows.append(measured_row(case, files[case.model], length, 0.0 if fast else seconds))
             console.print(rows[-1])
         lengths = [
             _at_length(files["two layers"][FUSED], length, 0.0 if fast else seconds / 4)
@@ -94,15 +95,15 @@ def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict
         console.print(lengths)
         hooks = {"ViT-B/16": _against_hooks(files["vit"][FUSED], "vit", fast=fast)}
         baked = _seconds_to_bake(files["vit"][FUSED], Path(folder) / "baked.onnx")
-    case, _ = prepare("vit/badnets-fixed", seed=0, fast=fast, out=out)
-    hooks["Fashion-MNIST ViT"] = _fashion_against_hooks(case.base)
+    small, _ = prepare("vit/badnets-fixed", seed=0, fast=fast, out=out)
+    hooks["Fashion-MNIST ViT"] = _fashion_against_hooks(small.base)
     return {
         "machine": _machine(),
         "rows": rows,
         "lengths": lengths,
         "hooks": hooks,
-        "seconds": {"bake": baked, "fit": _seconds_to_fit(case.base, case.debug, case.options)},
-        "pairs": min(PAIRS, len(case.debug)),
+        "seconds": {"bake": baked, "fit": _seconds_to_fit(small.base, small.debug, small.options)},
+        "pairs": min(PAIRS, len(small.debug)),
     }
 
 
@@ -124,7 +125,7 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def _row(case: Case, forms: Mapping[str, Path], length: int, seconds: float) -> dict[str, Any]:
+def measured_row(case: Case, forms: Mapping[str, Path], length: int, seconds: float) -> dict[str, Any]:
     """The forms of the base, and what a patch of the second one costs against it."""
     base = forms[FUSED]
     options: dict[str, Any] = {"length": length, "batches": [case.batch], "threads": [THREADS]}
@@ -168,14 +169,12 @@ def _short(path: Path, length: int, batch: int) -> tuple[Timing, ...]:
 
 def _forms(forms: Mapping[str, Path], length: int, batch: int, rounds: int) -> dict[str, list[float]]:
     """Each form of the base against the second one, in turns; and that one against itself, as a yardstick."""
-    from atpatch_onnx.benchmark import _inputs  # the inputs of the table
-
-    inputs = dict(next(iter(_inputs(atp.load(forms[FUSED]), [batch], length, 0))))
+    inputs = benchmark_inputs(forms[FUSED], batch, length)
     paths = {FUSED: forms[FUSED], EAGER: forms[EAGER], OFFLINE: forms[OFFLINE], "itself": forms[FUSED]}
-    sessions = {form: FileSession(path, {}, options=_options()).session for form, path in paths.items()}
+    sessions = {form: session(path) for form, path in paths.items()}
     taken: dict[str, list[float]] = {form: [] for form in sessions}
-    for session in sessions.values():
-        session.run(None, inputs)
+    for one in sessions.values():
+        one.run(None, inputs)
     rng = np.random.default_rng(0)
     for _ in range(max(3, rounds // 3)):
         for form in rng.permutation(list(sessions)):
@@ -184,11 +183,17 @@ def _forms(forms: Mapping[str, Path], length: int, batch: int, rounds: int) -> d
     return {form: _interval(ratio(np.array(one), base)) for form, one in taken.items()}
 
 
-def _options() -> SessionOptions:
+def benchmark_inputs(path: Path, batch: int, length: int) -> dict[str, Array]:
+    """Inputs such as `atpatch benchmark` draws."""
+    return draw_inputs(atp.load(path), np.random.default_rng(0), samples=batch, length=length)
+
+
+def session(path: Path) -> Any:
+    """Onnxruntime's session of a file."""
     options = SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = THREADS
-    return options
+    return FileSession(path, {}, options=options).session
 
 
 def _seconds(do: Any) -> float:
@@ -240,9 +245,9 @@ def _torch_over_file(module: Any, model: Any, patch: atp.Patch, rounds: int = 40
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "patched.onnx"
         atp.save(atp.bake(model, patch), path)
-        session = FileSession(path, {}, options=_options()).session
+        patched = session(path)
         tensor = torch.from_numpy(inputs["pixel_values"])
-        runs = {"torch": lambda: module(tensor), "file": lambda: session.run(None, inputs)}
+        runs = {"torch": lambda: module(tensor), "file": lambda: patched.run(None, inputs)}
         taken: dict[str, list[float]] = {form: [] for form in runs}
         with torch.inference_mode():
             for number in range(rounds + 3):
