@@ -20,6 +20,7 @@ from atpatch_onnx.runtime import FileSession, SessionOptions
 from atpatch_onnx.training import Training
 
 PLANTED = Planted()
+benchmark_module = sys.modules["atpatch_onnx.benchmark"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_what_takes_longer_has_a_larger_ratio(files, monkeypatch):
             form = next(name for name, one in files.forms().items() if repr(one) == repr((path, weights)))
             self.session = SimpleNamespace(run=lambda *_: order.append(form) or time.sleep(takes[form]))
 
-    monkeypatch.setattr(sys.modules["atpatch_onnx.benchmark"], "FileSession", Sleeping)
+    monkeypatch.setattr(benchmark_module, "FileSession", Sleeping)
     [timing] = verb(files.base, files.patched, batches=[2], memory=False, rounds=20).timings
     assert 1.6 < timing.clean.value < 2.4
     assert 2.4 < timing.flagged.value < 3.6
@@ -87,6 +88,16 @@ def test_every_batch_and_number_of_threads(files):
     assert (result.sites, result.detecting, result.emission) == (1, 1, "conditional")
     assert result.memory is None or 0.2 < result.memory < 5
     assert told[-1] == ("timing batches of 2, 2 threads", 3, 3)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there it is not measured")
+def test_memory_is_what_loading_and_running_adds_whatever_this_process_holds(files):
+    held = np.ones(2**26)  # 512 MiB
+    peaks = benchmark_module._peaks(files, PLANTED.debug(8).clean, 1)
+    assert held.all()
+    for peak in peaks:
+        assert 2**16 < peak < 2**28
+    assert 0.5 < peaks[1] / peaks[0] < 2
 
 
 def test_sizes_that_the_model_fixes_are_timed_once(tmp_path):

@@ -353,9 +353,11 @@ def test_without_labels_the_bases_predictions_stand_in():
     assert patch.figures["outcome"]["accuracy_base"] == 1.0
 
 
-def test_features_may_be_chosen():
-    patch = fitted(Planted(), replace(QUICK, features=Features.SUMMARY))
-    assert patch.sites[0].detector.features is Features.SUMMARY
+@pytest.mark.parametrize("features", [Features.SUMMARY, Features.LANDMARKS])
+@pytest.mark.parametrize("planted", [Planted(), Planted(masked=True, free=True)], ids=["fixed", "padded"])
+def test_features_may_be_chosen(planted, features):
+    patch = fitted(planted, replace(QUICK, features=features))
+    assert patch.sites[0].detector.features is features
     assert patch.meets_target
 
 

@@ -1,5 +1,7 @@
 """The probe: what detectors will see, beside the base's own outputs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from models import Net, same_bits
@@ -7,7 +9,7 @@ from planted import HEADS, Planted
 
 from atpatch_onnx.errors import BakeError
 from atpatch_onnx.features import choose_features
-from atpatch_onnx.functions import SUMMARIES
+from atpatch_onnx.functions import LANDMARKS, SUMMARIES
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.patch import Features
 from atpatch_onnx.probe import features_output, map_output, probe, values_output
@@ -28,6 +30,36 @@ FORMS = ("softmax", "attention", "packed")
 )
 def test_whole_columns_only_where_the_map_has_one_unmasked_size(planted, features):
     assert {choose_features(site) for site in find_sites(planted.model())} == {features}
+
+
+def test_large_maps_and_who_asks_are_read_at_the_landmarks():
+    site = find_sites(Planted().model())[0]
+    large = replace(site, queries=500, keys=500)
+    assert choose_features(large) is Features.LANDMARKS
+    assert choose_features(replace(large, masked=True)) is Features.SUMMARY
+    for wanted in Features:
+        assert choose_features(large, wanted) is wanted
+    masked = replace(large, masked=True)
+    assert choose_features(masked, Features.LANDMARKS) is Features.LANDMARKS
+    for other in (replace(masked, self_attention=False), replace(masked, parts=4)):
+        assert choose_features(other, Features.LANDMARKS) is Features.SUMMARY, "rows of which no query is known"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_landmarks_are_rows_of_the_map_in_units_of_the_uniform_share(form, masked):
+    planted = Planted(form=form, masked=masked)
+    model, (inputs, _, _) = planted.model(), planted.inputs(5)
+    sites = find_sites(model)
+    found = Session(probe(model, dict.fromkeys(sites, Features.LANDMARKS), maps=sites)).run(inputs)
+    for site in sites:
+        P = found[map_output(site)]
+        share = P * np.count_nonzero(P, axis=-1, keepdims=True)
+        features = found[features_output(site)].reshape(5, HEADS, LANDMARKS, planted.tokens)
+        for sample in range(5):
+            real = np.flatnonzero(inputs["mask"][sample]) if masked else np.arange(planted.tokens)
+            rows = real[np.rint(np.linspace(0, len(real) - 1, LANDMARKS)).astype(int)]
+            np.testing.assert_allclose(features[sample], share[sample][:, rows], rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
