@@ -255,7 +255,7 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
             handed = into.call("NeutralHanded", P, flags, repair.neutral, name="handed")
         else:
             flagged = into.call("FlaggedValues", V, flags, name="flagged_values")
-            own = into.call("Attend", visible, flagged, name="flagged")
+            own = into.call("Attend", visible, flagged, name="own_values")
             handed = into.call("OwnHanded", own, counts, name="handed")
             rows = into.call("SomeBenign", masses, name="some_benign")
             chosen = into.op("And", rows, chosen, name="flagged_rows")
