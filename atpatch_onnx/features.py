@@ -17,19 +17,22 @@ MAX_WHOLE = 512
 
 
 def choose_features(site: AttentionSite, wanted: Features | None = None) -> Features:
-    """What is wanted, where a site has it; else whole columns or landmarks of maps of one fixed, unmasked size.
-
-    Large ones are read at the landmarks. Where something may be masked, summaries are the choice: they cost more, and
-    tell of tokens that attend to each other, which few rows may miss.
-    """
-    if wanted is Features.LANDMARKS and not (_is_fixed(site) or (site.self_attention and site.parts == 1)):
+    """What is wanted, where a site has it; else the first of those that suit it."""
+    if wanted is Features.LANDMARKS and not _has_landmarks(site):
         wanted = None
-    if wanted is not None:
-        return wanted
-    whole = feature_count(site, Features.WHOLE)
-    if not _is_fixed(site) or whole is None:
-        return Features.SUMMARY
-    return Features.WHOLE if whole <= MAX_WHOLE else Features.LANDMARKS
+    return suitable_features(site)[0] if wanted is None else wanted
+
+
+def suitable_features(site: AttentionSite) -> tuple[Features, ...]:
+    """What suits a site, the cheapest first.
+
+    Whole columns of small maps of one fixed, unmasked size; landmarks of large ones. Where something may be masked,
+    landmarks and then summaries: they cost more, and tell of tokens that attend to each other, which few rows may miss.
+    """
+    if _is_fixed(site):
+        whole = feature_count(site, Features.WHOLE)
+        return (Features.WHOLE if whole is not None and whole <= MAX_WHOLE else Features.LANDMARKS,)
+    return (Features.LANDMARKS, Features.SUMMARY) if _has_landmarks(site) else (Features.SUMMARY,)
 
 
 def feature_count(site: AttentionSite, features: Features) -> int | None:
@@ -39,6 +42,10 @@ def feature_count(site: AttentionSite, features: Features) -> int | None:
     if features is Features.WHOLE:
         return site.heads * site.queries if isinstance(site.queries, int) else None
     return site.heads * (LANDMARKS if features is Features.LANDMARKS else len(SUMMARIES))
+
+
+def _has_landmarks(site: AttentionSite) -> bool:
+    return _is_fixed(site) or (site.self_attention and site.parts == 1)
 
 
 def _is_fixed(site: AttentionSite) -> bool:

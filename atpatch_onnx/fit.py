@@ -3,10 +3,10 @@
 suspects -> split -> collect (fit part) -> train detectors -> trial graph
 -> thresholds (calibration part) -> benign attention, sites (validation part) -> patch
 
-From the training on once more, with another loss, where the goal is missed.
+From the collecting on once more where the goal is missed: with other column features, with another loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,10 +16,10 @@ import onnx_ir as ir
 from atpatch_onnx.collect import Columns, collect
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import TargetMissedError, require
-from atpatch_onnx.features import choose_features
+from atpatch_onnx.features import choose_features, suitable_features
 from atpatch_onnx.graph import ModelOrPath, as_model, fingerprint
 from atpatch_onnx.options import FitOptions
-from atpatch_onnx.patch import Detector, Patch, Redistribution, SitePatch
+from atpatch_onnx.patch import Detector, Features, Patch, Redistribution, SitePatch
 from atpatch_onnx.preparation import Prepared, prepare
 from atpatch_onnx.runtime import Progress, silent
 from atpatch_onnx.scored import ScoredPart
@@ -53,21 +53,38 @@ def fit(
     model = as_model(model)
     options = options or FitOptions()
     prepared = prepare(model, debug, options, progress)
-    kinds = {site: choose_features(site, options.features) for site in prepared.sites}
-    run = {"batch_size": options.batch_size, "progress": progress}
-    columns = collect(model, kinds, prepared.parts.fit, seed=options.seed, **run)  # type: ignore[arg-type]
     attempts: list[_Attempt] = []
-    for loss in options.losses:
-        attempts.append(_attempt(model, prepared, columns, loss, options, progress))
-        if not attempts[-1].found.outcome.shortfalls(options.goal):
+    for attempt in _attempts(model, prepared, options, progress):
+        attempts.append(attempt)
+        if not attempt.found.outcome.shortfalls(options.goal):
             break
     best = min(attempts, key=lambda attempt: attempt.found.outcome.nearness(options.goal))
     return _patch(model, prepared, best, sum(attempt.settings_tried for attempt in attempts), options)
 
 
+def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress) -> Iterator["_Attempt"]:
+    """One after the other, as they are asked for: cheap column features with the first loss, the last with each."""
+    *cheaper, last = _features_to_try(prepared.sites, options.features)
+    for kinds, losses in [(kinds, options.losses[:1]) for kinds in cheaper] + [(last, options.losses)]:
+        run = {"batch_size": options.batch_size, "progress": progress}
+        columns = collect(model, kinds, prepared.parts.fit, seed=options.seed, **run)  # type: ignore[arg-type]
+        for loss in losses:
+            yield _attempt(model, prepared, columns, loss, options, progress)
+
+
+def _features_to_try(sites: Sequence[AttentionSite], wanted: Features | None) -> list[dict[AttentionSite, Features]]:
+    """What detectors read at each site, round by round; a site for which less is suitable stays with its last."""
+    suitable = {site: (choose_features(site, wanted),) if wanted else suitable_features(site) for site in sites}
+    rounds = max(map(len, suitable.values()))
+    return [
+        {site: features[min(number, len(features) - 1)] for site, features in suitable.items()}
+        for number in range(rounds)
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class _Attempt:
-    """What came of one loss."""
+    """What came of one kind of column features and one loss."""
 
     loss: Loss
     entries: Sequence[tuple[AttentionSite, SitePatch]]

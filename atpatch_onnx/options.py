@@ -25,7 +25,10 @@ class FitOptions:
     training: Training = field(default_factory=Training)
 
     losses: tuple[Loss, ...] = ("contrastive", "logistic")
-    """Of the detectors' training, to try in this order: the first that meets the goal, else the nearest to it."""
+    """Of the detectors' training, to try in this order: the first that meets the goal, else the nearest to it.
+
+    With the last of `features`; what comes before it is tried with the first loss.
+    """
 
     value: Literal["neutral", "own"] = "neutral"
     """What a flagged token hands over: the site's mean value, or its own as in the paper."""
@@ -51,10 +54,10 @@ class FitOptions:
     """
 
     features: Features | None = None
-    """What detectors read, where a site has it; None: as `choose_features` says.
+    """What detectors read, where a site has it; None: what suits the site, the cheapest that meets the goal.
 
-    Landmarks cost least on large maps (docs/performance.md). Summaries, the default of models whose inputs have
-    padding, name more of a trigger whose tokens attend mostly to each other.
+    Where inputs have padding, that is landmarks, and summaries where the goal is missed with these: they name more of a
+    trigger whose tokens attend mostly to each other, and cost more (docs/performance.md).
     """
 
     sites: tuple[str, ...] | None = None

@@ -222,6 +222,8 @@ def _profile(columns: Columns) -> Array:
     mean = benign.mean(axis=0, dtype=np.float64).reshape(_heads(columns), -1)
     if columns.features is Features.SUMMARY:
         mean = mean[:, :1]  # of the summaries, the mean over queries
+    elif columns.features is Features.LANDMARKS:
+        mean = mean.mean(axis=1, keepdims=True)
     return np.asarray(mean.clip(0, 1)[:, :, None], np.float32)
 
 

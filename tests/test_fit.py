@@ -288,6 +288,26 @@ def test_another_loss_is_tried_only_where_the_first_misses_the_goal(monkeypatch)
         fit(planted.model(), planted.debug(), replace(QUICK, losses=("contrastive",)))
 
 
+def test_summaries_are_tried_only_where_landmarks_miss_the_goal(monkeypatch):
+    planted = Planted(masked=True)
+    patch = fit(planted.model(), planted.debug(), QUICK)
+    assert {site.detector.features for site in patch.sites if site.detector} == {Features.LANDMARKS}
+
+    asked: list[tuple[Features, str]] = []
+
+    def train(columns, training, loss="contrastive", *, seed=0):
+        asked.append((columns.features, loss))
+        found = train_detector(columns, training, loss, seed=seed)
+        return replace(found, weight_1=0 * found.weight_1) if columns.features is Features.LANDMARKS else found
+
+    monkeypatch.setattr(detector_module, "train_detector", train)
+    patch = fit(planted.model(), planted.debug(), QUICK)
+    sites = planted.layers
+    assert asked == [(Features.LANDMARKS, "contrastive")] * sites + [(Features.SUMMARY, "contrastive")] * sites
+    assert {site.detector.features for site in patch.sites if site.detector} == {Features.SUMMARY}
+    assert patch.meets_target
+
+
 @pytest.mark.parametrize("blind", ["contrastive", "logistic"])
 def test_where_all_miss_the_goal_the_nearest_is_written(monkeypatch, blind):
     planted = Planted()
