@@ -22,6 +22,8 @@ from types import ModuleType
 if typing.TYPE_CHECKING:
     from atpatch_onnx.bake import bake
     from atpatch_onnx.benchmark import Benchmark, benchmark
+    from atpatch_onnx.composition import compose
+    from atpatch_onnx.debug import Ladder, compare, debug
     from atpatch_onnx.debugset import DebugSet, Split
     from atpatch_onnx.discrimination import Attribute, discriminatory_pairs
     from atpatch_onnx.emission import Emission
@@ -30,10 +32,12 @@ if typing.TYPE_CHECKING:
     from atpatch_onnx.fit import fit
     from atpatch_onnx.goal import Goal, Outcome
     from atpatch_onnx.graph import fingerprint, load, save
+    from atpatch_onnx.hidden import HiddenLayer, find_hidden_layers
     from atpatch_onnx.inversion import invert_tokens, invert_trigger
     from atpatch_onnx.matching import explain, find_sites
+    from atpatch_onnx.neurons import IsolationOptions, RepairOptions, isolate, repair
     from atpatch_onnx.options import FitOptions
-    from atpatch_onnx.patch import Patch
+    from atpatch_onnx.patch import LayerEdit, Patch
     from atpatch_onnx.quantization import quantize, quantizer_settings, rebind
     from atpatch_onnx.rehearsal import Rehearsal, rehearse
     from atpatch_onnx.serving import PatchedSession
@@ -55,29 +59,40 @@ __all__ = [
     "Evaluation",
     "FitOptions",
     "Goal",
+    "HiddenLayer",
+    "IsolationOptions",
+    "Ladder",
+    "LayerEdit",
     "Matches",
     "NearMiss",
     "Outcome",
     "Patch",
     "PatchedSession",
     "Rehearsal",
+    "RepairOptions",
     "Split",
     "Verification",
     "bake",
     "benchmark",
+    "compare",
+    "compose",
+    "debug",
     "discriminatory_pairs",
     "evaluate",
     "explain",
+    "find_hidden_layers",
     "find_sites",
     "fingerprint",
     "fit",
     "invert_tokens",
     "invert_trigger",
+    "isolate",
     "load",
     "quantize",
     "quantizer_settings",
     "rebind",
     "rehearse",
+    "repair",
     "save",
     "strip",
     "verify",
@@ -93,30 +108,41 @@ _HOMES = {
     "Evaluation": "evaluate",
     "FitOptions": "options",
     "Goal": "goal",
+    "HiddenLayer": "hidden",
+    "IsolationOptions": "neurons",
+    "Ladder": "debug",
+    "LayerEdit": "patch",
     "Matches": "sites",
     "NearMiss": "sites",
     "Outcome": "goal",
     "Patch": "patch",
     "PatchedSession": "serving",
     "Rehearsal": "rehearsal",
+    "RepairOptions": "neurons",
     "Split": "debugset",
     "TARGETS": "targets",
     "Verification": "verify",
     "bake": "bake",
     "benchmark": "benchmark",
+    "compare": "debug",
+    "compose": "composition",
+    "debug": "debug",
     "discriminatory_pairs": "discrimination",
     "evaluate": "evaluate",
     "explain": "matching",
+    "find_hidden_layers": "hidden",
     "find_sites": "matching",
     "fingerprint": "graph",
     "fit": "fit",
     "invert_tokens": "inversion",
     "invert_trigger": "inversion",
+    "isolate": "neurons",
     "load": "graph",
     "quantize": "quantization",
     "quantizer_settings": "quantization",
     "rebind": "quantization",
     "rehearse": "rehearsal",
+    "repair": "neurons",
     "save": "graph",
     "strip": "strip",
     "verify": "verify",

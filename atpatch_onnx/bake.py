@@ -2,8 +2,9 @@
 
 The steps, each on a copy of the base, the base itself left alone:
 
-    refuse what cannot be baked  ->  detect and redistribute, site by site  ->  monitoring outputs  ->  what the file
-    says of itself  ->  functions, imported or inlined  ->  the invariants of every patched graph
+    patches composed to one  ->  refuse what cannot be baked  ->  hidden units edited, layer by layer
+    ->  detect and redistribute, site by site  ->  monitoring outputs  ->  what the file says of itself
+    ->  functions, imported or inlined  ->  the invariants of every patched graph
 
 Flags are carried along a token axis: a site's flags are its own or those of the earlier patched sites of its axis.
 """
@@ -14,12 +15,14 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
+from atpatch_onnx.composition import compose
+from atpatch_onnx.edits import bake_edits
 from atpatch_onnx.emission import Emission, import_functions, inline_functions, require_opset
 from atpatch_onnx.errors import BakeError, PatchMismatchError
 from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.invariants import require_invariants
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.metadata import PatchedSite, describe, is_patched
+from atpatch_onnx.metadata import PatchedLayer, PatchedSite, describe, is_patched
 from atpatch_onnx.patch import Patch, SitePatch
 from atpatch_onnx.sites import AttentionSite
 from atpatch_onnx.targets import Target, require_target, target_named
@@ -34,7 +37,7 @@ SCORE = f"{graphs.PREFIX}score"
 
 def bake(
     model: ir.Model,
-    patch: Patch,
+    patch: Patch | Sequence[Patch],
     *,
     target: str = "cpu",
     emission: Emission | None = None,
@@ -46,7 +49,7 @@ def bake(
 
     Args:
         model: The base, the very model that the patch was fitted on.
-        patch: The fix.
+        patch: The fix, or several in their order: see `compose`.
         target: Where it will run, a key of `TARGETS`.
         emission: `conditional` or `branchless`; None: the target's own, and `branchless` for float16 and bfloat16
             models. Their results are the same.
@@ -58,19 +61,29 @@ def bake(
     Raises:
         BakeError: The target is unknown or does not take the model, the model is patched already, or its opset is too
             old.
-        PatchMismatchError: The patch was fitted on another model.
+        PatchMismatchError: The patch was fitted on another model, or several do not go together.
     """
+    patch = compose([patch] if isinstance(patch, Patch) else patch)
     wanted = target_named(target)
     inline = wanted.inline if inline is None else inline
     entries = _patched_sites(model, patch)
     emission = _emission(wanted, entries) if emission is None else Emission(emission)
     patched = graphs.copy(model)
+    layers = bake_edits(patched, patch.edits)
     woven = weave(patched, entries, emission, _constants)
-    monitors = _add_monitors(patched, woven) if monitor else []
+    monitors = _add_monitors(patched, woven) if monitor and woven else []
     if site_flags:
         monitors += [_add_output(patched, step.flags, f"{step.site.name}/flags", [None, None]) for step in woven]
-    record = [_patched_site(step) for step in woven]
-    patched.metadata_props.update(describe(patch, patched, emission=emission.value, sites=record, monitors=monitors))
+    edited = {edit.layer: len(edit.units) for edit in patch.edits}
+    entry = describe(
+        patch,
+        patched,
+        emission=emission.value,
+        sites=[_patched_site(step) for step in woven],
+        layers=[PatchedLayer(layer.name, layer.value, edited[layer.name]) for layer in layers],
+        monitors=monitors,
+    )
+    patched.metadata_props.update(entry)
     import_functions(patched)
     if inline or patched.ir_version < 8:  # model-local functions came with IR version 8
         inline_functions(patched)
@@ -112,14 +125,14 @@ def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, S
             advice="Bake it into the model it was fitted on, or fit a patch for this one.",
         )
     chosen = [entry.site for entry in patch.sites]
-    if not chosen or len(set(chosen)) < len(chosen):
+    if not (chosen or patch.edits) or len(set(chosen)) < len(chosen):
         raise PatchMismatchError(
             f"patch {patch.id}",
-            expected="at least one site, and each site once",
+            expected="at least one site or neuron edit, and each site once",
             found=f"the sites {', '.join(chosen) or 'none'}",
             advice="Fit the patch again.",
         )
-    by_name = {site.name: site for site in find_sites(model)}
+    by_name = {site.name: site for site in find_sites(model)} if chosen else {}
     missing = [entry.site for entry in patch.sites if entry.site not in by_name]
     if missing:
         raise PatchMismatchError(

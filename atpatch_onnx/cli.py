@@ -52,6 +52,18 @@ ExternalData = Annotated[
         show_default=False,
     ),
 ]
+AsrGoal = Annotated[float, typer.Option("--asr-above-floor", help="Goal: ASR above floor, a share.")]
+FlipGoal = Annotated[float, typer.Option("--flip-rate", help="Goal for an attribute: flip rate, a share.")]
+AccuracyGoal = Annotated[float, typer.Option("--accuracy-loss", help="Goal: accuracy lost, a share.")]
+FlagGoal = Annotated[
+    float, typer.Option("--clean-flag-rate", help="Budget: share of clean inputs that may be flagged.")
+]
+Candidates = Annotated[
+    int, typer.Option(min=0, help="Hidden units that are tried one by one, those that differ most; 0: all.")
+]
+RankedOn = Annotated[int, typer.Option(min=1, help="Pairs that hidden units are ranked on.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same patch.")]
+Force = Annotated[bool, typer.Option("--force", help="Write a patch that misses its goal, marked so.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs at a time, where the model leaves it free.")]
 
 
@@ -61,10 +73,11 @@ def sites(
     why: Annotated[bool, typer.Option("--why", help="Name the values and nodes of each site as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the attention sites of a model, and what was refused."""
-    matches = atp.explain(atp.load(model))
-    tables = [text.sites_table(matches, why), text.near_misses_table(matches)]
-    _show(matches.to_json(), tables, as_json)
+    """List the attention sites of a model, what was refused, and its hidden layers."""
+    loaded = atp.load(model)
+    matches, layers = atp.explain(loaded), atp.find_hidden_layers(loaded)
+    tables = [text.sites_table(matches, why), text.near_misses_table(matches), text.layers_table(layers)]
+    _show({**matches.to_json(), "hidden_layers": [layer.to_json() for layer in layers]}, tables, as_json)
 
 
 @app.command()
@@ -72,12 +85,10 @@ def fit(
     model: Model,
     data: Data,
     out: Out,
-    asr_above_floor: Annotated[float, typer.Option(help="Goal: ASR above floor, a share.")] = Goal.asr_above_floor,
-    flip_rate: Annotated[float, typer.Option(help="Goal for an attribute: flip rate, a share.")] = Goal.flip_rate,
-    accuracy_loss: Annotated[float, typer.Option(help="Goal: accuracy lost, a share.")] = Goal.accuracy_loss,
-    clean_flag_rate: Annotated[
-        float, typer.Option(help="Budget: share of clean inputs that may be flagged.")
-    ] = Goal.clean_flag_rate,
+    asr_above_floor: AsrGoal = Goal.asr_above_floor,
+    flip_rate: FlipGoal = Goal.flip_rate,
+    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
+    clean_flag_rate: FlagGoal = Goal.clean_flag_rate,
     value: Annotated[Literal["neutral", "own"], typer.Option(help="What a flagged token hands over.")] = "neutral",
     thresholds: Annotated[
         Literal["balanced", "lowest"], typer.Option(help="Where they lie; lowest: for pairs of an inverted trigger.")
@@ -90,10 +101,14 @@ def fit(
         Literal["needed", "all"], typer.Option(help="Which sites do; all: for flip rates that few pairs cannot show.")
     ] = "needed",
     site: Annotated[list[str] | None, typer.Option(help="Candidate sites by name; all by default.")] = None,
+    after: Annotated[
+        list[Path] | None,
+        typer.Option(help="A patch of hidden units that is to be baked before this one.", show_default=False),
+    ] = None,
     output: Output = None,
     batch_size: BatchSize = 32,
-    seed: Annotated[int, typer.Option(help="Same seed, same patch.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Write a patch that misses its goal, marked so.")] = False,
+    seed: Seed = 0,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Fit a patch for MODEL on the pairs of DATA."""
@@ -109,24 +124,145 @@ def fit(
         seed=seed,
         force=force,
     )
-    if not out.parent.is_dir():  # better said now than after the fit
-        raise PatchFileError(
-            str(out),
-            expected="a place that can be written to",
-            found=f"no folder {out.parent}",
-            advice="Make the folder, or choose another path.",
-        )
+    _require_folder(out)
     with progress_bars() as progress:
-        patch = atp.fit(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+        before = [atp.Patch.load(path) for path in after or []]
+        patch = atp.fit(atp.load(model), atp.DebugSet.load(data), options, after=before, progress=progress)
     patch.save(out)
     shown = {"patch": patch.id, "base": patch.base, "file": str(out), "figures": dict(patch.figures)}
     _show(shown, [text.fit_table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
 
 
 @app.command()
+def isolate(
+    model: Model,
+    data: Data,
+    out: Out,
+    asr_above_floor: AsrGoal = Goal.asr_above_floor,
+    flip_rate: FlipGoal = Goal.flip_rate,
+    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
+    most: Annotated[int, typer.Option(help="At most so many hidden units are frozen.")] = 20,
+    epsilon: Annotated[float, typer.Option(help="Probability that a slot is drawn from lower ranks.")] = 0.0,
+    candidates: Candidates = 512,
+    inputs: RankedOn = 128,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the guilty hidden units of MODEL and freeze them (IDNN)."""
+    _require_folder(out)
+    options = atp.IsolationOptions(
+        goal=Goal(asr_above_floor, flip_rate, accuracy_loss),
+        most=most,
+        epsilon=epsilon,
+        candidates=candidates or None,
+        inputs=inputs,
+        output=output,
+        batch_size=batch_size,
+        seed=seed,
+        force=force,
+    )
+    with progress_bars() as progress:
+        patch = atp.isolate(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+    _save_edits(patch, out, as_json)
+
+
+@app.command()
+def repair(
+    model: Model,
+    data: Data,
+    out: Out,
+    asr_above_floor: AsrGoal = Goal.asr_above_floor,
+    flip_rate: FlipGoal = Goal.flip_rate,
+    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
+    units: Annotated[
+        list[int] | None,
+        typer.Option(help="How many hidden units are scaled; several to try. 3 for an attribute, 5 for a backdoor."),
+    ] = None,
+    alpha: Annotated[
+        list[float] | None, typer.Option(help="Weight of the accuracy; several to try. 0.3, 0.1 for a backdoor.")
+    ] = None,
+    optimizer: Annotated[
+        Literal["swarm", "evolution"], typer.Option(help="Particle swarm, or differential evolution.")
+    ] = "swarm",
+    candidates: Candidates = 512,
+    inputs: RankedOn = 128,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the guilty hidden units of MODEL by their causal effect and scale them (CARE)."""
+    _require_folder(out)
+    options = atp.RepairOptions(
+        goal=Goal(asr_above_floor, flip_rate, accuracy_loss),
+        units=tuple(units) if units else None,
+        alpha=tuple(alpha) if alpha else None,
+        optimizer=optimizer,
+        candidates=candidates or None,
+        inputs=inputs,
+        output=output,
+        batch_size=batch_size,
+        seed=seed,
+        force=force,
+    )
+    with progress_bars() as progress:
+        patch = atp.repair(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+    _save_edits(patch, out, as_json)
+
+
+def _save_edits(patch: atp.Patch, out: Path, as_json: bool) -> None:
+    patch.save(out)
+    shown = {"patch": patch.id, "base": patch.base, "file": str(out), "figures": dict(patch.figures)}
+    _show(shown, [text.edits_table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
+
+
+@app.command()
+def debug(
+    model: Model,
+    data: Data,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for all patches.", show_default=False)
+    ] = None,
+    asr_above_floor: AsrGoal = Goal.asr_above_floor,
+    flip_rate: FlipGoal = Goal.flip_rate,
+    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
+    clean_flag_rate: FlagGoal = Goal.clean_flag_rate,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Try every fix for MODEL, measure them on pairs held out of DATA, and recommend one."""
+    goal = Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate)
+    options = atp.FitOptions(goal=goal, output=output, batch_size=batch_size, seed=seed)
+    with progress_bars() as progress:
+        ladder = atp.debug(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+    shown = ladder.to_json()
+    lines: list[Any] = [text.ladder_table(ladder)]
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        shown["files"] = {fix.name: [_patch_file(out, patch) for patch in fix.patches] for fix in ladder.fixes}
+        lines += [f"{name}: {' '.join(files)}" for name, files in shown["files"].items() if files]
+    _show(shown, lines, as_json)
+
+
+def _patch_file(folder: Path, patch: atp.Patch) -> str:
+    """Write a patch under its id; its name."""
+    path = folder / f"{patch.figures.get('method', 'attention')}-{patch.id}.safetensors"
+    patch.save(path)
+    return str(path)
+
+
+@app.command()
 def bake(
     model: Model,
-    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="The patch, a .safetensors file.")],
+    patch: Annotated[
+        list[Path], typer.Argument(metavar="PATCH...", help="The patch, a .safetensors file; or several, in order.")
+    ],
     out: Out,
     target: Annotated[str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}.")] = "cpu",
     emission: Annotated[
@@ -148,7 +284,7 @@ def bake(
     """Put PATCH into MODEL's graph."""
     patched = atp.bake(
         atp.load(model),
-        atp.Patch.load(patch),
+        [atp.Patch.load(path) for path in patch],
         target=target,
         emission=None if emission is None else atp.Emission(emission),
         inline=inline,
@@ -158,7 +294,7 @@ def bake(
     atp.save(patched, out, external=external)
     record = read_record(patched)
     shown = {"file": str(out), "patch": record.patch, "base": record.base, "emission": record.emission}
-    names = ", ".join(site.site for site in record.sites)
+    names = ", ".join([*(site.site for site in record.sites), *(layer.layer for layer in record.layers)])
     lines = [f"wrote {out}: patch {record.patch}, {record.emission}, at {names}"]
     if quantizer_settings is not None:
         from atpatch_onnx.quantization import write_settings
@@ -296,7 +432,9 @@ def report(
     patched: Patched,
     data: Data,
     out: Out,
-    patch: Annotated[Path, typer.Option(help="The patch that was baked.", show_default=False)],
+    patch: Annotated[
+        list[Path], typer.Option(help="The patch that was baked; once for each of several.", show_default=False)
+    ],
     title: Annotated[str, typer.Option(help="The heading.")] = "AtPatch report",
     output: Output = None,
     batch_size: BatchSize = 32,
@@ -311,7 +449,7 @@ def report(
         verification = atp.verify(before, after, debug, batch_size=batch_size, progress=progress)
     page = html.render_html(
         title=title,
-        patch=atp.Patch.load(patch),
+        patch=atp.compose([atp.Patch.load(path) for path in patch]),
         evaluation=evaluation,
         verification=verification,
         examples=gather_examples(before, after, debug, output=output),
@@ -390,6 +528,17 @@ def demo(
 
 
 # Printing
+
+
+def _require_folder(out: Path) -> None:
+    """Better said now than after the fit."""
+    if not out.parent.is_dir():
+        raise PatchFileError(
+            str(out),
+            expected="a place that can be written to",
+            found=f"no folder {out.parent}",
+            advice="Make the folder, or choose another path.",
+        )
 
 
 def _show(shown: Mapping[str, Any], renderables: Sequence[RenderableType], as_json: bool) -> None:

@@ -240,8 +240,6 @@ class Repair:
 def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: Repair, emission: Emission) -> None:
     """Correct Y where a sample has a flag; the corrected value takes Y's name and all its uses."""
     Y = handles.Y
-    name = Y.name
-    assert name is not None, "values of a loaded model have names"
 
     def corrected(into: Insertion) -> ir.Value:
         V = canonical_values(into, site, handles)
@@ -267,16 +265,22 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
     else:
         any_flag = at.call("AnyFlag", repair.flags, name="any_flag")
         result = _if(at, any_flag, corrected, lambda into: into.op("Identity", Y, name="unchanged"))
-    result.shape, result.type = Y.shape, Y.type
+    take_place(at, Y, result)
+
+
+def take_place(at: Insertion, value: ir.Value, result: ir.Value) -> None:
+    """Let `result`, computed by our nodes, take the name and all uses of the base's `value`, which is renamed."""
+    name = value.name
+    result.shape, result.type = value.shape, value.type
     added = {result.producer(), *(node for node in _inside(result.producer()))}
-    uses = [(node, index) for node, index in Y.uses() if node not in added and SITE_KEY not in node.metadata_props]
+    uses = [(node, index) for node, index in value.uses() if node not in added and SITE_KEY not in node.metadata_props]
     for node, index in uses:
         node.replace_input_with(index, result)
     outputs = at.graph.outputs
     for index, output in enumerate(outputs):
-        if output is Y:
+        if output is value:
             outputs[index] = result
-    Y.name = f"{PREFIX}{site.name}/base"
+    value.name = f"{PREFIX}{at.scope}/base"
     result.name = name
 
 

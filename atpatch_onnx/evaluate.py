@@ -86,11 +86,15 @@ class Evaluation:
     clean_changed: Rate
     """Share of clean inputs whose logits change at all."""
 
-    clean_bit_identical: bool
-    """Whether every clean input without a flag keeps its logits bit for bit."""
+    clean_bit_identical: bool | None
+    """Whether every clean input without a flag keeps its logits bit for bit; None where hidden units are edited, which
+    no input escapes.
+    """
 
-    columns: Detection
-    input_level: Detection
+    columns: Detection | None
+    """None where the patch does not detect: neuron edits alone."""
+
+    input_level: Detection | None
     backdoor: Backdoor | None
     fairness: Fairness | None
 
@@ -142,13 +146,7 @@ def evaluate(
     require("sklearn", "evaluate", "evaluating")
     require("fairlearn", "evaluate", "evaluating")
     base, patched = graphs.as_model(base), graphs.as_model(patched)
-    if debug.labels is None:
-        raise DebugSetError(
-            "the evaluation set",
-            expected="true labels",
-            found="none",
-            advice="Give labels: without them there is no accuracy and no ASR.",
-        )
+    require_labels(debug)
     debug.check_inputs(input_specs(base))
     output = prediction_output(base, output)
     record = read_record(patched)
@@ -160,11 +158,27 @@ def evaluate(
             found=f"a model with the fingerprint {fingerprint}",
             advice="Give the base that the patch was baked into.",
         )
-    debug = find_suspects(base, axis_sites(base, record), debug, batch_size=batch_size, progress=progress)
+    if record.sites or not record.layers:
+        debug = find_suspects(base, axis_sites(base, record), debug, batch_size=batch_size, progress=progress)
     run = (base, patched, record, output, batch_size, progress)
     clean = run_side("clean", debug.clean, *run)
     other = run_side("counterfactual", debug.counterfactual, *run)
-    return _evaluation(debug, clean, other)
+    return _evaluation(debug, clean, other, edits=bool(record.layers))
+
+
+def require_labels(debug: DebugSet) -> None:
+    """Refuse an evaluation set without true labels.
+
+    Raises:
+        DebugSetError: It has none.
+    """
+    if debug.labels is None:
+        raise DebugSetError(
+            "the evaluation set",
+            expected="true labels",
+            found="none",
+            advice="Give labels: without them there is no accuracy and no ASR.",
+        )
 
 
 def run_side(
@@ -179,33 +193,37 @@ def run_side(
 ) -> Side:
     """Run one side through both models."""
     margins = [site.margin for site in record.sites if site.margin is not None]
-    flags = last_flags(record.sites)
+    flags = [last_flags(record.sites)] if record.sites or not record.layers else []
     stage = f"evaluating {name} inputs"
     logits = Session(base).collect(inputs, [output], batch_size=batch_size, progress=progress, stage=f"{stage}, base")
-    inner = Session(expose(patched, [*margins, flags])).collect(
-        inputs, [output, *margins, flags], batch_size=batch_size, progress=progress, stage=f"{stage}, patched"
+    inner = Session(expose(patched, [*margins, *flags])).collect(
+        inputs, [output, *margins, *flags], batch_size=batch_size, progress=progress, stage=f"{stage}, patched"
     )
-    scores = np.max([np.asarray(inner[margin], np.float64) for margin in margins], axis=0)
-    return Side(logits[output], inner[output], np.asarray(inner[flags], bool), scores)
+    nothing = np.zeros((len(logits[output]), 0))  # neuron edits detect nothing
+    scores = np.max([np.asarray(inner[margin], np.float64) for margin in margins], axis=0) if margins else nothing
+    return Side(logits[output], inner[output], np.asarray(inner[flags[0]] if flags else nothing, bool), scores)
 
 
-def _evaluation(debug: DebugSet, clean: Side, other: Side) -> Evaluation:
+def _evaluation(debug: DebugSet, clean: Side, other: Side, *, edits: bool) -> Evaluation:
     labels = debug.labels
     assert labels is not None
-    anomalous = anomalous_columns(debug)
     flagged = np.any(clean.flags, axis=1)
     same = np.array([a.tobytes() == b.tobytes() for a, b in zip(clean.base, clean.patched, strict=True)], bool)
+    detects = clean.flags.shape[1] > 0
+    anomalous = anomalous_columns(debug) if detects else (clean.flags, other.flags)
     wanted, flags = np.concatenate(anomalous), np.concatenate([clean.flags, other.flags])
     scores = np.concatenate([clean.scores, other.scores])
+    columns = _detection(wanted.ravel(), flags.ravel(), scores.ravel()) if detects else None
+    inputs = _detection(np.any(wanted, axis=1), np.any(flags, axis=1), scores.max(axis=1)) if detects else None
     return Evaluation(
         inputs=len(debug),
         accuracy_base=Rate.of(classes(clean.base) == labels),
         accuracy_patched=Rate.of(classes(clean.patched) == labels),
         clean_flag_rate=Rate.of(np.any(clean.flags & ~anomalous[0], axis=1)),
         clean_changed=Rate.of(~same),
-        clean_bit_identical=bool(same[~flagged].all()),
-        columns=_detection(wanted.ravel(), flags.ravel(), scores.ravel()),
-        input_level=_detection(np.any(wanted, axis=1), np.any(flags, axis=1), scores.max(axis=1)),
+        clean_bit_identical=None if edits else bool(same[~flagged].all()),
+        columns=columns,
+        input_level=inputs,
         backdoor=_backdoor(debug, labels, clean, other) if debug.kind == "backdoor" else None,
         fairness=_fairness(debug, labels, clean, other) if debug.kind == "attribute" else None,
     )

@@ -157,8 +157,8 @@ def gather_examples(
 ) -> tuple[Example, ...]:
     """Choose pairs that tell what the patch does, the same ones every time, and look at them closely.
 
-    At most one pair each is a miss, a false alarm, and a clean input that was left untouched; the others are repaired,
-    of different classes where there are several.
+    None where the patch edits hidden units alone. At most one pair each is a miss, a false alarm, and a clean input
+    that was left untouched; the others are repaired, of different classes where there are several.
 
     Args:
         base: The model before.
@@ -176,6 +176,8 @@ def gather_examples(
     """
     base, patched = graphs.as_model(base), graphs.as_model(patched)
     debug.check_inputs(input_specs(base))
+    if not read_record(patched).sites:
+        return ()
     closeup = _Closeup(base, patched, prediction_output(base, output), batch_size, progress)
     debug = debug.take(np.arange(min(len(debug), SCAN)))
     debug = find_suspects(base, axis_sites(base, read_record(patched)), debug, batch_size=batch_size, progress=progress)

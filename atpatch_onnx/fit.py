@@ -14,8 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx.collect import Columns, collect
+from atpatch_onnx.composition import compose
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import TargetMissedError, require
+from atpatch_onnx.edits import edited
+from atpatch_onnx.errors import FitError, PatchMismatchError, TargetMissedError, require
 from atpatch_onnx.features import choose_features, suitable_features
 from atpatch_onnx.graph import ModelOrPath, as_model, fingerprint
 from atpatch_onnx.options import FitOptions
@@ -30,7 +32,12 @@ from atpatch_onnx.trial import Trial
 
 
 def fit(
-    model: ModelOrPath, debug: DebugSet, options: FitOptions | None = None, *, progress: Progress = silent
+    model: ModelOrPath,
+    debug: DebugSet,
+    options: FitOptions | None = None,
+    *,
+    after: Sequence[Patch] = (),
+    progress: Progress = silent,
 ) -> Patch:
     """Fit a patch. The same model, debug set and options give the same patch, byte for byte.
 
@@ -38,19 +45,24 @@ def fit(
         model: The base, or its path.
         debug: Pairs for it; split here into fit, calibration and validation parts.
         options: How; the defaults suit most models.
+        after: Patches of hidden units that are in the model already while this one is fitted, and are to be baked
+            before it.
         progress: Told of what is done.
 
     Raises:
         NoSiteError: The model has no attention site that can be patched.
         DebugSetError: The debug set does not fit the model, is too small, or shows no effect.
-        FitError: A detector cannot be trained, or a backdoor's target class cannot be inferred.
+        FitError: A detector cannot be trained, a backdoor's target class cannot be inferred, or a patch of `after` is
+            one of attention.
+        PatchMismatchError: The patches of `after` are of another model.
         MissingExtraError: torch or scikit-learn is not installed.
         TargetMissedError: The goal is not reached on the validation part; says by how much. With `force` there is a
             patch all the same.
     """
     require("torch", "fit", "fitting a patch")
     require("sklearn", "fit", "fitting a patch")
-    model = as_model(model)
+    base = as_model(model)
+    model = _with(base, after)
     options = options or FitOptions()
     prepared = prepare(model, debug, options, progress)
     attempts: list[_Attempt] = []
@@ -59,7 +71,30 @@ def fit(
         if not attempt.found.outcome.shortfalls(options.goal):
             break
     best = min(attempts, key=lambda attempt: attempt.found.outcome.nearness(options.goal))
-    return _patch(model, prepared, best, sum(attempt.settings_tried for attempt in attempts), options)
+    patch = _patch(base, prepared, best, sum(attempt.settings_tried for attempt in attempts), options)
+    return replace(patch, after=tuple(other.id for other in after))
+
+
+def _with(base: ir.Model, after: Sequence[Patch]) -> ir.Model:
+    """The model with these patches of hidden units in it."""
+    if not after:
+        return base
+    patch = compose(after)
+    if patch.sites:
+        raise FitError(
+            "the patches before the fit",
+            expected="patches of hidden units",
+            found="one of attention",
+            advice="Fit all sites in one patch.",
+        )
+    if patch.base != fingerprint(base):
+        raise PatchMismatchError(
+            "the patches before the fit",
+            expected=f"patches of this model, {fingerprint(base)}",
+            found=f"patches of {patch.base}",
+            advice="Use the patches that were made for this model.",
+        )
+    return edited(base, patch.edits)
 
 
 def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress) -> Iterator["_Attempt"]:

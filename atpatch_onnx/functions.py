@@ -1,4 +1,4 @@
-"""The onnxscript functions that probe and patched graphs share: column features, detector, redistribution.
+"""The onnxscript functions that probe and patched graphs share: column features, detector, redistribution, edits.
 
 What the detector is fitted on is what it sees when served, because both graphs call these functions. The arithmetic is
 that of design section 5; `atpatch_onnx.redistribution` is the numpy form of it. Shapes are in brackets: B maps,
@@ -341,6 +341,12 @@ def AnyFlag(M):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
+def EditUnits(h, factor, constant):  # noqa: N802
+    """Hidden units as a neuron edit makes them: `factor h + constant`. h [...,units], factor and constant [units]."""
+    return op.CastLike(op.Cast(h, to=1) * factor + constant, h)
+
+
+@script(_domain, default_opset=op)
 def SampleFlag(M):  # noqa: N802
     """Whether any column of a sample is flagged. M bool [B,K] -> bool [B,1]."""
     return op.ReduceSum(op.Cast(M, to=1), op.Constant(value_ints=[1]), keepdims=1) > op.Constant(value_float=0.0)
@@ -376,6 +382,7 @@ _ALL = (
     MapFlag,
     SelectFlagged,
     AnyFlag,
+    EditUnits,
     SampleFlag,
     SampleScore,
 )

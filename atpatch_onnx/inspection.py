@@ -12,7 +12,8 @@ from atpatch_onnx.emission import find_value
 from atpatch_onnx.errors import StripError
 from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.metadata import PatchedSite, PatchRecord
+from atpatch_onnx.metadata import PatchedLayer, PatchedSite, PatchRecord
+from atpatch_onnx.patch import LayerEdit
 from atpatch_onnx.redistribution import redistributed_map, redistributed_output
 from atpatch_onnx.runtime import Array
 from atpatch_onnx.sites import AttentionSite
@@ -97,8 +98,8 @@ def site_values(model: ir.Model, site: PatchedSite, outputs: dict[str, Array]) -
         Y=laid_out(site.base_output, site.output_layout, P.shape[1]),
         corrected=laid_out(site.output, site.output_layout, P.shape[1]),
         flags=np.asarray(outputs[site.flags], bool).reshape(len(P), P.shape[3]),
-        beta=baked_weight(model, site, "beta"),
-        neutral=baked_weight(model, site, "neutral")[0, :, 0] if site.value == "neutral" else None,
+        beta=baked_weight(model, site.site, "beta"),
+        neutral=baked_weight(model, site.site, "neutral")[0, :, 0] if site.value == "neutral" else None,
     )
 
 
@@ -134,17 +135,35 @@ def weight_names(site: PatchedSite) -> list[str]:
     return names
 
 
-def baked_weight(model: ir.Model, site: PatchedSite, name: str) -> Array:
-    """A weight that baking wrote for a site.
+def baked_edit(model: ir.Model, layer: PatchedLayer) -> LayerEdit:
+    """The edit that baking wrote for a hidden layer, of all units that are not left alone.
+
+    Raises:
+        StripError: It is not there, or not one number a unit.
+    """
+    factor, constant = (baked_weight(model, layer.layer, name) for name in ("factor", "constant"))
+    if factor.ndim != 1 or factor.shape != constant.shape:
+        raise StripError(
+            f"hidden layer {layer.layer}",
+            expected="a factor and a constant for every unit",
+            found=f"arrays of shape {factor.shape} and {constant.shape}",
+            advice="The file was edited after it was baked: bake the patch into the base again.",
+        )
+    units = np.flatnonzero((factor != 1) | (constant != 0))
+    return LayerEdit(layer.layer, units, factor[units], constant[units])
+
+
+def baked_weight(model: ir.Model, scope: str, name: str) -> Array:
+    """A weight that baking wrote for a site or a hidden layer.
 
     Raises:
         StripError: It is not there.
     """
-    value = model.graph.initializers.get(f"{graphs.PREFIX}{site.site}/{name}")
+    value = model.graph.initializers.get(f"{graphs.PREFIX}{scope}/{name}")
     if value is None or value.const_value is None:
         raise StripError(
-            f"site {site.site}",
-            expected=f"the weight {graphs.PREFIX}{site.site}/{name}",
+            scope,
+            expected=f"the weight {graphs.PREFIX}{scope}/{name}",
             found="none",
             advice="The file was edited after it was baked: bake the patch into the base again.",
         )

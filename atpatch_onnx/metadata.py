@@ -8,6 +8,7 @@
 | `atpatch.emission` | `conditional` or `branchless` |
 | `atpatch.monitors` | JSON: names of the outputs that were added behind the model's own |
 | `atpatch.sites` | JSON: what each patched site does, and the names of the values it reads and writes (`PatchedSite`) |
+| `atpatch.layers` | JSON: the hidden layers with edited units, and the values that they are (`PatchedLayer`) |
 | `atpatch.weights` | digest of the weights that the patch brought |
 | `atpatch.figures` | JSON: what the fit measured |
 """
@@ -24,7 +25,7 @@ from atpatch_onnx.errors import StripError
 from atpatch_onnx.patch import Patch
 
 PREFIX = "atpatch."
-SCHEMA = "3"
+SCHEMA = "4"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,23 @@ class PatchedSite:
 
 
 @dataclass(frozen=True)
+class PatchedLayer:
+    """One hidden layer of a file whose units are edited; factors and constants are among the weights."""
+
+    layer: str
+    value: str
+    """The hidden units in the base, which the model reads, `[..., units]`."""
+
+    edited: int
+    """How many units are edited."""
+
+    @property
+    def base_value(self) -> str:
+        """The hidden units as the base computes them."""
+        return f"atpatch/{self.layer}/base"
+
+
+@dataclass(frozen=True)
 class PatchRecord:
     """The entries of a patched model, read back."""
 
@@ -78,17 +96,25 @@ class PatchRecord:
     emission: str
     monitors: tuple[str, ...]
     sites: tuple[PatchedSite, ...]
+    layers: tuple[PatchedLayer, ...]
     weights: str
     figures: Mapping[str, Any]
 
     @property
     def outputs(self) -> dict[str, str]:
-        """Name of the base's output by site, for every site that redistributes."""
-        return {site.site: site.output for site in self.sites if site.value is not None}
+        """Name of the base's value by site that redistributes, and by edited layer."""
+        sites = {site.site: site.output for site in self.sites if site.value is not None}
+        return {**{layer.layer: layer.value for layer in self.layers}, **sites}
 
 
 def describe(
-    patch: Patch, model: ir.Model, *, emission: str, sites: Sequence[PatchedSite], monitors: Sequence[str]
+    patch: Patch,
+    model: ir.Model,
+    *,
+    emission: str,
+    sites: Sequence[PatchedSite],
+    layers: Sequence[PatchedLayer],
+    monitors: Sequence[str],
 ) -> dict[str, str]:
     """The metadata entries of `model`, which has this patch in it."""
     entries = {
@@ -98,6 +124,7 @@ def describe(
         "emission": emission,
         "monitors": json.dumps(list(monitors)),
         "sites": json.dumps([asdict(site) for site in sites], sort_keys=True),
+        "layers": json.dumps([asdict(layer) for layer in layers], sort_keys=True),
         "weights": weights_digest(model),
         "figures": json.dumps(dict(patch.figures), sort_keys=True),
     }
@@ -145,6 +172,7 @@ def read_record(model: ir.Model) -> PatchRecord:
             weights=entries["weights"],
             monitors=tuple(str(name) for name in monitors),
             sites=tuple(PatchedSite(**site) for site in json.loads(entries["sites"])),
+            layers=tuple(PatchedLayer(**layer) for layer in json.loads(entries["layers"])),
             figures=dict(figures),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -1,10 +1,11 @@
 """A patch: everything that was fitted, and its `.safetensors` file.
 
-The file (schema 2) holds one metadata entry, `atpatch`, a JSON object with `schema_version`, `base` (fingerprint of the
-model the patch was fitted on), `id` (digest of everything else), `sites` (what each site does) and `figures` (what the
-fit measured); and the tensors `<number of the site>/<field>`. Nothing in it depends on when or where it was written:
-the same fit gives the same bytes. A patch file is untrusted input: sizes, shapes, types and values are checked before
-use.
+The file (schema 3) holds one metadata entry, `atpatch`, a JSON object with `schema_version`, `base` (fingerprint of the
+model the patch was fitted on), `after` (ids of patches that were in that model), `id` (digest of everything else),
+`sites` (what each site does), `edits` (which hidden units are edited) and `figures` (what the fit measured); and the
+tensors `<number of the site>/<field>` and `edits/<number>/<field>`. Nothing in it depends on when or where it was
+written: the same fit gives the same bytes. A patch file is untrusted input: sizes, shapes, types and values are checked
+before use.
 """
 
 import hashlib
@@ -24,12 +25,15 @@ from numpy.typing import NDArray
 
 from atpatch_onnx.errors import PatchFileError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_BYTES = 2**30
 """Patches are a few megabytes; a larger file is refused unread."""
 
 OFFSET = 0.01
 """What detectors add to a column feature before they take its logarithm, in units of the uniform share."""
+
+MAX_UNITS = 2**31
+"""Hidden units that a layer may have: no index needs more than 32 bits."""
 
 MAX_REACH = 4.0
 """Scores are differences of two cosines: no two are farther apart."""
@@ -117,8 +121,28 @@ class SitePatch:
 
 
 @dataclass(frozen=True, eq=False)
+class LayerEdit:
+    """What the patch does to hidden units of one layer, whatever the input: `h_u` becomes `factor_u h_u + constant_u`.
+
+    A factor of 0 freezes a unit at its constant.
+    """
+
+    layer: str
+    """Name of the `HiddenLayer`."""
+
+    units: NDArray[np.int64]
+    """`[edited]`, ascending."""
+
+    factor: Array
+    """`[edited]`."""
+
+    constant: Array
+    """`[edited]`."""
+
+
+@dataclass(frozen=True, eq=False)
 class Patch:
-    """A fitted fix for one model."""
+    """A fitted fix for one model: of its attention, of its hidden units, or of both."""
 
     base: str
     """Fingerprint of the model it was fitted on."""
@@ -128,6 +152,12 @@ class Patch:
 
     figures: Mapping[str, Any] = field(default_factory=dict)
     """What the fit measured, JSON types only."""
+
+    edits: tuple[LayerEdit, ...] = ()
+    """The edited layers, in the order of the graph."""
+
+    after: tuple[str, ...] = ()
+    """Ids of the patches that were in the model when this one was fitted; see `compose`."""
 
     @property
     def id(self) -> str:
@@ -195,6 +225,9 @@ def _tensors(patch: Patch) -> dict[str, Array]:
             tensors[f"{number}/beta"] = np.ascontiguousarray(site.redistribution.beta, np.float32)
             if site.redistribution.neutral is not None:
                 tensors[f"{number}/neutral"] = np.ascontiguousarray(site.redistribution.neutral, np.float32)
+    for number, edit in enumerate(patch.edits):
+        tensors[f"edits/{number}/factor"] = np.ascontiguousarray(edit.factor, np.float32)
+        tensors[f"edits/{number}/constant"] = np.ascontiguousarray(edit.constant, np.float32)
     return tensors
 
 
@@ -213,7 +246,9 @@ def _header(patch: Patch, *, patch_id: str | None) -> str:
     header = {
         "schema_version": SCHEMA_VERSION,
         "base": patch.base,
+        "after": list(patch.after),
         "sites": sites,
+        "edits": [{"layer": edit.layer, "units": edit.units.tolist()} for edit in patch.edits],
         "figures": patch.figures,
         "id": patch_id,
     }
@@ -261,13 +296,15 @@ def _load(path: Path) -> Patch:
             base=str(header["base"]),
             sites=tuple(_site(entry, number, tensors) for number, entry in enumerate(header["sites"])),
             figures=dict(header["figures"]),
+            edits=tuple(_edit(entry, number, tensors) for number, entry in enumerate(header["edits"])),
+            after=tuple(str(other) for other in header["after"]),
         )
         stated = str(header["id"])
     except (KeyError, TypeError, ValueError) as error:
-        raise _refused(path, "consistent sites and tensors", f"{type(error).__name__}: {error}") from error
+        raise _refused(path, "consistent sites, edits and tensors", f"{type(error).__name__}: {error}") from error
     if set(_tensors(patch)) != set(tensors):
         extra = sorted(set(tensors) - set(_tensors(patch)))
-        raise _refused(path, "only the tensors that its sites name", f"{extra} as well")
+        raise _refused(path, "only the tensors that its sites and edits name", f"{extra} as well")
     if patch.id != stated:
         raise _refused(path, f"content with the id {stated}", f"content with the id {patch.id}")
     return patch
@@ -280,6 +317,19 @@ def _refused(path: Path, expected: str, found: str) -> PatchFileError:
         found=found,
         advice="This is no patch of atpatch-onnx, or it was damaged: copy it again, or fit it again.",
     )
+
+
+def _edit(entry: Mapping[str, Any], number: int, tensors: Mapping[str, Array]) -> LayerEdit:
+    """One edited layer from its header entry and tensors; ValueError where they do not fit together."""
+    units = entry["units"]
+    known = bool(units) and all(type(unit) is int and 0 <= unit < MAX_UNITS for unit in units)
+    if not known or units != sorted(set(units)):
+        raise ValueError(f"edit {number} has units that are not ascending numbers, each once")
+    arrays = [tensors[f"edits/{number}/{name}"] for name in ("factor", "constant")]
+    for array in arrays:
+        if array.shape != (len(units),) or not np.isfinite(array).all():
+            raise ValueError(f"edit {number} has {len(units)} units and a tensor of shape {array.shape} or not finite")
+    return LayerEdit(str(entry["layer"]), np.array(units, np.int64), *arrays)
 
 
 _REDISTRIBUTES = ((True, "own"), (True, "neutral"), (False, None))

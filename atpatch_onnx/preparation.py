@@ -42,8 +42,31 @@ def prepare(model: ir.Model, debug: DebugSet, options: FitOptions, progress: Pro
     found = find_sites(model)
     sites = candidates(found, options)
     first = next(site for site in found if site.token_axis == sites[0].token_axis)
+    debug, output = complete(model, debug, output=options.output, batch_size=options.batch_size, progress=progress)
+    debug = find_suspects(model, [first], debug, batch_size=options.batch_size, progress=progress)
+    parts = debug.split(seed=options.seed)
+    parts.check_size(options.goal.clean_flag_rate)
+    return Prepared(sites, debug, parts, output)
+
+
+def complete(
+    model: ir.Model, debug: DebugSet, *, output: str | None, batch_size: int, progress: Progress = silent
+) -> tuple[DebugSet, str]:
+    """Check the debug set against the model and find its target; the set with that, and the output of predictions.
+
+    Args:
+        model: The base.
+        debug: Pairs for it.
+        output: Name of the output that predictions are read from; None: the first float output `[batch, classes]`.
+        batch_size: Inputs at a time.
+        progress: Told after every batch.
+
+    Raises:
+        DebugSetError: The debug set does not fit the model, or shows no effect.
+        FitError: A backdoor's target class cannot be inferred.
+    """
     debug.check_inputs(input_specs(model))
-    output = prediction_output(model, options.output)
+    output = prediction_output(model, output)
     session = Session(model)
     sides = (("clean", debug.clean), ("counterfactual", debug.counterfactual))
     clean, counterfactual = (
@@ -51,7 +74,7 @@ def prepare(model: ir.Model, debug: DebugSet, options: FitOptions, progress: Pro
             session.collect(
                 inputs,
                 [output],
-                batch_size=options.batch_size,
+                batch_size=batch_size,
                 progress=progress,
                 stage=f"predicting, {side} inputs",
             )[output]
@@ -69,10 +92,7 @@ def prepare(model: ir.Model, debug: DebugSet, options: FitOptions, progress: Pro
                 advice="Name the target class, or use kind='attribute' for a protected attribute.",
             )
         debug = debug.with_target(target)
-    debug = find_suspects(model, [first], debug, batch_size=options.batch_size, progress=progress)
-    parts = debug.split(seed=options.seed)
-    parts.check_size(options.goal.clean_flag_rate)
-    return Prepared(sites, debug, parts, output)
+    return debug, output
 
 
 def candidates(found: Sequence[AttentionSite], options: FitOptions) -> tuple[AttentionSite, ...]:

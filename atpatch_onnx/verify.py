@@ -14,10 +14,12 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.bake import FLAGGED, SCORE
 from atpatch_onnx.collect import input_specs
 from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.edits import edited
 from atpatch_onnx.errors import AtPatchError, StripError, VerificationError
-from atpatch_onnx.inspection import baked_weight, expose, last_flags, site_values, value_names, weight_names
+from atpatch_onnx.inspection import baked_edit, baked_weight, expose, last_flags, site_values, value_names, weight_names
 from atpatch_onnx.invariants import violations
-from atpatch_onnx.metadata import PatchRecord, read_record, weights_digest
+from atpatch_onnx.metadata import PatchedLayer, PatchRecord, read_record, weights_digest
+from atpatch_onnx.patch import LayerEdit
 from atpatch_onnx.runtime import Array, Progress, Session, silent
 from atpatch_onnx.strip import strip
 
@@ -132,11 +134,19 @@ def _wrong_weights(patched: ir.Model, record: PatchRecord) -> Iterator[str]:
             array = value.const_value.numpy()
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 yield f"{name} is not finite"
+    for layer in record.layers:
+        try:
+            count = len(baked_edit(patched, layer).units)
+        except StripError as error:
+            yield str(error)
+            continue
+        if count > layer.edited:  # an edit may leave a unit as it is
+            yield f"{count} units of hidden layer {layer.layer} are edited, the file says {layer.edited}"
     for site in record.sites:
         for name in weight_names(site):
             where = f"{graphs.PREFIX}{site.site}/{name}"
             try:
-                array = baked_weight(patched, site, name)
+                array = baked_weight(patched, site.site, name)
             except StripError as error:
                 yield str(error)
                 continue
@@ -160,7 +170,9 @@ def _numbers(
 ) -> Iterator[Check]:
     level = "default optimization" if optimize else "no optimization"
     try:
-        sessions = Session(base, optimize=optimize), Session(patched, optimize=optimize)
+        edits = [baked_edit(patched, layer) for layer in record.layers]
+        reference = edited(base, [edit for edit in edits if edit.units.size])
+        sessions = Session(reference, optimize=optimize), Session(patched, optimize=optimize)
         exposed = Session(_exposed(patched, record), optimize=optimize)
     except AtPatchError as error:
         yield Check(f"loads, {level}", False, str(error))
@@ -180,14 +192,16 @@ def _exposed(patched: ir.Model, record: PatchRecord) -> ir.Model:
     """The patched model with what the numbers are held against; refuses a file that lacks it."""
     for site in record.sites:
         for name in weight_names(site):
-            baked_weight(patched, site, name)
+            baked_weight(patched, site.site, name)
     names = [name for site in record.sites if site.value is not None for name in value_names(site)]
+    names += [name for layer in record.layers for name in (layer.base_value, layer.value)]
     return expose(patched, [*names, *_all_flags(record)])
 
 
 def _all_flags(record: PatchRecord) -> list[str]:
     """The values that hold the flags of all sites; several token axes have several."""
-    last_flags(record.sites)
+    if record.sites or not record.layers:
+        last_flags(record.sites)
     return list(dict.fromkeys(site.flags for site in record.sites))
 
 
@@ -196,6 +210,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self.inputs = self.flagged = self.differing = self.misreported = 0
+        self.edited: dict[str, str] = {}
         self.worst: dict[str, float] = {}
         self.allowed: dict[str, float] = {}
 
@@ -207,8 +222,9 @@ class _Tally:
         found: Mapping[str, Array],
         inner: dict[str, Array],
     ) -> None:
-        """Compare the base's outputs with the patched model's, and every site with the reference."""
-        flagged = np.any([np.any(inner[name], axis=1) for name in _all_flags(record)], axis=0)
+        """Compare the base's outputs with the patched model's, and every site and edited layer with the reference."""
+        flags = [np.any(inner[name], axis=1) for name in _all_flags(record)]
+        flagged = np.any(flags, axis=0) if flags else np.zeros(_samples(expected), np.bool_)
         self.inputs += len(flagged)
         self.flagged += int(flagged.sum())
         same = np.ones(len(flagged), np.bool_)
@@ -218,6 +234,8 @@ class _Tally:
         if FLAGGED in found and SCORE in found:
             reported = (found[FLAGGED][:, 0] != flagged) | ((found[SCORE][:, 0] > 0) != flagged)
             self.misreported += int(reported.sum())
+        for layer in record.layers:
+            self._add_layer(layer, baked_edit(patched, layer), inner)
         for site in record.sites:
             if site.value is None or not np.any(inner[site.flags]):
                 continue
@@ -230,19 +248,37 @@ class _Tally:
             if difference / allowed >= self.worst.get(site.site, 0.0) / self.allowed.get(site.site, 1.0):
                 self.worst[site.site], self.allowed[site.site] = difference, allowed
 
+    def _add_layer(self, layer: PatchedLayer, edit: LayerEdit, inner: Mapping[str, Array]) -> None:
+        """Edited units against numpy, the others bit for bit; a fault stays until the verdict."""
+        before, after = inner[layer.base_value], inner[layer.value]
+        others = np.setdiff1d(np.arange(before.shape[-1]), edit.units)
+        reference = before[..., edit.units].astype(np.float64) * edit.factor + edit.constant
+        worst = float(np.abs(after[..., edit.units] - reference).max(initial=0.0))
+        allowed = TOLERANCE[_dtype(after)] * max(1.0, float(np.abs(reference).max(initial=0.0)))
+        if not worst <= allowed:  # nor a NaN
+            self.edited[layer.layer] = f"edited units differ from the numpy reference by {worst:.2e}"
+        elif before[..., others].tobytes() != after[..., others].tobytes():
+            self.edited[layer.layer] = "units that are not edited differ"
+        else:
+            self.edited.setdefault(layer.layer, "")
+
     def checks(self, where: str) -> Iterator[Check]:
         """The verdicts."""
         unflagged = self.inputs - self.flagged
+        base = "the base with the neuron edits" if self.edited else "the base"
         yield Check(
             f"unflagged {where}",
             self.differing == 0,
-            f"{unflagged - self.differing} of {unflagged} bit-identical to the base",
+            f"{unflagged - self.differing} of {unflagged} bit-identical to {base}",
         )
         yield Check(
             f"monitoring, {where}",
             self.misreported == 0,
             f"{self.inputs - self.misreported} of {self.inputs} reported as their columns are flagged",
         )
+        for layer, fault in self.edited.items():
+            said = fault or "edited units agree with the numpy reference, the others bit for bit with the base"
+            yield Check(f"hidden layer {layer}, {where}", not fault, said)
         for site, worst in self.worst.items():
             yield Check(
                 f"site {site}, {where}",
@@ -261,6 +297,10 @@ def _rows_equal(expected: Array, found: Array, flagged: Array) -> Array:
         return np.full(len(flagged), same)
     pairs: Sequence[tuple[Array, Array]] = list(zip(expected, found, strict=True))
     return np.array([one.tobytes() == other.tobytes() for one, other in pairs], bool)
+
+
+def _samples(outputs: Mapping[str, Array]) -> int:
+    return max((len(array) for array in outputs.values() if array.ndim), default=0)
 
 
 def _dtype(array: Array) -> str:

@@ -53,6 +53,10 @@ class Case:
     bounds: tuple[Bound, ...] = ()
     """What the figures must reach; the task's command fails otherwise."""
 
+    whole: atp.DebugSet | None = None
+    """As `debug`, inputs of the target's class among them, where `debug` leaves these out: neuron edits may make a
+    model forget that class."""
+
     further: Callable[[Path], Mapping[str, Any]] = lambda patched: {}
     """Figures of this task alone, JSON types, from the patched file."""
 

@@ -204,6 +204,7 @@ def prepare(
         base=folder / "base.onnx",
         debug=pairs(images.debug.images, images.debug.labels, trigger, TARGET, seed=seed),
         unseen=pairs(unseen.images, unseen.labels, trigger, TARGET, drop_target=False, seed=seed + 1),
+        whole=pairs(images.debug.images, images.debug.labels, trigger, TARGET, drop_target=False, seed=seed),
         options=atp.FitOptions(goal=FAST_GOAL if fast else attack.goal, seed=seed),
         training=figures,
         bounds=FAST_BOUNDS if fast else attack.bounds,

@@ -36,6 +36,10 @@ ABLATED = ("vit/badnets-fixed", "minilm/token", "adult/sex")
 """Cases that the ablations are made on, with the first seed."""
 
 
+COMPARED = ABLATED
+"""Cases on which AtPatch is held beside neuron edits, with every seed."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """One piece of work: what to make of which case."""
@@ -61,6 +65,8 @@ def chain(task: str, seed: int) -> Iterator[Piece]:
             yield Piece(case, seed, "inverted")
         if case in ABLATED and seed == SEEDS[0]:
             yield Piece(case, seed, "ablated")
+        if case in COMPARED:
+            yield Piece(case, seed, "compared")
 
 
 def run_chain(task: str, seed: int, out: Path, fast: bool) -> tuple[str, int, float]:

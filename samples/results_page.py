@@ -11,6 +11,8 @@ from typing import Any
 from atpatch_onnx.report.rows import percent
 from samples import results_pictures as pictures
 from samples.bounds import FIGURES
+from samples.compared_page import compared_section
+from samples.page_tables import points, seeds, share, table
 from samples.results import Piece
 from samples.summary import GOALS, Spread, Verdict, spread, verdicts
 
@@ -84,7 +86,8 @@ def _trimmed(run: Mapping[str, Any]) -> dict[str, Any]:
     if "evaluation" in kept:
         evaluation = dict(kept["evaluation"])
         for level in ("columns", "input_level"):
-            evaluation[level] = {name: value for name, value in evaluation[level].items() if name != "curve"}
+            if evaluation[level] is not None:
+                evaluation[level] = {name: value for name, value in evaluation[level].items() if name != "curve"}
         kept["evaluation"] = evaluation
     return kept
 
@@ -108,39 +111,14 @@ def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Seque
         *_searches(runs),
         "## Unfairness",
         *_unfairness(spreads),
+        "## AtPatch beside neuron edits",
+        *compared_section([found for (work, _), found in runs.items() if work == "compared"]),
         "## One thing changed at a time",
         *_ablations(runs),
         *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in drawn),
         NOTES.read_text().strip(),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _share(found: Spread | None, digits: int = 2) -> str:
-    if found is None:
-        return "-"
-    text = percent(found.mean, digits)
-    if found.seeds > 1:
-        text += f" [{percent(found.smallest, digits)}, {percent(found.largest, digits)}]"
-    if found.low is not None and found.high is not None:
-        text += f" ({percent(found.low, digits)}, {percent(found.high, digits)})"
-    return text
-
-
-def _seeds(found: Spread | None) -> str:
-    return "-" if found is None else str(found.seeds)
-
-
-def _points(found: Spread | None) -> str:
-    if found is None:
-        return "-"
-    text = f"{100 * found.mean:+.2f}"
-    return text + (f" [{100 * found.smallest:+.2f}, {100 * found.largest:+.2f}]" if found.seeds > 1 else "")
 
 
 def _summary(spreads: Spreads) -> list[str]:
@@ -162,7 +140,7 @@ def _summary(spreads: Spreads) -> list[str]:
         "Ours: ASR is counted above the floor, on inputs that the base does not send to the target"
         " anyway; averages are over all cases with a goal below, blended left out."
     )
-    return [_table(("", "paper", "ours"), rows), note]
+    return [table(("", "paper", "ours"), rows), note]
 
 
 def _goals(judged: Sequence[Verdict]) -> list[str]:
@@ -182,7 +160,7 @@ def _goals(judged: Sequence[Verdict]) -> list[str]:
         )
         for verdict in judged
     ]
-    return [_table(("goal", "case", "figure", "bound", "mean over seeds", "met"), rows)]
+    return [table(("goal", "case", "figure", "bound", "mean over seeds", "met"), rows)]
 
 
 def _rows(spreads: Spreads, figure: str) -> list[tuple[str, Mapping[str, Spread | None]]]:
@@ -199,33 +177,33 @@ def _backdoors(spreads: Spreads) -> list[str]:
     strength = [
         (
             name,
-            _seeds(f["ASR"]),
-            _share(f["accuracy of the unpoisoned twin"]),
-            _share(f["accuracy"]),
-            _share(f["ASR"]),
-            _share(f["floor"]),
+            seeds(f["ASR"]),
+            share(f["accuracy of the unpoisoned twin"]),
+            share(f["accuracy"]),
+            share(f["ASR"]),
+            share(f["floor"]),
         )
         for name, f in found
     ]
     fixed = [
         (
             name,
-            _share(f["ASR above floor"]),
-            _points(f["accuracy lost"]),
-            _share(f["robust accuracy"]),
-            _share(f["recall"]),
-            _share(f["precision"]),
-            _share(f["clean inputs flagged"]),
+            share(f["ASR above floor"]),
+            points(f["accuracy lost"]),
+            share(f["robust accuracy"]),
+            share(f["recall"]),
+            share(f["precision"]),
+            share(f["clean inputs flagged"]),
             f"{f['core seconds'].mean:.0f} s" if f["core seconds"] else "-",
         )
         for name, f in found
     ]
     return [
         "The bases, and their twins trained without poison: a weak base would make a fix look good.",
-        _table(("case", "seeds", "twin's accuracy", "accuracy", "ASR", "floor"), strength),
+        table(("case", "seeds", "twin's accuracy", "accuracy", "ASR", "floor"), strength),
         "After the fix. Recall and precision are the detector's, by columns. Core time is one core's, for the fit, its"
         " verification and its evaluation (and the search for the trigger).",
-        _table(
+        table(
             (
                 "case",
                 "ASR above floor",
@@ -260,7 +238,7 @@ def _searches(runs: Runs) -> list[str]:
     if not rows:
         return []
     header = ("case", "seed", "class found", "stands out", "success", "tokens found")
-    return ["Where the trigger was not known, the search found this.", _table(header, rows)]
+    return ["Where the trigger was not known, the search found this.", table(header, rows)]
 
 
 def _unfairness(spreads: Spreads) -> list[str]:
@@ -285,18 +263,18 @@ def _unfairness(spreads: Spreads) -> list[str]:
     rows = [
         (
             name,
-            _seeds(f["UF"]),
-            _share(f["individual discrimination"]),
-            _share(f["UF"]),
-            _share(f["UF, patched"]),
-            _share(f["UF of any value"]),
-            _share(f["UF of any value, patched"]),
-            _share(f["accuracy"]),
-            _share(f["accuracy of the larger class"]),
-            _share(f["accuracy of boosting"]),
-            _points(f["accuracy lost"]),
-            _share(f["clean inputs changed"]),
-            *(_share(f[key], 1) for key in ("DPD", "DPD, patched", "EOD", "EOD, patched")),
+            seeds(f["UF"]),
+            share(f["individual discrimination"]),
+            share(f["UF"]),
+            share(f["UF, patched"]),
+            share(f["UF of any value"]),
+            share(f["UF of any value, patched"]),
+            share(f["accuracy"]),
+            share(f["accuracy of the larger class"]),
+            share(f["accuracy of boosting"]),
+            points(f["accuracy lost"]),
+            share(f["clean inputs changed"]),
+            *(share(f[key], 1) for key in ("DPD", "DPD, patched", "EOD", "EOD, patched")),
         )
         for name, f in _rows(spreads, "UF")
     ]
@@ -305,7 +283,7 @@ def _unfairness(spreads: Spreads) -> list[str]:
         " to one at least of all others. *Discriminates*: the same of random rows, as ADF counts it. Beside the base's"
         " accuracy: of always answering the larger class, and of gradient boosting on the same rows. DPD and EOD:"
         " differences in demographic parity and equalized odds between the groups, by fairlearn.",
-        _table(header, rows),
+        table(header, rows),
     ]
 
 
@@ -332,13 +310,13 @@ def _ablations(runs: Runs) -> list[str]:
             rows.append(
                 (
                     row["variant"],
-                    _share(of("remaining")),
-                    _points(loss),
-                    _share(of("clean_flag_rate")),
-                    _share(of("recall")),
-                    _share(of("precision")),
+                    share(of("remaining")),
+                    points(loss),
+                    share(of("clean_flag_rate")),
+                    share(of("recall")),
+                    share(of("precision")),
                 )
             )
         header = ("variant", "left", "accuracy lost, points", "clean inputs flagged", "recall", "precision")
-        parts += [f"### {case}", _table(header, rows)]
+        parts += [f"### {case}", table(header, rows)]
     return parts

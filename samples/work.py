@@ -11,26 +11,27 @@ from atpatch_onnx.examples import Story, gather_examples
 from samples import inverted
 from samples.ablations import ablate
 from samples.case import Case, measure
+from samples.compared import compared
 from samples.tasks import prepare
 
-Work = Callable[[Case, Path], dict[str, Any]]
-"""From a case and its folder, the base trained, to figures."""
+Work = Callable[[Case, Path, bool], dict[str, Any]]
+"""From a case and its folder, the base trained, and whether it is the fast form, to figures."""
 
 
 def do(work: str, case: str, *, seed: int, out: Path, fast: bool) -> dict[str, Any]:
     """Do a piece of work, the base trained if it is not there; `core_seconds` are those of all threads together."""
     begun = time.process_time()
     prepared, folder = prepare(case, seed=seed, fast=fast, out=out)
-    figures = WORK[work](prepared, folder)
+    figures = WORK[work](prepared, folder, fast)
     return {**figures, "core_seconds": round(time.process_time() - begun, 1)}
 
 
-def trained(case: Case, folder: Path) -> dict[str, Any]:
+def trained(case: Case, folder: Path, fast: bool) -> dict[str, Any]:
     """The base and its twin, which are there by now."""
     return {"case": case.name, "seed": case.seed, "training": dict(case.training)}
 
 
-def measured(case: Case, folder: Path) -> dict[str, Any]:
+def measured(case: Case, folder: Path, fast: bool) -> dict[str, Any]:
     """Fit, bake, verify and evaluate, the trigger or the attribute known."""
     figures = measure(case, folder, force=True).to_json()
     _save_view(case, folder)
@@ -54,12 +55,12 @@ def _save_view(case: Case, folder: Path) -> None:
         )
 
 
-def unknown_trigger(case: Case, folder: Path) -> dict[str, Any]:
+def unknown_trigger(case: Case, folder: Path, fast: bool) -> dict[str, Any]:
     """The same with the trigger inverted from the model; measured against the real one."""
     return measure(inverted.inverted(case, folder), folder / "inverted", force=True).to_json()
 
 
-def ablated(case: Case, folder: Path) -> dict[str, Any]:
+def ablated(case: Case, folder: Path, fast: bool) -> dict[str, Any]:
     """One thing of the method changed at a time."""
     return {"case": case.name, "seed": case.seed, "rows": [row.to_json() for row in ablate(case)]}
 
@@ -69,5 +70,6 @@ WORK: dict[str, Work] = {
     "measured": measured,
     "inverted": unknown_trigger,
     "ablated": ablated,
+    "compared": compared,
 }
 """By name; the name of a piece's file."""

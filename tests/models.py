@@ -70,6 +70,9 @@ class Net:
     y_in_if: bool = False
     """The first site's output is used inside an If of the model."""
 
+    mlp: int = 0
+    """Hidden units of an MLP behind each attention; 0: none."""
+
     half: bool = False
     ir_version: int | None = None
     seed: int = 0
@@ -156,7 +159,16 @@ class _Builder:
             y = self.op("Transpose", y, out=f"{at}/merged", perm=[0, 2, 1, 3])
             y = self.op("Reshape", y, self.shape(f"{at}/merge", 0, 0, net.width), out=f"{at}/flat")
         y = self.op("MatMul", y, self.normal(f"{at}/o", net.width, net.width), out=f"{at}/projected")
-        return self.op("Add", x, y, out=f"{at}/out")
+        x = self.op("Add", x, y, out=f"{at}/out")
+        return self.mlp(at, x) if net.mlp else x
+
+    def mlp(self, at: str, x: str) -> str:
+        width, units = self.net.width, self.net.mlp
+        h = self.op("MatMul", x, self.normal(f"{at}/mlp/up", width, units), out=f"{at}/mlp/product")
+        h = self.op("Add", h, self.normal(f"{at}/mlp/bias", units), out=f"{at}/mlp/sum")
+        h = self.op("Relu", h, out=f"{at}/mlp/h")
+        y = self.op("MatMul", h, self.normal(f"{at}/mlp/down", units, width), out=f"{at}/mlp/projected")
+        return self.op("Add", x, y, out=f"{at}/mlp/out")
 
     def linear(self, name: str, x: str, heads: int) -> str:
         """A projection with bias; split into heads unless the op takes them packed."""

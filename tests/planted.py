@@ -50,6 +50,9 @@ class Planted:
     harm: float = 150.0
     """What the planted token's value adds to a logit when it has all attention."""
 
+    mlp: int = 0
+    """Hidden units of a harmless MLP behind each attention; 0: none."""
+
     scalar_output: bool = False
     """A second output without a sample axis."""
 
@@ -221,7 +224,21 @@ class _Builder:
             y = self.op("Transpose", y, out=f"{at}/merged", perm=[0, 2, 1, 3])
             y = self.op("Reshape", y, self.weight(f"{at}.flat", np.array([0, 0, HEADS * depth])), out=f"{at}/flat")
         y = self.op("MatMul", y, self.weight(f"{at}.o.weight", output), out=f"{at}/projected")
-        return self.op("Add", x, y, out=f"layer{layer}/out")
+        x = self.op("Add", x, y, out=f"layer{layer}/out")
+        return self.mlp(f"layer{layer}.mlp", x) if planted.mlp else x
+
+    def mlp(self, at: str, x: str) -> str:
+        """Of the noise, into the noise; drawn apart, so that all else is as without it."""
+        rng = np.random.default_rng(self.planted.seed + 1)
+        noise = slice(EVIDENCE + self.planted.classes, EVIDENCE + self.planted.classes + NOISE)
+        up = np.zeros((self.planted.width, self.planted.mlp), np.float32)
+        up[noise] = rng.normal(scale=0.3, size=(NOISE, self.planted.mlp))
+        h = self.op("MatMul", x, self.weight(f"{at}.up.weight", up), out=f"{at}/up")
+        h = self.op("Relu", h, out=f"{at}/h")
+        down = np.zeros((self.planted.mlp, self.planted.width), np.float32)
+        down[:, noise] = rng.normal(scale=0.02, size=(self.planted.mlp, NOISE))
+        y = self.op("MatMul", h, self.weight(f"{at}.down.weight", down), out=f"{at}/down")
+        return self.op("Add", x, y, out=f"{at}/out")
 
     def heads(self, packed: str) -> str:
         if self.planted.form == "packed":

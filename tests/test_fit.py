@@ -16,15 +16,25 @@ from atpatch_onnx import preparation, runtime
 from atpatch_onnx.bake import bake
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.detector import train_detector
-from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError, RunError, TargetMissedError
+from atpatch_onnx.errors import (
+    AtPatchError,
+    DebugSetError,
+    FitError,
+    NoSiteError,
+    PatchMismatchError,
+    RunError,
+    TargetMissedError,
+)
 from atpatch_onnx.fit import fit
 from atpatch_onnx.goal import Goal
 from atpatch_onnx.graph import fingerprint
+from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.options import BETAS, FitOptions
-from atpatch_onnx.patch import Features, Patch
+from atpatch_onnx.patch import Features, LayerEdit, Patch
 from atpatch_onnx.search import Search
 from atpatch_onnx.trial import Setting, Trial
+from atpatch_onnx.verify import verify
 
 TRUTHS = {
     "one-site": (Planted(), [(1,)], (1,)),
@@ -371,6 +381,36 @@ def test_without_labels_the_bases_predictions_stand_in():
     patch = fit(planted.model(), replace(planted.debug(), labels=None), QUICK)
     assert patch.meets_target
     assert patch.figures["outcome"]["accuracy_base"] == 1.0
+
+
+def test_a_fit_after_neuron_edits_is_of_the_edited_model_and_needs_them(monkeypatch):
+    planted = Planted(mlp=4)
+    model = planted.model()
+    (layer, *_) = find_hidden_layers(model)
+    edit = LayerEdit(layer.name, np.array([1]), np.zeros(1, np.float32), np.full(1, 0.25, np.float32))
+    neurons = Patch(fingerprint(model), (), {}, (edit,))
+    patch = fit(model, planted.debug(), QUICK, after=[neurons])
+    assert patch.base == fingerprint(model)
+    assert patch.after == (neurons.id,)
+    assert patch.meets_target
+    assert verify(model, bake(model, [neurons, patch]), planted.debug(40)).passed
+    with pytest.raises(PatchMismatchError, match=f"Give patch {neurons.id} first"):
+        bake(model, patch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda patch: replace(patch, base="sha256:0"), "expected patches of this model"),
+        (lambda patch: fitted(Planted()), "expected patches of hidden units"),
+    ],
+    ids=["another-model", "attention"],
+)
+def test_what_a_fit_cannot_come_after(change, message):
+    model = Planted(mlp=4).model()
+    edit = LayerEdit("layer0.mlp.hidden", np.array([1]), np.zeros(1, np.float32), np.zeros(1, np.float32))
+    with pytest.raises(AtPatchError, match=message):
+        fit(model, Planted().debug(), QUICK, after=[change(Patch(fingerprint(model), (), {}, (edit,)))])
 
 
 @pytest.mark.parametrize("features", [Features.SUMMARY, Features.LANDMARKS])

@@ -14,7 +14,7 @@ from models import draw_detector
 
 from atpatch_onnx import patch as patches
 from atpatch_onnx.errors import PatchFileError
-from atpatch_onnx.patch import Features, Patch, Redistribution, SitePatch
+from atpatch_onnx.patch import Features, LayerEdit, Patch, Redistribution, SitePatch
 
 
 def example(seed: int = 0) -> Patch:
@@ -22,6 +22,10 @@ def example(seed: int = 0) -> Patch:
     beta = np.full((1, 1, 1), 0.5, np.float32)
     profile = rng.random((2, 5, 1)).astype(np.float32)
     neutral = rng.normal(size=(2, 4)).astype(np.float32)
+
+    def normal(count: int) -> np.ndarray:
+        return rng.normal(size=count).astype(np.float32)
+
     reaching = replace(draw_detector(rng, 10, features=Features.WHOLE, threshold=-0.1), reach=0.75)
     return Patch(
         base="sha256:0123",
@@ -31,6 +35,11 @@ def example(seed: int = 0) -> Patch:
             SitePatch("layers.2", None, Redistribution(profile, None)),
         ),
         figures={"asr": {"before": 0.97, "after": 0.004}, "meets_target": True, "seeds": [1, 2]},
+        edits=(
+            LayerEdit("layers.0.hidden", np.array([3, 7]), normal(2), normal(2)),
+            LayerEdit("layers.2.hidden", np.array([0]), normal(1), normal(1)),
+        ),
+        after=("0123456789abcdef",),
     )
 
 
@@ -61,6 +70,11 @@ def test_round_trip(tmp_path: Path) -> None:
     assert again.base == patch.base
     assert again.figures == patch.figures
     assert [site.site for site in again.sites] == [site.site for site in patch.sites]
+    assert again.after == patch.after
+    for before, after in zip(patch.edits, again.edits, strict=True):
+        assert before.layer == after.layer
+        for name in ("units", "factor", "constant"):
+            assert np.array_equal(getattr(before, name), getattr(after, name))
     for old, new in zip(patch.sites, again.sites, strict=True):
         assert (old.detector is None) == (new.detector is None)
         if old.detector is not None and new.detector is not None:
@@ -102,8 +116,11 @@ def test_bytes_do_not_depend_on_the_order_of_figures_or_on_memory_layout() -> No
         example().with_figures({"asr": 1.0}),
         replace(example(), sites=example().sites[:2]),
         replace(example(), sites=(replace(example().sites[0], site="layers.9"), *example().sites[1:])),
+        replace(example(), edits=example().edits[:1]),
+        replace(example(), edits=(replace(example().edits[0], units=np.array([3, 8])), example().edits[1])),
+        replace(example(), after=()),
     ],
-    ids=["numbers", "base", "figures", "sites", "name"],
+    ids=["numbers", "base", "figures", "sites", "name", "edits", "units", "after"],
 )
 def test_another_content_has_another_id(changed: Patch) -> None:
     assert changed.id != example().id
@@ -205,7 +222,7 @@ def refused(tmp_path: Path, tensors: dict[str, np.ndarray], header: object) -> s
 def test_other_schemas_are_named(tmp_path: Path) -> None:
     tensors, header = file_of(example())
     assert "schema version 1" in refused(tmp_path, tensors, header | {"schema_version": 1})
-    assert "schema version 3" in refused(tmp_path, tensors, header | {"schema_version": 3})
+    assert "schema version 2" in refused(tmp_path, tensors, header | {"schema_version": 2})
     assert "schema version 1.5" in refused(tmp_path, tensors, header | {"schema_version": 1.5})
 
 
@@ -218,14 +235,14 @@ def test_metadata_that_is_no_header(tmp_path: Path, header: str) -> None:
     refused(tmp_path, file_of(example())[0], header)
 
 
-@pytest.mark.parametrize("key", ["base", "sites", "figures", "id"])
+@pytest.mark.parametrize("key", ["base", "sites", "figures", "id", "edits", "after"])
 @pytest.mark.parametrize("value", [None, 3, "text", [], {}, [[]], [3], ["text"], [None], [{}]], ids=repr)
 def test_header_entries_of_another_kind(tmp_path: Path, key: str, value: object) -> None:
     tensors, header = file_of(example())
     refused(tmp_path, tensors, header | {key: value})
 
 
-@pytest.mark.parametrize("key", ["schema_version", "base", "sites", "figures", "id"])
+@pytest.mark.parametrize("key", ["schema_version", "base", "sites", "figures", "id", "edits", "after"])
 def test_header_entries_that_are_missing(tmp_path: Path, key: str) -> None:
     tensors, header = file_of(example())
     del header[key]
@@ -242,6 +259,20 @@ def test_site_entries_that_do_not_fit(tmp_path: Path, key: str, value: object) -
     else:
         site[key] = value
     refused(tmp_path, tensors, header | {"sites": [site, *header["sites"][1:]]})  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("key", ["layer", "units"])
+@pytest.mark.parametrize(
+    "value", [..., None, 3, "other", [], {}, [7, 3], [3, 3], [-1, 3], [3.0, 7], [3, 2**70]], ids=repr
+)
+def test_entries_of_edits_that_do_not_fit(tmp_path: Path, key: str, value: object) -> None:
+    tensors, header = file_of(example())
+    edit = dict(header["edits"][0])  # type: ignore[index]
+    if value is ...:
+        del edit[key]
+    else:
+        edit[key] = value
+    refused(tmp_path, tensors, header | {"edits": [edit, *header["edits"][1:]]})  # type: ignore[misc]
 
 
 def test_missing_and_extra_tensors(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def _identical(base: Model, stripped: Model) -> bool:
 def _figures(base: Model, patch: atp.Patch, evaluation: Evaluation, identical: bool, seconds: float) -> dict[str, Any]:
     backdoor = evaluation.backdoor
     assert backdoor is not None, "walks are about backdoors"
+    assert evaluation.columns is not None, "walks fit a detector"
     return {
         "accuracy_base": evaluation.accuracy_base.value,
         "accuracy_patched": evaluation.accuracy_patched.value,

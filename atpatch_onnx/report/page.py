@@ -96,7 +96,7 @@ def render(
         metrics=() if evaluation is None else before_after(evaluation),
         tiles=_tiles(evaluation, verification),
         detector=() if evaluation is None else detector_rows(evaluation),
-        curve=None if evaluation is None else _markup(pictures.precision_recall(evaluation, "curve")),
+        curve=_curve(evaluation),
         cards=[_card(example, number) for number, example in enumerate(examples)],
         sites=sites,
         contributions=_contributions(figures, sites),
@@ -120,6 +120,12 @@ def _version() -> str:
 def _markup(picture: Picture) -> Markup:
     """A picture of ours for the page as it is; matplotlib has escaped the text in it."""
     return Markup(picture.svg)
+
+
+def _curve(evaluation: Evaluation | None) -> Markup | None:
+    if evaluation is None or evaluation.columns is None:
+        return None
+    return _markup(pictures.precision_recall(evaluation, "curve"))
 
 
 def _tiles(evaluation: Evaluation | None, verification: Verification | None) -> list[tuple[str, str, str]]:

@@ -157,6 +157,8 @@ def precision_recall(evaluation: Evaluation, name: str) -> Picture:
         figure = Figure(figsize=(4.4, 3.1), layout="constrained")
         at = figure.subplots()
         for label, level, color, dash, marker in levels:
+            if level is None:
+                continue
             curve, precision, recall = level.curve, level.precision, level.recall
             at.step(curve.recall, curve.precision, dash, where="post", color=color, linewidth=1.6, clip_on=False)
             at.errorbar(
@@ -184,6 +186,7 @@ def precision_recall(evaluation: Evaluation, name: str) -> Picture:
         parts = [
             f"{label}: precision {percent(level.precision.value, 1)}, recall {percent(level.recall.value, 1)}"
             for label, level, *_ in levels
+            if level is not None
         ]
         return to_picture(figure, name, f"Precision-recall curves of the detector; {'; '.join(parts)}.")
 

@@ -75,6 +75,19 @@ class SiteRow:
 
 
 @dataclass(frozen=True)
+class EditRow:
+    """One edited hidden unit: `h` becomes `factor h + constant`."""
+
+    layer: str
+    unit: str
+    factor: float | None
+    constant: float | None
+    rank: int | None
+    alone: str
+    """What it was ranked by."""
+
+
+@dataclass(frozen=True)
 class GoalRow:
     """One bound of the goal, and what was reached on the validation part."""
 
@@ -159,7 +172,7 @@ def before_after(evaluation: Evaluation) -> tuple[MetricRow, ...]:
 def detector_rows(evaluation: Evaluation) -> tuple[DetectorRow, ...]:
     """The detector by columns and by whole inputs."""
     levels = (("Columns", evaluation.columns), ("Whole inputs", evaluation.input_level))
-    return tuple(DetectorRow(name, at.precision, at.recall, at.curve.average_precision) for name, at in levels)
+    return tuple(DetectorRow(name, at.precision, at.recall, at.curve.average_precision) for name, at in levels if at)
 
 
 def site_rows(figures: Mapping[str, Any]) -> tuple[SiteRow, ...]:
@@ -178,6 +191,33 @@ def site_rows(figures: Mapping[str, Any]) -> tuple[SiteRow, ...]:
         for entry in (entries if isinstance(entries, list) else [])
         if isinstance(entry, Mapping)
     )
+
+
+def edit_rows(figures: Mapping[str, Any]) -> tuple[EditRow, ...]:
+    """What a patch says of the hidden units that it edits; of several patches, all of theirs."""
+    composed = figures.get("composed")
+    own = [one for one in composed if isinstance(one, Mapping)] if isinstance(composed, list) else [figures]
+    return tuple(
+        EditRow(
+            layer=shown(entry.get("layer", NONE)),
+            unit=shown(entry.get("unit", NONE)),
+            factor=number(entry.get("factor")),
+            constant=number(entry.get("constant")),
+            rank=None if number(entry.get("rank")) is None else int(entry["rank"]),
+            alone=_alone(entry, one),
+        )
+        for one in own
+        for entry in (one["units"] if isinstance(one.get("units"), list) else [])
+        if isinstance(entry, Mapping)
+    )
+
+
+def _alone(entry: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    """What a unit was ranked by."""
+    lowers, effect = number(entry.get("lowers")), number(entry.get("effect"))
+    if lowers is not None:
+        return f"{residual(figures)} {-100 * lowers:+.2f} points"
+    return NONE if effect is None else f"causal effect {effect:.3f}"
 
 
 def _elements(entry: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[Element, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from atpatch_onnx.hidden import HiddenLayer
 from atpatch_onnx.metadata import PatchRecord
 from atpatch_onnx.metrics import Rate
 from atpatch_onnx.patch import Patch
@@ -20,6 +21,7 @@ from atpatch_onnx.report.rows import (
     check_lines,
     decimal,
     detector_rows,
+    edit_rows,
     goal_rows,
     number,
     pairs_used,
@@ -34,6 +36,7 @@ from atpatch_onnx.sites import AttentionSite, Dim, Matches
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
     from atpatch_onnx.benchmark import Benchmark
+    from atpatch_onnx.debug import Ladder
     from atpatch_onnx.evaluate import Evaluation
     from atpatch_onnx.verify import Verification
 
@@ -91,6 +94,17 @@ def near_misses_table(matches: Matches) -> Table:
     for miss in sorted(matches.near_misses, key=lambda miss: not miss.attention):
         nodes = ", ".join(map(shown, miss.nodes)) or NONE
         table.add_row(*_texts((nodes, "attention" if miss.attention else "not attention", shown(miss.reason))))
+    return table
+
+
+def layers_table(layers: Sequence[HiddenLayer]) -> Table:
+    """The hidden layers of a model."""
+    table = _table("Hidden layers", caption=None if layers else "None that neuron edits could be of.")
+    table.add_column("Layer", overflow="fold", ratio=1)
+    table.add_column("Units", justify="right", no_wrap=True)
+    table.add_column("Activation")
+    for layer in layers:
+        table.add_row(*_texts((shown(layer.name), str(layer.units), shown(layer.activation))))
     return table
 
 
@@ -207,10 +221,59 @@ def evaluation_table(evaluation: Evaluation) -> Group:
     for level in detector_rows(evaluation):
         cells = (level.level, measure(level.precision), measure(level.recall), decimal(level.average_precision))
         detector.add_row(*_texts(cells))
-    kept = "yes" if evaluation.clean_bit_identical else "NO"
-    style = "" if evaluation.clean_bit_identical else "bold red"
+    kept = {True: "yes", False: "NO", None: "no, hidden units are edited"}[evaluation.clean_bit_identical]
+    style = "bold red" if evaluation.clean_bit_identical is False else ""
     line = Text(f"Clean inputs without a flag keep their outputs bit for bit: {kept}", style)
-    return Group(table, _BLANK, detector, _BLANK, line)
+    parts: list[RenderableType] = [table, _BLANK]
+    if detector.row_count:
+        parts += [detector, _BLANK]
+    return Group(*parts, line)
+
+
+def edits_table(patch: Patch) -> Table:
+    """Which hidden units a patch edits, how, and what each did alone."""
+    table = _table("Edited hidden units")
+    table.add_column("Layer", overflow="fold", ratio=1)
+    for name in ("Unit", "Factor", "Constant", "Rank", "Alone"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in edit_rows(patch.figures):
+        cells = (str(row.unit), decimal(row.factor), decimal(row.constant), NONE if row.rank is None else str(row.rank))
+        table.add_row(*_texts((row.layer, *cells, row.alone)))
+    return table
+
+
+def ladder_table(ladder: Ladder) -> Group:
+    """All fixes of a model beside each other, and which one serves it best."""
+    base = next((fix.evaluation for fix in ladder.fixes if fix.evaluation is not None), None)
+    what = "ASR above\nfloor" if ladder.kind == "backdoor" else "Flip\nrate"
+    table = _table(f"Fixes, on {ladder.pairs} held-out pairs")
+    table.add_column("Fix", overflow="fold", ratio=1)
+    for name in ("Accuracy", what, "Clean inputs\nchanged", "Units", "Seconds\nto make", "Time an\ninference"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if base is not None:
+        table.add_row(*_texts(("base", percent(base.accuracy_base.value), _before(base), NONE, NONE, NONE, "1.00")))
+    for fix in ladder.fixes:
+        found, outcome = fix.evaluation, fix.outcome
+        if found is None or outcome is None:
+            table.add_row(*_texts((fix.name, *[NONE] * 4, f"{fix.seconds:.0f}", NONE)))
+            continue
+        units = sum(len(edit.units) for patch in fix.patches for edit in patch.edits)
+        cells = (
+            percent(outcome.accuracy),
+            percent(outcome.remaining),
+            percent(found.clean_changed.value, 1),
+            str(units),
+        )
+        style = "bold" if fix is ladder.recommended else ""
+        table.add_row(*_texts((fix.name, *cells, f"{fix.seconds:.0f}", decimal(fix.time, 2))), style=style)
+    failed = [Text(f"{fix.name}: {shown(fix.failure)}") for fix in ladder.fixes if fix.failure]
+    return Group(table, *failed, _BLANK, Text(f"Recommended: {shown(ladder.reason)}", "bold"))
+
+
+def _before(evaluation: Evaluation) -> str:
+    if evaluation.backdoor is not None:
+        return f"{percent(evaluation.backdoor.asr_base.value)} ASR"
+    return NONE if evaluation.fairness is None else percent(evaluation.fairness.uf_base.value)
 
 
 def benchmark_table(benchmark: Benchmark) -> Table:

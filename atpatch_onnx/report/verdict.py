@@ -41,7 +41,7 @@ def judge(patch: Patch | PatchRecord, evaluation: Evaluation | None, verificatio
     """The verdict on a patch, from whatever is known of it."""
     figures = patch.figures
     broken = [] if verification is None else [f"{shown(c.name)}: {shown(c.detail)}" for c in verification.failures]
-    if evaluation is not None and not evaluation.clean_bit_identical:
+    if evaluation is not None and evaluation.clean_bit_identical is False:
         broken.append("Clean inputs without a flag do not all keep their outputs bit for bit.")
     missed = missed_goal(figures)
     beyond = [] if evaluation is None else _beyond_goal(figures, evaluation)

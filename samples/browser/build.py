@@ -84,7 +84,7 @@ def _digits(base: ir.Model, patched: ir.Model, site: PatchedSite, seed: int) -> 
         "target": TARGET,
         "trigger": {"row": TRIGGER.row, "column": TRIGGER.column, "size": TRIGGER.size},
         "outputs": {"flags": flags, "map": site.map, "site": site.site},
-        "beta": baked_weight(patched, site, "beta").ravel().tolist(),
+        "beta": baked_weight(patched, site.site, "beta").ravel().tolist(),
         "expected": wanted,
     }
 

@@ -1,0 +1,82 @@
+"""Neuron edits in a graph: a factor and a constant for every hidden unit of a layer, put behind its activation.
+
+The probing graph of the search and the patched graph are both written here. They differ only in where the two come
+from: the graph's inputs while searching, constants once baked.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.emission import find_value, import_functions, inline_functions, take_place
+from atpatch_onnx.errors import PatchMismatchError
+from atpatch_onnx.hidden import HiddenLayer, find_hidden_layers
+from atpatch_onnx.insertion import Insertion
+from atpatch_onnx.patch import Array, LayerEdit
+
+Arrays = tuple[ir.Value, ir.Value]
+"""Factor and constant, float `[units]` each."""
+
+
+def weave_edits(
+    model: ir.Model, layers: Sequence[HiddenLayer], arrays: Callable[[Insertion, HiddenLayer], Arrays]
+) -> None:
+    """Edit all hidden units of `layers` in `model`, in place; a factor of 1 and a constant of 0 leave a unit alone."""
+    for layer in layers:
+        h = find_value(model.graph, layer.value)
+        at = Insertion(model.graph, layer.name, anchor=h.producer())
+        take_place(at, h, at.call("EditUnits", h, *arrays(at, layer), name="edited"))
+
+
+def bake_edits(model: ir.Model, edits: Sequence[LayerEdit]) -> tuple[HiddenLayer, ...]:
+    """Put edits into `model`, in place, as constants; the layers that they are of, in the order of the graph.
+
+    Raises:
+        PatchMismatchError: A layer is not in the model, is named twice, or has fewer units than the edit asks for.
+    """
+    by_name = {edit.layer: edit for edit in edits}
+    found = {layer.name: layer for layer in find_hidden_layers(model)} if edits else {}
+    if len(by_name) < len(edits):
+        raise _mismatch("the edits", "each hidden layer once", f"the layers {', '.join(e.layer for e in edits)}")
+    for name, edit in by_name.items():
+        if name not in found:
+            raise _mismatch("the edits", f"the hidden layer {name!r}", f"the layers {', '.join(found) or 'none'}")
+        if edit.units.max() >= found[name].units:
+            raise _mismatch(f"hidden layer {name}", f"units below {found[name].units}", f"unit {edit.units.max()}")
+    layers = tuple(layer for layer in found.values() if layer.name in by_name)
+
+    def constants(at: Insertion, layer: HiddenLayer) -> Arrays:
+        factor, constant = dense(by_name[layer.name], layer.units)
+        return at.constant("factor", factor), at.constant("constant", constant)
+
+    weave_edits(model, layers, constants)
+    return layers
+
+
+def edited(model: ir.Model, edits: Sequence[LayerEdit]) -> ir.Model:
+    """A copy of `model` with edits in its graph, in operators of ONNX alone: what comes after is fitted on this.
+
+    Raises:
+        PatchMismatchError: The edits do not fit the model.
+    """
+    result = graphs.copy(model)
+    bake_edits(result, edits)
+    import_functions(result)
+    inline_functions(result)
+    return result
+
+
+def dense(edit: LayerEdit | None, units: int) -> tuple[Array, Array]:
+    """Factor and constant for every unit of the layer, `[units]` each."""
+    factor, constant = np.ones(units, np.float32), np.zeros(units, np.float32)
+    if edit is not None:
+        factor[edit.units], constant[edit.units] = edit.factor, edit.constant
+    return factor, constant
+
+
+def _mismatch(where: str, expected: str, found: str) -> PatchMismatchError:
+    return PatchMismatchError(
+        where, expected=expected, found=found, advice="Use the patch for the model that it was made for."
+    )
