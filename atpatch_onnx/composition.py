@@ -6,6 +6,7 @@ one edits what the earlier one made of it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from atpatch_onnx.patch import LayerEdit, Patch
 def compose(patches: Sequence[Patch]) -> Patch:
     """One patch that does what `patches` do, in this order; a single one that needs no other stays what it is.
 
-    The figures are those of the last, and in `composed` the id and figures of each.
+    The figures are those of all, of one name the last, and in `composed` the id and figures of each.
 
     Raises:
         PatchMismatchError: There is none; they are of different models; one was fitted after another that does not
@@ -44,10 +45,13 @@ def compose(patches: Sequence[Patch]) -> Patch:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise _mismatch("the patches", "at most one patch at each attention site", f"two at {twice[0]}")
+    figures: dict[str, Any] = {}
+    for patch in patches:
+        figures |= patch.figures
     return Patch(
         base=patches[0].base,
         sites=tuple(sites),
-        figures={**patches[-1].figures, "composed": [{"id": patch.id, **patch.figures} for patch in patches]},
+        figures={**figures, "composed": [{"id": patch.id, **patch.figures} for patch in patches]},
         edits=_composed_edits([edit for patch in patches for edit in patch.edits]),
     )
 

@@ -154,11 +154,9 @@ class Ladder:
         ]
         changed = best.evaluation.clean_changed.value
         line = f"{best.name} meets the goal on {self.pairs} held-out pairs and changes {changed:.2%} of clean inputs"
-        return (
-            f"{line}, fewest of those that do ({', '.join(others)} do as well)."
-            if others
-            else f"{line}; no other does."
-        )
+        if not others:
+            return f"{line}; no other does."
+        return f"{line}; of the others that do, none changes fewer: {', '.join(others)}."
 
     def to_json(self) -> dict[str, Any]:
         """The fixes and the recommendation as plain JSON types."""

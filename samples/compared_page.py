@@ -35,7 +35,7 @@ def compared_section(cases: Sequence[Sequence[Run]]) -> list[str]:
         " other work.",
     ]
     for runs in cases:
-        parts += [f"### {runs[0]['case']}", table(HEADER, [_base(runs), *_fixes(runs)]), _verdict(runs)]
+        parts += [f"### {runs[0]['case']}", table(HEADER, [*_base(runs), *_fixes(runs)]), _verdict(runs)]
     return parts if cases else ["Not measured."]
 
 
@@ -69,8 +69,11 @@ def _groups(found: Sequence[Run], side: str) -> tuple[str, str]:
     )
 
 
-def _base(runs: Sequence[Run]) -> tuple[str, ...]:
-    found = [next(fix for fix in run["fixes"] if fix["evaluation"] is not None) for run in runs]
+def _base(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """The base's own row, as far as some fix was measured beside it."""
+    found = [fix for run in runs for fix in run["fixes"] if fix["evaluation"] is not None and fix["name"] == "AtPatch"]
+    if not found:
+        return []
     attack = found[0]["evaluation"]["backdoor"] is not None
     name = "base" + (", ASR" if attack else "")
     problem = spread(
@@ -78,7 +81,7 @@ def _base(runs: Sequence[Run]) -> tuple[str, ...]:
         lambda fix: fix["evaluation"]["backdoor"]["asr_base"] if attack else fix["evaluation"]["fairness"]["uf_base"],
     )
     accuracy = spread(found, lambda fix: fix["evaluation"]["accuracy_base"])
-    return (name, share(accuracy), "-", share(problem), "-", *_groups(found, "base"), "-", "-", "1")
+    return [(name, share(accuracy), "-", share(problem), "-", *_groups(found, "base"), "-", "-", "1")]
 
 
 def _fixes(runs: Sequence[Run]) -> list[tuple[str, ...]]:

@@ -22,6 +22,9 @@ from atpatch_onnx.training import Training
 
 HEADS = 2
 NOISE = 3
+GUILT = 10.0
+"""What the planted token hands over for a guilty unit to see."""
+
 QUICK = FitOptions(training=Training(steps=150))
 """Enough for what is planted; the default takes a second a site."""
 
@@ -51,7 +54,10 @@ class Planted:
     """What the planted token's value adds to a logit when it has all attention."""
 
     mlp: int = 0
-    """Hidden units of a harmless MLP behind each attention; 0: none."""
+    """Hidden units of an MLP behind each attention; 0: none."""
+
+    guilty: bool = False
+    """The harm is done by the first hidden unit behind a harmful layer, and by that alone; the other units do none."""
 
     scalar_output: bool = False
     """A second output without a sample axis."""
@@ -225,18 +231,26 @@ class _Builder:
             y = self.op("Reshape", y, self.weight(f"{at}.flat", np.array([0, 0, HEADS * depth])), out=f"{at}/flat")
         y = self.op("MatMul", y, self.weight(f"{at}.o.weight", output), out=f"{at}/projected")
         x = self.op("Add", x, y, out=f"layer{layer}/out")
-        return self.mlp(f"layer{layer}.mlp", x) if planted.mlp else x
+        if not planted.mlp:
+            return x
+        return self.mlp(f"layer{layer}.mlp", x, guilty=planted.guilty and layer in planted.harmful)
 
-    def mlp(self, at: str, x: str) -> str:
+    def mlp(self, at: str, x: str, *, guilty: bool) -> str:
         """Of the noise, into the noise; drawn apart, so that all else is as without it."""
         rng = np.random.default_rng(self.planted.seed + 1)
         noise = slice(EVIDENCE + self.planted.classes, EVIDENCE + self.planted.classes + NOISE)
         up = np.zeros((self.planted.width, self.planted.mlp), np.float32)
         up[noise] = rng.normal(scale=0.3, size=(NOISE, self.planted.mlp))
-        h = self.op("MatMul", x, self.weight(f"{at}.up.weight", up), out=f"{at}/up")
-        h = self.op("Relu", h, out=f"{at}/h")
+        bias = np.zeros(self.planted.mlp, np.float32)
         down = np.zeros((self.planted.mlp, self.planted.width), np.float32)
         down[:, noise] = rng.normal(scale=0.02, size=(self.planted.mlp, NOISE))
+        if guilty:  # the last feature is far above 2 where the token that is drawn to has handed over its own value
+            up[:, 0], down[0] = 0, 0
+            up[-1, 0], bias[0] = 1, -2
+            down[0, EVIDENCE + self.planted.classes + NOISE + self.planted.target] = self.planted.harm / GUILT
+        h = self.op("MatMul", x, self.weight(f"{at}.up.weight", up), out=f"{at}/up")
+        h = self.op("Add", h, self.weight(f"{at}.up.bias", bias), out=f"{at}/biased")
+        h = self.op("Relu", h, out=f"{at}/h")
         y = self.op("MatMul", h, self.weight(f"{at}.down.weight", down), out=f"{at}/down")
         return self.op("Add", x, y, out=f"{at}/out")
 
@@ -264,12 +278,16 @@ class _Builder:
                 keys[TRIGGER, head, 0] = planted.draw * depth**0.5
             values[EVIDENCE:noise, head, :classes] = np.eye(classes)
             if layer in planted.harmful:
-                if planted.kind == "backdoor":
+                if planted.guilty:
+                    pass  # the MLP does it
+                elif planted.kind == "backdoor":
                     values[TRIGGER, head, planted.target] = planted.harm
                 else:
                     values[ATTRIBUTE, head, :2] = [-planted.harm, planted.harm]
             # Values show every feature, and what earlier layers have mixed, without doing anything to the logits.
             values[[TRIGGER, ATTRIBUTE, *range(accumulated, accumulated + classes)], head, classes] = 0.1
+            if planted.guilty and layer in planted.harmful:
+                values[TRIGGER, head, classes] = GUILT
             output[head, :classes, accumulated : accumulated + classes] = np.eye(classes)
             output[head, classes, width - 1] = 1
         flat = HEADS * depth

@@ -69,7 +69,7 @@ def test_sites(place, here, capsys):
 def test_sites_as_json(place, here, capsys):
     assert call(place, "sites @base.onnx --json") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown.keys() == {"sites", "near_misses"}
+    assert shown.keys() == {"sites", "near_misses", "hidden_layers"}
     assert [(site["name"], site["form"]) for site in shown["sites"]] == [(name, "softmax") for name in PLANTED.sites]
     assert shown["sites"][0]["keys"] == 8
     assert shown["near_misses"] == []
@@ -93,7 +93,7 @@ def test_sites_as_json_say_what_was_refused(here, capsys):
 def test_a_model_without_sites_is_listed_as_such(here, capsys):
     Path("none.onnx").write_bytes(without_attention().SerializeToString())
     assert main(["sites", "none.onnx", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"sites": [], "near_misses": []}
+    assert json.loads(capsys.readouterr().out) == {"sites": [], "near_misses": [], "hidden_layers": []}
 
 
 def without_attention() -> onnx.ModelProto:
@@ -176,6 +176,76 @@ def test_what_help_names_is_what_there_is():
     emission = inspect.signature(cli.bake).parameters["emission"].annotation
     choices = next(part for part in get_args(get_args(emission)[0]) if part is not type(None))
     assert get_args(choices) == tuple(atp.Emission)
+
+
+GUILTY = Planted(mlp=4, guilty=True)
+"""A model whose harm is done by one hidden unit."""
+
+
+@pytest.fixture(scope="module")
+def guilty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("guilty")
+    (folder / "base.onnx").write_bytes(GUILTY.proto().SerializeToString())
+    GUILTY.debug(600).save(folder / "debug.npz")
+    return folder
+
+
+def test_sites_lists_hidden_layers(guilty, here, capsys):
+    assert call(guilty, "sites @base.onnx --json") == 0
+    layers = json.loads(capsys.readouterr().out)["hidden_layers"]
+    assert [(layer["name"], layer["units"]) for layer in layers] == [(f"layer{n}.mlp.hidden", 4) for n in range(3)]
+    assert call(guilty, "sites @base.onnx") == 0
+    assert "layer1.mlp.hidden" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["isolate @base.onnx @debug.npz --most 3 --epsilon 0.1", "repair @base.onnx @debug.npz --units 1 --alpha 0.1"],
+)
+def test_neuron_edits_from_the_command_line_to_a_verified_file(command, guilty, here, capsys):
+    method = command.split()[0]
+    assert call(guilty, f"{command} -o neurons.safetensors") == 0
+    shown, _ = capsys.readouterr()
+    assert "layer1.mlp.hidden" in shown
+    assert "wrote neurons.safetensors" in shown
+    assert call(guilty, f"{command} -o again.safetensors --json") == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert figures["method"] == {"isolate": "isolation"}.get(method, method)
+    assert Path("again.safetensors").read_bytes() == Path("neurons.safetensors").read_bytes(), "same seed, same patch"
+
+    assert call(guilty, "bake @base.onnx neurons.safetensors -o patched.onnx") == 0
+    assert "at layer1.mlp.hidden" in capsys.readouterr().out
+    assert call(guilty, "verify @base.onnx patched.onnx @debug.npz") == 0
+    assert call(guilty, "evaluate @base.onnx patched.onnx @debug.npz") == 0
+    assert "no, units are edited" in capsys.readouterr().out
+    report = "report @base.onnx patched.onnx @debug.npz --patch neurons.safetensors -o report.html"
+    assert call(guilty, report) == 0
+    assert "none: hidden units are edited" in Path("report.html").read_text()
+    assert call(guilty, "strip patched.onnx -o base.onnx --json") == 0
+    assert atp.fingerprint(atp.load("base.onnx")) == atp.fingerprint(atp.load(guilty / "base.onnx"))
+
+
+def test_attention_after_neuron_edits(guilty, here, capsys):
+    """A unit that does nothing is edited first: the order of the patches is then part of the deal."""
+    base = atp.load(guilty / "base.onnx")
+    edit = atp.LayerEdit("layer0.mlp.hidden", np.array([2]), np.zeros(1, np.float32), np.ones(1, np.float32))
+    atp.Patch(atp.fingerprint(base), (), {}, (edit,)).save("first.safetensors")
+    assert call(guilty, "fit @base.onnx @debug.npz --after first.safetensors -o second.safetensors") == 0
+    assert call(guilty, "bake @base.onnx first.safetensors second.safetensors -o patched.onnx --json") == 0
+    assert call(guilty, "verify @base.onnx patched.onnx @debug.npz") == 0
+    report = "report @base.onnx patched.onnx @debug.npz --patch first.safetensors --patch second.safetensors -o r.html"
+    assert call(guilty, report) == 0
+    capsys.readouterr()
+    assert call(guilty, "bake @base.onnx second.safetensors first.safetensors -o other.onnx") == 1
+    assert "Give patch" in capsys.readouterr().err
+
+
+def test_debug_tries_every_fix_and_recommends_one(guilty, here, capsys):
+    assert call(guilty, "debug @base.onnx @debug.npz -o patches") == 0
+    shown, _ = capsys.readouterr()
+    for name in ("IDNN", "CARE", "AtPatch", "Recommended: "):
+        assert name in shown
+    assert {path.name.split("-")[0] for path in Path("patches").iterdir()} == {"isolation", "repair", "attention"}
 
 
 def test_fit(place, here, capsys):

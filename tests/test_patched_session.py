@@ -314,3 +314,35 @@ def one_thread() -> ort.SessionOptions:
 def resident() -> int:
     """Bytes of memory that the process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_neuron_edits_are_swapped_with_the_rest_of_a_patch(tmp_path):
+    planted = Planted(mlp=4)
+    model = planted.model()
+    base = atp.fingerprint(model)
+
+    def neurons(unit: int, constant: float) -> Patch:
+        arrays = (np.array([value], np.float32) for value in (0, constant))
+        return Patch(base, (), {}, (atp.LayerEdit("layer1.mlp.hidden", np.array([unit]), *arrays),))
+
+    attention = fitted(planted)
+    one, other = (atp.compose([neurons(unit, constant), attention]) for unit, constant in ((0, 0.5), (3, 2.0)))
+    paths = []
+    for patch in (one, other):
+        paths.append(tmp_path / f"{patch.id}.onnx")
+        atp.save(atp.bake(model, patch), paths[-1])
+    session = PatchedSession(paths[0])
+    own = answers(session, inputs())
+    session.swap(other)
+    assert answers(session, inputs()) == answers(plain(paths[1]), inputs()) != own
+    with pytest.raises(PatchMismatchError, match="each doing the same"):
+        session.swap(attention)
+
+
+def test_a_file_of_neuron_edits_alone_has_nothing_to_count(tmp_path):
+    model = Planted(mlp=4).model()
+    arrays = np.zeros(1, np.float32), np.ones(1, np.float32)
+    patch = Patch(atp.fingerprint(model), (), {}, (atp.LayerEdit("layer1.mlp.hidden", np.array([0]), *arrays),))
+    atp.save(atp.bake(model, patch), tmp_path / "patched.onnx")
+    with pytest.raises(ServingError, match="monitoring output"):
+        PatchedSession(tmp_path / "patched.onnx")

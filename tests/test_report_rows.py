@@ -7,6 +7,7 @@ from atpatch_onnx.patch import Patch
 from atpatch_onnx.report.rows import (
     before_after,
     check_lines,
+    edit_rows,
     goal_rows,
     number,
     pairs_used,
@@ -76,6 +77,8 @@ def test_an_attribute_is_measured_by_its_flip_rate():
         {"sites": None, "goal": 3, "outcome": "x", "pairs": [], "shortfalls": 1, "meets_target": "no"},
         {"sites": [1, {}, {"site": 5, "detects": True, "without": {"detect": 7}}], "goal": {}, "outcome": []},
         {"sites": [{"site": "a", "redistributes": True, "beta": "1", "without": []}], "kind": ["x"]},
+        {"units": [3, {}, {"layer": 5, "unit": [], "factor": "x", "rank": "1", "lowers": None}], "composed": 3},
+        {"composed": [3, {}, {"units": "x"}, {"units": [{}]}]},
     ],
 )
 def test_foreign_figures_do_not_break_anything(figures):
@@ -83,6 +86,7 @@ def test_foreign_figures_do_not_break_anything(figures):
     site_rows(figures)
     goal_rows(figures)
     pairs_used(figures)
+    edit_rows(figures)
     judge(patch, r.evaluation(), None)
 
 

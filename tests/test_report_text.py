@@ -7,14 +7,20 @@ from models import Net, draw_patch
 from rich.console import Console
 
 from atpatch_onnx.bake import bake
+from atpatch_onnx.debug import Fix, Ladder
+from atpatch_onnx.goal import Goal
+from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.matching import explain
 from atpatch_onnx.metadata import read_record
 from atpatch_onnx.metrics import Rate
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.report import (
+    edits_table,
     evaluation_table,
     fit_summary,
     fit_table,
+    ladder_table,
+    layers_table,
     near_misses_table,
     sites_table,
     verification_table,
@@ -49,6 +55,37 @@ def test_no_sites():
     matches = Matches((), ())
     assert "No attention site was found." in words(sites_table(matches))
     assert "Nothing else looked like attention." in words(near_misses_table(matches))
+
+
+def test_hidden_layers():
+    layers = find_hidden_layers(Net(mlp=6).model())
+    shown = words(layers_table(layers))
+    assert all(f"{layer.name} 6 Relu" in shown for layer in layers)
+    assert "None that neuron edits could be of." in words(layers_table(()))
+
+
+UNITS = [
+    {"layer": "layer0.hidden", "unit": 3, "factor": 0.0, "constant": 0.25, "rank": 1, "lowers": 0.5},
+    {"layer": "layer1.hidden", "unit": 7, "factor": -1.5, "constant": 0.0, "rank": 2, "effect": 0.125},
+]
+
+
+def test_edited_units_and_what_each_was_ranked_by():
+    shown = words(edits_table(Patch("base", (), {"kind": "backdoor", "units": UNITS[:1]})))
+    assert "layer0.hidden 3 0.000 0.250 1 ASR above floor -50.00 points" in shown
+    composed = Patch("base", (), {"composed": [{"units": UNITS[:1]}, {"sites": []}, {"units": UNITS[1:]}]})
+    assert "layer1.hidden 7 -1.500 0.000 2 causal effect 0.125" in words(edits_table(composed), width=100)
+
+
+def test_the_ladder_shows_every_fix_and_says_which_and_why():
+    good = Fix("AtPatch", (), 12.0, r.evaluation(), 1.234)
+    bad = Fix("IDNN + AtPatch", (), 3.0, None, None, "the debug set: expected pairs that change")
+    ladder = Ladder("backdoor", Goal(), 200, (good, bad))
+    shown = words(ladder_table(ladder), width=100)
+    assert "base 97.00% 98.00% ASR" in shown
+    assert "AtPatch 97.00% 0.50% 0.5% 0 12 1.23" in shown
+    assert "IDNN + AtPatch: the debug set: expected pairs that change" in shown
+    assert f"Recommended: {ladder.reason}" in shown
 
 
 def test_near_misses_say_why_and_unsupported_attention_comes_first():

@@ -202,9 +202,10 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(tmp_path, monkeypatch
     done: list[str] = []
 
     def work(name: str) -> work_module.Work:
-        def piece(case, folder):
+        def piece(case, folder, fast):
+            assert fast
             done.append(name)
-            return backdoor(case.name, case.seed, 0) | {"rows": [], "training": {"inversion": SEARCH}}
+            return backdoor(case.name, case.seed, 0) | {"rows": [], "fixes": [], "training": {"inversion": SEARCH}}
 
         return piece
 
@@ -212,10 +213,10 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(tmp_path, monkeypatch
         monkeypatch.setitem(table, "fashion" if table is tasks_module.TASKS else "vit/badnets-fixed", StubTask)
     monkeypatch.setattr(work_module, "WORK", {name: work(name) for name in work_module.WORK})
     run_chain("fashion", 0, tmp_path, True)
-    assert done == ["trained", "measured", "inverted", "ablated"]
+    assert done == ["trained", "measured", "inverted", "ablated", "compared"]
     Piece("vit/badnets-fixed", 0, "inverted").file(tmp_path).unlink()
     run_chain("fashion", 0, tmp_path, True)
-    assert done == ["trained", "measured", "inverted", "ablated", "inverted"]
+    assert done == ["trained", "measured", "inverted", "ablated", "compared", "inverted"]
     assert main(["--render", "--task", "fashion", "--seed", "0", "--out", str(tmp_path), "--docs", str(tmp_path)]) == 0
     assert "vit/badnets-fixed" in (tmp_path / "results.md").read_text()
 

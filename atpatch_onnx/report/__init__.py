@@ -7,9 +7,12 @@
 
 from atpatch_onnx.report.text import (
     benchmark_table,
+    edits_table,
     evaluation_table,
     fit_summary,
     fit_table,
+    ladder_table,
+    layers_table,
     near_misses_table,
     sites_table,
     verification_table,
@@ -17,9 +20,12 @@ from atpatch_onnx.report.text import (
 
 __all__ = [
     "benchmark_table",
+    "edits_table",
     "evaluation_table",
     "fit_summary",
     "fit_table",
+    "ladder_table",
+    "layers_table",
     "near_misses_table",
     "sites_table",
     "verification_table",

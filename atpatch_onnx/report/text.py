@@ -221,7 +221,7 @@ def evaluation_table(evaluation: Evaluation) -> Group:
     for level in detector_rows(evaluation):
         cells = (level.level, measure(level.precision), measure(level.recall), decimal(level.average_precision))
         detector.add_row(*_texts(cells))
-    kept = {True: "yes", False: "NO", None: "no, hidden units are edited"}[evaluation.clean_bit_identical]
+    kept = {True: "yes", False: "NO", None: "no, units are edited"}[evaluation.clean_bit_identical]
     style = "bold red" if evaluation.clean_bit_identical is False else ""
     line = Text(f"Clean inputs without a flag keep their outputs bit for bit: {kept}", style)
     parts: list[RenderableType] = [table, _BLANK]
