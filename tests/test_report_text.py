@@ -13,7 +13,7 @@ from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.matching import explain
 from atpatch_onnx.metadata import read_record
 from atpatch_onnx.metrics import Rate
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.patch import LayerEdit, Patch
 from atpatch_onnx.report import (
     edits_table,
     evaluation_table,
@@ -78,12 +78,13 @@ def test_edited_units_and_what_each_was_ranked_by():
 
 
 def test_the_ladder_shows_every_fix_and_says_which_and_why():
-    good = Fix("AtPatch", (), 12.0, r.evaluation(), 1.234)
+    edit = LayerEdit("layer0.hidden", np.array([3, 5]), np.zeros(2, np.float32), np.zeros(2, np.float32))
+    good = Fix("AtPatch", (Patch("base", (), {}, (edit,)),), 12.0, r.evaluation(), 1.234)
     bad = Fix("IDNN + AtPatch", (), 3.0, None, None, "the debug set: expected pairs that change")
     ladder = Ladder("backdoor", Goal(), 200, (good, bad))
     shown = words(ladder_table(ladder), width=100)
     assert "base 97.00% 98.00% ASR" in shown
-    assert "AtPatch 97.00% 0.50% 0.5% 0 12 1.23" in shown
+    assert "AtPatch 97.00% 0.50% 0.5% 2 units 12 1.23" in shown
     assert "IDNN + AtPatch: the debug set: expected pairs that change" in shown
     assert f"Recommended: {ladder.reason}" in shown
 

@@ -36,7 +36,7 @@ from atpatch_onnx.sites import AttentionSite, Dim, Matches
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
     from atpatch_onnx.benchmark import Benchmark
-    from atpatch_onnx.debug import Ladder
+    from atpatch_onnx.debug import Fix, Ladder
     from atpatch_onnx.evaluate import Evaluation
     from atpatch_onnx.verify import Verification
 
@@ -248,7 +248,7 @@ def ladder_table(ladder: Ladder) -> Group:
     what = "ASR above\nfloor" if ladder.kind == "backdoor" else "Flip\nrate"
     table = _table(f"Fixes, on {ladder.pairs} held-out pairs")
     table.add_column("Fix", overflow="fold", ratio=1)
-    for name in ("Accuracy", what, "Clean inputs\nchanged", "Units", "Seconds\nto make", "Time an\ninference"):
+    for name in ("Accuracy", what, "Clean inputs\nchanged", "Edits", "Seconds\nto make", "Time an\ninference"):
         table.add_column(name, justify="right", no_wrap=True)
     if base is not None:
         table.add_row(*_texts(("base", percent(base.accuracy_base.value), _before(base), NONE, NONE, NONE, "1.00")))
@@ -257,17 +257,25 @@ def ladder_table(ladder: Ladder) -> Group:
         if found is None or outcome is None:
             table.add_row(*_texts((fix.name, *[NONE] * 4, f"{fix.seconds:.0f}", NONE)))
             continue
-        units = sum(len(edit.units) for patch in fix.patches for edit in patch.edits)
         cells = (
             percent(outcome.accuracy),
             percent(outcome.remaining),
             percent(found.clean_changed.value, 1),
-            str(units),
+            _edits(fix),
         )
         style = "bold" if fix is ladder.recommended else ""
         table.add_row(*_texts((fix.name, *cells, f"{fix.seconds:.0f}", decimal(fix.time, 2))), style=style)
     failed = [Text(f"{fix.name}: {shown(fix.failure)}") for fix in ladder.fixes if fix.failure]
     return Group(table, *failed, _BLANK, Text(f"Recommended: {shown(ladder.reason)}", "bold"))
+
+
+def _edits(fix: Fix) -> str:
+    """How many units are edited and how many sites patched, a line each."""
+    counts = {
+        "units": sum(len(edit.units) for patch in fix.patches for edit in patch.edits),
+        "sites": sum(len(patch.sites) for patch in fix.patches),
+    }
+    return "\n".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def _before(evaluation: Evaluation) -> str:
