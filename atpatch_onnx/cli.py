@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 import atpatch_onnx as atp
-from atpatch_onnx.errors import AtPatchError, PatchFileError, VerificationError
+from atpatch_onnx.errors import AtPatchError, FitError, PatchFileError, VerificationError
 from atpatch_onnx.goal import Goal
 from atpatch_onnx.graph import External
 from atpatch_onnx.metadata import read_record
@@ -39,6 +39,12 @@ Base = Annotated[Path, typer.Argument(metavar="BASE", help="The base, an .onnx f
 Patched = Annotated[Path, typer.Argument(metavar="PATCHED", help="The patched .onnx file.", show_default=False)]
 Data = Annotated[
     Path, typer.Argument(metavar="DATA", help="A debug set: .npz, or a folder of .npy.", show_default=False)
+]
+Patches = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="PATCH...", help="The patch, a .safetensors file; or several, in order.", show_default=False
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
@@ -239,15 +245,29 @@ def debug(
     """Try every fix for MODEL, measure them on pairs held out of DATA, and recommend one."""
     goal = Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate)
     options = atp.FitOptions(goal=goal, output=output, batch_size=batch_size, seed=seed)
+    if out is not None:
+        _make_folder(out)
     with progress_bars() as progress:
         ladder = atp.debug(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
     shown = ladder.to_json()
     lines: list[Any] = [text.ladder_table(ladder)]
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         shown["files"] = {fix.name: [_patch_file(out, patch) for patch in fix.patches] for fix in ladder.fixes}
         lines += [f"{name}: {' '.join(files)}" for name, files in shown["files"].items() if files]
     _show(shown, lines, as_json)
+    if ladder.recommended is None:
+        raise FitError(
+            str(model), expected="at least one fix", found=ladder.reason, advice="See above why there is none."
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PatchFileError(
+            str(folder), expected="a folder, or room for one", found=str(error), advice="Choose another path."
+        ) from error
 
 
 def _patch_file(folder: Path, patch: atp.Patch) -> str:
@@ -260,9 +280,7 @@ def _patch_file(folder: Path, patch: atp.Patch) -> str:
 @app.command()
 def bake(
     model: Model,
-    patch: Annotated[
-        list[Path], typer.Argument(metavar="PATCH...", help="The patch, a .safetensors file; or several, in order.")
-    ],
+    patch: Patches,
     out: Out,
     target: Annotated[str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}.")] = "cpu",
     emission: Annotated[
@@ -397,7 +415,7 @@ def benchmark(
 @app.command()
 def quantize(
     model: Model,
-    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="The patch, a .safetensors file.")],
+    patch: Patches,
     out: Out,
     precision: Annotated[Literal["int8", "fp16"], typer.Option(help="What the model computes in.")] = "int8",
     target: Annotated[str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}.")] = "cpu",
@@ -409,7 +427,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL with onnxruntime's tools, put PATCH into it, in float32, and measure again what it does."""
-    base, fix = atp.load(model), atp.Patch.load(patch)
+    base, fix = atp.load(model), atp.compose([atp.Patch.load(path) for path in patch])
     quantized = atp.quantize(base, precision)
     patched = atp.bake(quantized, atp.rebind(fix, base, quantized), target=target)
     atp.save(patched, out)

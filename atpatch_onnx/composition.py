@@ -17,11 +17,12 @@ from atpatch_onnx.patch import LayerEdit, Patch
 def compose(patches: Sequence[Patch]) -> Patch:
     """One patch that does what `patches` do, in this order; a single one that needs no other stays what it is.
 
-    The figures are those of all, of one name the last, and in `composed` the id and figures of each.
+    The figures are those of the last, if it was fitted after the others; else those of the last of the attention, if
+    any, and the goal is met if all meet theirs. In `composed` are the id and figures of each.
 
     Raises:
-        PatchMismatchError: There is none; they are of different models; one was fitted after another that does not
-            stand before it; or two are at the same attention site.
+        PatchMismatchError: There is none; they are of different models; one stands there twice; one was fitted after
+            another that does not stand before it; two are at the same attention site; or edits of one unit overflow.
     """
     if not patches:
         raise _mismatch("the patches", "at least one", "none")
@@ -37,6 +38,8 @@ def compose(patches: Sequence[Patch]) -> Patch:
                 found=", ".join(before) or "none before it",
                 advice=f"Give patch {missing[0]} first.",
             )
+        if patch.id in before:
+            raise _mismatch("the patches", "each once", f"patch {patch.id} twice")
         before.append(patch.id)
     if len(patches) == 1:
         return patches[0]
@@ -45,25 +48,37 @@ def compose(patches: Sequence[Patch]) -> Patch:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise _mismatch("the patches", "at most one patch at each attention site", f"two at {twice[0]}")
-    figures: dict[str, Any] = {}
-    for patch in patches:
-        figures |= patch.figures
     return Patch(
         base=patches[0].base,
         sites=tuple(sites),
-        figures={**figures, "composed": [{"id": patch.id, **patch.figures} for patch in patches]},
+        figures={**_figures(patches), "composed": [{"id": patch.id, **patch.figures} for patch in patches]},
         edits=_composed_edits([edit for patch in patches for edit in patch.edits]),
     )
 
 
+def _figures(patches: Sequence[Patch]) -> dict[str, Any]:
+    """What is said of all of them together."""
+    last = patches[-1]
+    if last.after and set(last.after) == {patch.id for patch in patches[:-1]}:
+        return dict(last.figures)
+    shown = next((patch for patch in reversed(patches) if patch.sites), last)
+    return {
+        **{name: value for name, value in shown.figures.items() if name != "method"},
+        "meets_target": all(patch.meets_target for patch in patches),
+        "shortfalls": [line for patch in patches for line in patch.figures.get("shortfalls", ())],
+    }
+
+
 def _composed_edits(edits: Sequence[LayerEdit]) -> tuple[LayerEdit, ...]:
     """One edit a layer: `f2 (f1 h + c1) + c2 = (f1 f2) h + (f2 c1 + c2)`."""
-    layers: dict[str, dict[int, tuple[np.float32, np.float32]]] = {}
+    layers: dict[str, dict[int, tuple[float, float]]] = {}
     for edit in edits:
         units = layers.setdefault(edit.layer, {})
         for unit, factor, constant in zip(edit.units.tolist(), edit.factor, edit.constant, strict=True):
-            before, added = units.get(unit, (np.float32(1), np.float32(0)))
-            units[unit] = (before * factor, added * factor + constant)
+            before, added = units.get(unit, (1.0, 0.0))
+            units[unit] = (before * float(factor), added * float(factor) + float(constant))
+            if max(map(abs, units[unit])) > float(np.finfo(np.float32).max):
+                raise _mismatch(f"unit {unit} of {edit.layer}", "edits whose product is a float32", str(units[unit]))
     return tuple(
         LayerEdit(
             layer,

@@ -27,6 +27,7 @@ from atpatch_onnx.neurons import IsolationOptions, RepairOptions, isolate, repai
 from atpatch_onnx.options import FitOptions
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.predictions import prediction_output
+from atpatch_onnx.preparation import complete
 from atpatch_onnx.runtime import Progress, Session, silent
 
 HELD_OUT = 0.25
@@ -180,7 +181,9 @@ def debug(
         progress: Told of what is done.
 
     Raises:
-        DebugSetError: The debug set does not fit the model, has no labels or is too small to hold pairs out.
+        DebugSetError: The debug set does not fit the model, shows no effect, has no labels or is too small to hold
+            pairs out.
+        FitError: A backdoor's target class cannot be inferred.
     """
     require_labels(pairs)
     options = options or FitOptions()
@@ -217,13 +220,18 @@ def compare(
         progress: Told of what is done.
 
     Raises:
-        DebugSetError: A debug set does not fit the model, or `unseen` has no labels.
+        DebugSetError: A debug set does not fit the model or shows no effect, or `unseen` has no labels.
+        FitError: A backdoor's target class cannot be inferred.
     """
     require_labels(unseen)
-    options = replace(options or FitOptions(), force=True)
+    options, base = replace(options or FitOptions(), force=True), as_model(model)
+    run = {"output": options.output, "batch_size": options.batch_size, "progress": progress}
+    seen, _ = complete(base, seen, **run)  # type: ignore[arg-type]
+    if seen.target is not None:
+        unseen = unseen.with_target(seen.target)
     shared = (options.goal, options.output, options.batch_size, options.seed)
     bench = _Bench(
-        as_model(model),
+        base,
         seen,
         unseen,
         options,

@@ -1,6 +1,6 @@
-"""Neuron edits in a graph: a factor and a constant for every hidden unit of a layer, put behind its activation.
+"""Neuron edits in a graph: a factor and a constant for hidden units of a layer, put behind its activation.
 
-The probing graph of the search and the patched graph are both written here. They differ only in where the two come
+The probing graph of the search and the patched graph are both written here. They differ only in where the arrays come
 from: the graph's inputs while searching, constants once baked.
 """
 
@@ -8,25 +8,29 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.emission import find_value, import_functions, inline_functions, take_place
 from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.hidden import HiddenLayer, find_hidden_layers
 from atpatch_onnx.insertion import Insertion
-from atpatch_onnx.patch import Array, LayerEdit
+from atpatch_onnx.patch import LayerEdit
 
-Arrays = tuple[ir.Value, ir.Value]
-"""Factor and constant, float `[units]` each."""
+ARRAYS = ("edited", "factor", "constant")
+"""What an edited layer has under `atpatch/<scope>/`: which units, bool, and two float arrays, `[units]` each."""
+
+Arrays = Sequence[ir.Value]
+"""These three in a graph."""
 
 
 def weave_edits(
     model: ir.Model, layers: Sequence[HiddenLayer], arrays: Callable[[Insertion, HiddenLayer], Arrays]
 ) -> None:
-    """Edit all hidden units of `layers` in `model`, in place; a factor of 1 and a constant of 0 leave a unit alone."""
+    """Edit hidden units of `layers` in `model`, in place."""
     for layer in layers:
         h = find_value(model.graph, layer.value)
-        at = Insertion(model.graph, layer.name, anchor=h.producer())
+        at = Insertion(model.graph, layer.scope, anchor=h.producer())
         take_place(at, h, at.call("EditUnits", h, *arrays(at, layer), name="edited"))
 
 
@@ -48,8 +52,8 @@ def bake_edits(model: ir.Model, edits: Sequence[LayerEdit]) -> tuple[HiddenLayer
     layers = tuple(layer for layer in found.values() if layer.name in by_name)
 
     def constants(at: Insertion, layer: HiddenLayer) -> Arrays:
-        factor, constant = dense(by_name[layer.name], layer.units)
-        return at.constant("factor", factor), at.constant("constant", constant)
+        arrays = dense(by_name[layer.name], layer.units)
+        return [at.constant(name, array) for name, array in arrays.items()]
 
     weave_edits(model, layers, constants)
     return layers
@@ -68,12 +72,12 @@ def edited(model: ir.Model, edits: Sequence[LayerEdit]) -> ir.Model:
     return result
 
 
-def dense(edit: LayerEdit | None, units: int) -> tuple[Array, Array]:
-    """Factor and constant for every unit of the layer, `[units]` each."""
-    factor, constant = np.ones(units, np.float32), np.zeros(units, np.float32)
+def dense(edit: LayerEdit | None, units: int) -> dict[str, NDArray[np.generic]]:
+    """The `ARRAYS` of a layer by name, `[units]` each."""
+    edited, factor, constant = np.zeros(units, np.bool_), np.ones(units, np.float32), np.zeros(units, np.float32)
     if edit is not None:
-        factor[edit.units], constant[edit.units] = edit.factor, edit.constant
-    return factor, constant
+        edited[edit.units], factor[edit.units], constant[edit.units] = True, edit.factor, edit.constant
+    return dict(zip(ARRAYS, (edited, factor, constant), strict=True))
 
 
 def _mismatch(where: str, expected: str, found: str) -> PatchMismatchError:

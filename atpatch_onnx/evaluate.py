@@ -158,7 +158,7 @@ def evaluate(
             found=f"a model with the fingerprint {fingerprint}",
             advice="Give the base that the patch was baked into.",
         )
-    if record.sites or not record.layers:
+    if record.detects:
         debug = find_suspects(base, axis_sites(base, record), debug, batch_size=batch_size, progress=progress)
     run = (base, patched, record, output, batch_size, progress)
     clean = run_side("clean", debug.clean, *run)
@@ -193,7 +193,7 @@ def run_side(
 ) -> Side:
     """Run one side through both models."""
     margins = [site.margin for site in record.sites if site.margin is not None]
-    flags = [last_flags(record.sites)] if record.sites or not record.layers else []
+    flags = [last_flags(record.sites)] if record.detects else []
     stage = f"evaluating {name} inputs"
     logits = Session(base).collect(inputs, [output], batch_size=batch_size, progress=progress, stage=f"{stage}, base")
     inner = Session(expose(patched, [*margins, *flags])).collect(

@@ -341,9 +341,12 @@ def AnyFlag(M):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
-def EditUnits(h, factor, constant):  # noqa: N802
-    """Hidden units as a neuron edit makes them: `factor h + constant`. h [...,units], factor and constant [units]."""
-    return op.CastLike(op.Cast(h, to=1) * factor + constant, h)
+def EditUnits(h, edited, factor, constant):  # noqa: N802
+    """Hidden units as a neuron edit makes them: `factor h + constant` where edited, bit for bit `h` elsewhere.
+
+    h [...,units]; edited bool [units], factor and constant float [units].
+    """
+    return op.Where(edited, op.CastLike(op.Cast(h, to=1) * factor + constant, h), h)
 
 
 @script(_domain, default_opset=op)

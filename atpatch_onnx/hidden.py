@@ -13,7 +13,7 @@ which tells a block from poolers, heads and other stacks of linear layers. Weigh
 Experts with stacked weights, and blocks with a convolution between their two products, are not found.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,9 +49,19 @@ class HiddenLayer:
     nodes: tuple[str, ...]
     """The nodes from the first product to the second, for people to find the place."""
 
+    @property
+    def scope(self) -> str:
+        """Where the names of its edits lie, under `atpatch/`: beside those of any site, even one of the same name."""
+        return units_scope(self.name)
+
     def to_json(self) -> dict[str, Any]:
         """The layer as plain JSON types."""
         return asdict(self)
+
+
+def units_scope(layer: str) -> str:
+    """The scope of a layer's edits; see `HiddenLayer.scope`."""
+    return f"{layer}/units"
 
 
 def find_hidden_layers(model: ir.Model) -> tuple[HiddenLayer, ...]:
@@ -81,6 +91,9 @@ def find_hidden_layers(model: ir.Model) -> tuple[HiddenLayer, ...]:
 
 # Products with weights
 
+_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""Of `h`: edits are computed in float32, which others would not survive."""
+
 _WEIGHTED = frozenset({("", "MatMul"), ("", "Gemm"), ("com.microsoft", "FusedMatMul")})
 
 
@@ -96,7 +109,7 @@ class _Linear:
 
 def _linear(node: ir.Node) -> _Linear | None:
     """The product as a linear layer, whose result has the columns on its last axis; None where it is none."""
-    if (node.domain, node.op_type) not in _WEIGHTED:
+    if (node.domain, node.op_type) not in _WEIGHTED or len(node.inputs) < 2:
         return None
     x, shape = node.inputs[0], _weight_shape(node.inputs[1])
     if x is None or shape is None or len(shape) != 2:
@@ -111,19 +124,28 @@ def _is_set(node: ir.Node, name: str) -> bool:
 
 def _weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     """The shape of a weight, also where it is converted or transposed on the way; None for what is computed."""
-    if value is None:
-        return None
-    node = value.producer()
-    if node is None or node.op_type == "Constant":
-        tensor = ir.convenience.get_const_tensor(value)
-        return None if tensor is None else tuple(tensor.shape.numpy())
-    if node.op_type not in ("Transpose", "Cast", "Identity", "DequantizeLinear"):
-        return None
-    shape = _weight_shape(node.inputs[0])
-    if shape is None or node.op_type != "Transpose":
-        return shape
-    perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(shape))[::-1]
-    return tuple(shape[axis] for axis in perm)
+    perms: list[Sequence[int] | None] = []
+    while value is not None:
+        node = value.producer()
+        if node is None or node.op_type == "Constant":
+            tensor = ir.convenience.get_const_tensor(value)
+            return None if tensor is None else _transposed(tuple(tensor.shape.numpy()), perms)
+        if node.op_type not in ("Transpose", "Cast", "Identity", "DequantizeLinear") or not node.inputs:
+            return None
+        if node.op_type == "Transpose":
+            perms.append(node.attributes["perm"].as_ints() if "perm" in node.attributes else None)
+        value = node.inputs[0]
+    return None
+
+
+def _transposed(shape: tuple[int, ...], perms: Sequence[Sequence[int] | None]) -> tuple[int, ...] | None:
+    """The shape behind transpositions, the last one first; None where one does not fit it."""
+    for perm in reversed(perms):
+        axes = range(len(shape))[::-1] if perm is None else perm
+        if sorted(axes) != list(range(len(shape))):
+            return None
+        shape = tuple(shape[axis] for axis in axes)
+    return shape
 
 
 def _element_type(value: ir.Value | None) -> ir.DataType | None:
@@ -133,7 +155,7 @@ def _element_type(value: ir.Value | None) -> ir.DataType | None:
         if value.dtype is not None or node is None:
             return value.dtype
         if node.op_type == "Cast":
-            return ir.DataType(node.attributes["to"].as_int())
+            return ir.DataType(node.attributes["to"].as_int()) if "to" in node.attributes else None
         value = node.inputs[1 if node.op_type == "DequantizeLinear" else 0] if node.inputs else None
     return None
 
@@ -181,7 +203,7 @@ def _block(node: ir.Node, order: dict[ir.Node, int]) -> _Block | None:
     if second is None or _is_set(node, "transA") or _is_set(node, "transBatchA"):
         return None  # the units must be on the last axis of h
     dtype = _element_type(node.inputs[1])
-    if dtype is None or not dtype.is_floating_point():
+    if dtype not in _TYPES:
         return None
     way = _way_back(second)
     if way is None:

@@ -8,8 +8,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
+from atpatch_onnx.edits import ARRAYS
 from atpatch_onnx.emission import find_value
 from atpatch_onnx.errors import StripError
+from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import PatchedLayer, PatchedSite, PatchRecord
@@ -135,22 +137,45 @@ def weight_names(site: PatchedSite) -> list[str]:
     return names
 
 
-def baked_edit(model: ir.Model, layer: PatchedLayer) -> LayerEdit:
-    """The edit that baking wrote for a hidden layer, of all units that are not left alone.
+def baked_edit(model: ir.Model, layer: PatchedLayer, units: int) -> LayerEdit:
+    """The edit that baking wrote for a hidden layer of so many units.
 
     Raises:
-        StripError: It is not there, or not one number a unit.
+        StripError: It is not there, or not one entry a unit.
     """
-    factor, constant = (baked_weight(model, layer.layer, name) for name in ("factor", "constant"))
-    if factor.ndim != 1 or factor.shape != constant.shape:
+    arrays = [baked_weight(model, layer.scope, name) for name in ARRAYS]
+    edited, factor, constant = arrays
+    wanted = [(np.dtype(np.bool_), (units,)), *[(np.dtype(np.float32), (units,))] * 2]
+    if [(array.dtype, array.shape) for array in arrays] != wanted:
         raise StripError(
             f"hidden layer {layer.layer}",
-            expected="a factor and a constant for every unit",
-            found=f"arrays of shape {factor.shape} and {constant.shape}",
+            expected=f"{', '.join(ARRAYS)} for each of its {units} units",
+            found=", ".join(f"{array.dtype}{list(array.shape)}" for array in arrays),
             advice="The file was edited after it was baked: bake the patch into the base again.",
         )
-    units = np.flatnonzero((factor != 1) | (constant != 0))
-    return LayerEdit(layer.layer, units, factor[units], constant[units])
+    chosen = np.flatnonzero(edited)
+    return LayerEdit(layer.layer, chosen, factor[chosen], constant[chosen])
+
+
+def baked_edits(base: ir.Model, patched: ir.Model, record: PatchRecord) -> list[LayerEdit]:
+    """The edits of a patched model, of all layers that it names.
+
+    Raises:
+        StripError: The base has no such layer, or the file not what an edit of it is made of.
+    """
+    layers = {layer.name: layer for layer in find_hidden_layers(base)} if record.layers else {}
+    edits = []
+    for layer in record.layers:
+        own = layers.get(layer.layer)
+        if own is None or own.value != layer.value:
+            raise StripError(
+                "the metadata entry atpatch.layers",
+                expected=f"hidden layers of the base ({', '.join(layers) or 'none'})",
+                found=f"{layer.layer}, of the value {layer.value}",
+                advice="The file was edited after it was baked: bake the patch into the base again.",
+            )
+        edits.append(baked_edit(patched, layer, own.units))
+    return edits
 
 
 def baked_weight(model: ir.Model, scope: str, name: str) -> Array:

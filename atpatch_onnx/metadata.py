@@ -17,11 +17,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 import onnx_ir as ir
 
 from atpatch_onnx.errors import StripError
+from atpatch_onnx.hidden import units_scope
 from atpatch_onnx.patch import Patch
 
 PREFIX = "atpatch."
@@ -84,7 +85,12 @@ class PatchedLayer:
     @property
     def base_value(self) -> str:
         """The hidden units as the base computes them."""
-        return f"atpatch/{self.layer}/base"
+        return f"atpatch/{self.scope}/base"
+
+    @property
+    def scope(self) -> str:
+        """Where the names of its edits lie, under `atpatch/`."""
+        return units_scope(self.layer)
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,15 @@ class PatchRecord:
     figures: Mapping[str, Any]
 
     @property
+    def detects(self) -> bool:
+        """Whether there is something to flag: not where hidden units are edited and that is all."""
+        return bool(self.sites) or not self.layers
+
+    @property
     def outputs(self) -> dict[str, str]:
-        """Name of the base's value by site that redistributes, and by edited layer."""
+        """Name of the base's value by scope: of every site that redistributes, and of every edited layer."""
         sites = {site.site: site.output for site in self.sites if site.value is not None}
-        return {**{layer.layer: layer.value for layer in self.layers}, **sites}
+        return {**{layer.scope: layer.value for layer in self.layers}, **sites}
 
 
 def describe(
@@ -171,8 +182,8 @@ def read_record(model: ir.Model) -> PatchRecord:
             emission=entries["emission"],
             weights=entries["weights"],
             monitors=tuple(str(name) for name in monitors),
-            sites=tuple(PatchedSite(**site) for site in json.loads(entries["sites"])),
-            layers=tuple(PatchedLayer(**layer) for layer in json.loads(entries["layers"])),
+            sites=_entries(PatchedSite, entries["sites"], "site"),
+            layers=_entries(PatchedLayer, entries["layers"], "layer"),
             figures=dict(figures),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -182,3 +193,21 @@ def read_record(model: ir.Model) -> PatchRecord:
             found=f"{type(error).__name__}: {error}",
             advice="The file was edited after it was baked: bake the patch into the base again.",
         ) from error
+
+
+_Entry = TypeVar("_Entry", PatchedSite, PatchedLayer)
+
+
+def _entries(kind: type[_Entry], text: str, name: str) -> tuple[_Entry, ...]:
+    """Entries of one kind, each named once; ValueError where a field is not of its type."""
+    found = tuple(kind(**entry) for entry in json.loads(text))
+    hints = get_type_hints(kind)
+    for entry in found:
+        for field, hint in hints.items():
+            value = getattr(entry, field)
+            if not isinstance(value, hint):
+                raise ValueError(f"{field} of a {name} is {value!r}")
+    names = [getattr(entry, name) for entry in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a {name} is named twice")
+    return found

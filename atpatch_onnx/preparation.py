@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from atpatch_onnx.collect import find_suspects, input_specs
 from atpatch_onnx.debugset import DebugSet, Split
-from atpatch_onnx.errors import FitError, NoSiteError
+from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metrics import infer_target
 from atpatch_onnx.options import FitOptions
@@ -69,18 +69,14 @@ def complete(
     output = prediction_output(model, output)
     session = Session(model)
     sides = (("clean", debug.clean), ("counterfactual", debug.counterfactual))
-    clean, counterfactual = (
-        classes(
-            session.collect(
-                inputs,
-                [output],
-                batch_size=batch_size,
-                progress=progress,
-                stage=f"predicting, {side} inputs",
-            )[output]
-        )
+    logits = [
+        session.collect(inputs, [output], batch_size=batch_size, progress=progress, stage=f"predicting, {side} inputs")[
+            output
+        ]
         for side, inputs in sides
-    )
+    ]
+    _check_classes(debug, max(logits[0].shape[-1], 2))
+    clean, counterfactual = map(classes, logits)
     debug.check_effect(clean, counterfactual)
     if debug.kind == "backdoor" and debug.target is None:
         target = infer_target(clean, counterfactual)
@@ -93,6 +89,20 @@ def complete(
             )
         debug = debug.with_target(target)
     return debug, output
+
+
+def _check_classes(debug: DebugSet, count: int) -> None:
+    """Refuse labels and targets that the model has no logit for."""
+    named = [] if debug.labels is None else [("labels", int(debug.labels.max()))]
+    named += [] if debug.target is None else [("target", debug.target)]
+    for name, largest in named:
+        if largest >= count:
+            raise DebugSetError(
+                f"the {name} of the debug set",
+                expected=f"classes of the model, 0 to {count - 1}",
+                found=str(largest),
+                advice="Number classes as the model's output does.",
+            )
 
 
 def candidates(found: Sequence[AttentionSite], options: FitOptions) -> tuple[AttentionSite, ...]:

@@ -25,6 +25,7 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import AtPatchError, BakeError, PatchMismatchError
 from atpatch_onnx.functions import local_functions
 from atpatch_onnx.graph import PREFIX, opset_version
+from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.metadata import is_patched
 from atpatch_onnx.patch import Patch
@@ -132,7 +133,8 @@ def rebind(patch: Patch, base: ir.Model, quantized: ir.Model) -> Patch:
         quantized: What `quantize` made of it.
 
     Raises:
-        PatchMismatchError: The patch was fitted on another model.
+        PatchMismatchError: The patch was fitted on another model, or edits hidden units of layers that are not found in
+            the quantized one.
     """
     found = graphs.fingerprint(base)
     if patch.base != found:
@@ -141,6 +143,15 @@ def rebind(patch: Patch, base: ir.Model, quantized: ir.Model) -> Patch:
             expected=f"the model it was fitted on, {patch.base}",
             found=f"a model with the fingerprint {found}",
             advice="Quantize the model that it was fitted on.",
+        )
+    hidden = {layer.name for layer in find_hidden_layers(quantized)} if patch.edits else set()
+    lost = [edit.layer for edit in patch.edits if edit.layer not in hidden]
+    if lost:
+        raise PatchMismatchError(
+            "the quantized model",
+            expected=f"the hidden layer {lost[0]!r}",
+            found=", ".join(sorted(hidden)) or "none: products in int8 are not looked behind",
+            advice="Neuron edits go with float16 (--precision fp16); for int8, patch the attention alone.",
         )
     return replace(patch, base=graphs.fingerprint(quantized))
 

@@ -16,7 +16,15 @@ from atpatch_onnx.collect import input_specs
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.edits import edited
 from atpatch_onnx.errors import AtPatchError, StripError, VerificationError
-from atpatch_onnx.inspection import baked_edit, baked_weight, expose, last_flags, site_values, value_names, weight_names
+from atpatch_onnx.inspection import (
+    baked_edits,
+    baked_weight,
+    expose,
+    last_flags,
+    site_values,
+    value_names,
+    weight_names,
+)
 from atpatch_onnx.invariants import violations
 from atpatch_onnx.metadata import PatchedLayer, PatchRecord, read_record, weights_digest
 from atpatch_onnx.patch import LayerEdit
@@ -121,11 +129,11 @@ def _structure(base: ir.Model, patched: ir.Model, record: PatchRecord) -> Iterat
     own = [output.name for output in base.graph.outputs]
     kept = [output.name for output in patched.graph.outputs][: len(own)]
     yield Check("outputs", own == kept, f"the base has {own}, the patched model begins with {kept}")
-    wrong = [*_wrong_weights(patched, record)]
+    wrong = [*_wrong_weights(base, patched, record)]
     yield Check("weights", not wrong, "; ".join(wrong) or "finite, and as the file says of itself")
 
 
-def _wrong_weights(patched: ir.Model, record: PatchRecord) -> Iterator[str]:
+def _wrong_weights(base: ir.Model, patched: ir.Model, record: PatchRecord) -> Iterator[str]:
     """What no bake writes, and whatever is not as it was when the patch was baked."""
     if weights_digest(patched) != record.weights:
         yield f"the weights under {graphs.PREFIX} are not those that were baked"
@@ -134,14 +142,12 @@ def _wrong_weights(patched: ir.Model, record: PatchRecord) -> Iterator[str]:
             array = value.const_value.numpy()
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 yield f"{name} is not finite"
-    for layer in record.layers:
-        try:
-            count = len(baked_edit(patched, layer).units)
-        except StripError as error:
-            yield str(error)
-            continue
-        if count > layer.edited:  # an edit may leave a unit as it is
-            yield f"{count} units of hidden layer {layer.layer} are edited, the file says {layer.edited}"
+    try:
+        for layer, edit in zip(record.layers, baked_edits(base, patched, record), strict=True):
+            if len(edit.units) != layer.edited:
+                yield f"{len(edit.units)} units of hidden layer {layer.layer} are edited, the file says {layer.edited}"
+    except StripError as error:
+        yield str(error)
     for site in record.sites:
         for name in weight_names(site):
             where = f"{graphs.PREFIX}{site.site}/{name}"
@@ -170,7 +176,7 @@ def _numbers(
 ) -> Iterator[Check]:
     level = "default optimization" if optimize else "no optimization"
     try:
-        edits = [baked_edit(patched, layer) for layer in record.layers]
+        edits = baked_edits(base, patched, record)
         reference = edited(base, [edit for edit in edits if edit.units.size])
         sessions = Session(reference, optimize=optimize), Session(patched, optimize=optimize)
         exposed = Session(_exposed(patched, record), optimize=optimize)
@@ -179,12 +185,12 @@ def _numbers(
         return
     for side, inputs in (("clean", debug.clean), ("counterfactual", debug.counterfactual)):
         stage = f"verifying {side} inputs, {level}"
-        tally = _Tally()
+        tally = _Tally(edits)
         for part, expected in sessions[0].stream(inputs, batch_size=batch_size, progress=progress, stage=stage):
             batch = {name: np.ascontiguousarray(array[part]) for name, array in inputs.items()}
             found = next(iter(sessions[1].stream(batch, batch_size=batch_size)))[1]
             inner = next(iter(exposed.stream(batch, batch_size=batch_size)))[1]
-            tally.add(patched, record, expected, found, inner)
+            tally.add(patched, record, part.stop - part.start, expected, found, inner)
         yield from tally.checks(f"{side} inputs, {level}")
 
 
@@ -200,7 +206,7 @@ def _exposed(patched: ir.Model, record: PatchRecord) -> ir.Model:
 
 def _all_flags(record: PatchRecord) -> list[str]:
     """The values that hold the flags of all sites; several token axes have several."""
-    if record.sites or not record.layers:
+    if record.detects:
         last_flags(record.sites)
     return list(dict.fromkeys(site.flags for site in record.sites))
 
@@ -208,8 +214,10 @@ def _all_flags(record: PatchRecord) -> list[str]:
 class _Tally:
     """What the batches of one side add up to."""
 
-    def __init__(self) -> None:
+    def __init__(self, edits: Sequence[LayerEdit]) -> None:
+        self.edits = {edit.layer: edit for edit in edits}
         self.inputs = self.flagged = self.differing = self.misreported = 0
+        self.monitored = False
         self.edited: dict[str, str] = {}
         self.worst: dict[str, float] = {}
         self.allowed: dict[str, float] = {}
@@ -218,13 +226,14 @@ class _Tally:
         self,
         patched: ir.Model,
         record: PatchRecord,
+        count: int,
         expected: Mapping[str, Array],
         found: Mapping[str, Array],
         inner: dict[str, Array],
     ) -> None:
         """Compare the base's outputs with the patched model's, and every site and edited layer with the reference."""
         flags = [np.any(inner[name], axis=1) for name in _all_flags(record)]
-        flagged = np.any(flags, axis=0) if flags else np.zeros(_samples(expected), np.bool_)
+        flagged = np.any(flags, axis=0) if flags else np.zeros(count, np.bool_)
         self.inputs += len(flagged)
         self.flagged += int(flagged.sum())
         same = np.ones(len(flagged), np.bool_)
@@ -232,10 +241,11 @@ class _Tally:
             same &= _rows_equal(array, found[name], flagged) if name in found else np.zeros(len(flagged), np.bool_)
         self.differing += int((~same & ~flagged).sum())
         if FLAGGED in found and SCORE in found:
+            self.monitored = True
             reported = (found[FLAGGED][:, 0] != flagged) | ((found[SCORE][:, 0] > 0) != flagged)
             self.misreported += int(reported.sum())
         for layer in record.layers:
-            self._add_layer(layer, baked_edit(patched, layer), inner)
+            self._add_layer(layer, inner)
         for site in record.sites:
             if site.value is None or not np.any(inner[site.flags]):
                 continue
@@ -248,9 +258,9 @@ class _Tally:
             if difference / allowed >= self.worst.get(site.site, 0.0) / self.allowed.get(site.site, 1.0):
                 self.worst[site.site], self.allowed[site.site] = difference, allowed
 
-    def _add_layer(self, layer: PatchedLayer, edit: LayerEdit, inner: Mapping[str, Array]) -> None:
+    def _add_layer(self, layer: PatchedLayer, inner: Mapping[str, Array]) -> None:
         """Edited units against numpy, the others bit for bit; a fault stays until the verdict."""
-        before, after = inner[layer.base_value], inner[layer.value]
+        edit, before, after = self.edits[layer.layer], inner[layer.base_value], inner[layer.value]
         others = np.setdiff1d(np.arange(before.shape[-1]), edit.units)
         reference = before[..., edit.units].astype(np.float64) * edit.factor + edit.constant
         worst = float(np.abs(after[..., edit.units] - reference).max(initial=0.0))
@@ -271,11 +281,12 @@ class _Tally:
             self.differing == 0,
             f"{unflagged - self.differing} of {unflagged} bit-identical to {base}",
         )
-        yield Check(
-            f"monitoring, {where}",
-            self.misreported == 0,
-            f"{self.inputs - self.misreported} of {self.inputs} reported as their columns are flagged",
-        )
+        if self.monitored:
+            yield Check(
+                f"monitoring, {where}",
+                self.misreported == 0,
+                f"{self.inputs - self.misreported} of {self.inputs} reported as their columns are flagged",
+            )
         for layer, fault in self.edited.items():
             said = fault or "edited units agree with the numpy reference, the others bit for bit with the base"
             yield Check(f"hidden layer {layer}, {where}", not fault, said)
@@ -297,10 +308,6 @@ def _rows_equal(expected: Array, found: Array, flagged: Array) -> Array:
         return np.full(len(flagged), same)
     pairs: Sequence[tuple[Array, Array]] = list(zip(expected, found, strict=True))
     return np.array([one.tobytes() == other.tobytes() for one, other in pairs], bool)
-
-
-def _samples(outputs: Mapping[str, Array]) -> int:
-    return max((len(array) for array in outputs.values() if array.ndim), default=0)
 
 
 def _dtype(array: Array) -> str:

@@ -104,11 +104,12 @@ class AtPatchOnnxConfig(OnnxConfig):  # type: ignore[misc]  # transformers is no
             )
 
     def to_json_string(self) -> str:
-        """The config as JSON, as `export.json` records it: the patch by its id, base and sites, not its arrays."""
+        """The config as JSON, as `export.json` records it: of the patch what it is for, not its arrays."""
         values = json.loads(super().to_json_string())
         if isinstance(self.patch, Patch):
             sites = [entry.site for entry in self.patch.sites]
-            values["patch"] = {"id": self.patch.id, "base": self.patch.base, "sites": sites}
+            layers = [edit.layer for edit in self.patch.edits]
+            values["patch"] = {"id": self.patch.id, "base": self.patch.base, "sites": sites, "layers": layers}
         return json.dumps(values, indent=2, sort_keys=True)
 
 

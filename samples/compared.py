@@ -1,7 +1,7 @@
 """AtPatch beside edits of hidden units: the same pairs, the same goal, the same evaluation inputs.
 
-The neuron edits get their best setting: how many units, which of them and how the accuracy is weighed are searched for
-on the validation part, as sites, thresholds and benign attention are for AtPatch.
+The neuron edits get their best setting: how many units and which of them is searched for on the validation part, as
+sites, thresholds and benign attention are for AtPatch.
 """
 
 from collections.abc import Mapping

@@ -248,6 +248,17 @@ def test_debug_tries_every_fix_and_recommends_one(guilty, here, capsys):
     assert {path.name.split("-")[0] for path in Path("patches").iterdir()} == {"isolation", "repair", "attention"}
 
 
+def test_debug_says_what_is_wrong_before_it_begins(guilty, place, here, capsys):
+    Path("taken").write_text("a file")
+    assert call(guilty, "debug @base.onnx @debug.npz -o taken") == 1
+    assert "expected a folder, or room for one" in capsys.readouterr().err
+    assert call(place, "debug @base.onnx other.npz") == 1
+    assert "other.npz" in capsys.readouterr().err
+    Planted(layers=2, tokens=12).debug().save("other.npz")
+    assert call(place, "debug @base.onnx other.npz") == 1
+    assert "expected" in capsys.readouterr().err, "pairs of another model"
+
+
 def test_fit(place, here, capsys):
     assert call(place, "fit @base.onnx @debug.npz -o new.safetensors --json") == 0
     shown, errors = capsys.readouterr()

@@ -31,7 +31,10 @@ def test_a_single_patch_stays_what_it_is():
 @given(first=st.tuples(NUMBERS, NUMBERS), second=st.tuples(NUMBERS, NUMBERS))
 def test_the_later_edit_of_a_unit_edits_what_the_earlier_one_made(first, second):
     layer = layers(NET)[0]
-    both = compose([patch_of(NET, single(layer, *one)) for one in (first, second)])
+    patches = [
+        patch_of(NET, single(layer, *one)).with_figures({"place": place}) for place, one in enumerate((first, second))
+    ]
+    both = compose(patches)
     (found,) = both.edits
     h = np.float64(1.5)
     expected = (h * first[0] + first[1]) * second[0] + second[1]
@@ -76,10 +79,36 @@ def test_what_was_fitted_after_another_stands_behind_it():
     [
         (list, "at least one"),
         (lambda: [draw_patch(NET.model()), draw_patch(NET.model(), 1)], "two at "),
+        (lambda: [draw_patch(NET.model())] * 2, "expected each once"),
+        (
+            lambda: [patch_of(NET, single(layers(NET)[0], 3e30, c)) for c in (0.0, 1.0)],
+            "edits whose product is a float32",
+        ),
         (lambda: [draw_patch(NET.model()), draw_patch(Net(mlp=3).model())], "patches of one model"),
     ],
-    ids=["none", "one-site-twice", "two-models"],
+    ids=["none", "one-site-twice", "one-patch-twice", "overflow", "two-models"],
 )
 def test_patches_that_do_not_go_together_are_refused(patches, message):
     with pytest.raises(PatchMismatchError, match=message):
         compose(patches())
+
+
+MET = {"method": "isolation", "meets_target": True, "shortfalls": [], "goal": {"clean_flag_rate": 0.5}}
+MISSED = {"meets_target": False, "shortfalls": ["ASR above floor 80.00%"], "goal": {"clean_flag_rate": 0.01}}
+
+
+def test_patches_that_do_not_know_of_each_other_meet_their_goal_if_all_do():
+    attention = draw_patch(NET.model()).with_figures(MISSED)
+    neurons = patch_of(NET, edit(layers(NET)[0], 0)).with_figures(MET)
+    for patches in ([attention, neurons], [neurons, attention]):
+        both = compose(patches)
+        assert not both.meets_target
+        assert both.figures["shortfalls"] == MISSED["shortfalls"]
+        assert both.figures["goal"] == MISSED["goal"], "that of the attention, which live traffic is held against"
+        assert "method" not in both.figures
+
+
+def test_one_that_was_fitted_after_the_others_speaks_for_all():
+    neurons = patch_of(NET, edit(layers(NET)[0], 0)).with_figures(MISSED)
+    attention = replace(draw_patch(NET.model()).with_figures({"meets_target": True}), after=(neurons.id,))
+    assert compose([neurons, attention]).meets_target

@@ -1,8 +1,10 @@
 """Neuron edits in a graph: only the edited units change, and the base comes back bit for bit."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from hypothesis import given
@@ -13,9 +15,10 @@ from atpatch_onnx import graph
 from atpatch_onnx.bake import bake
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.edits import edited
-from atpatch_onnx.errors import PatchMismatchError
+from atpatch_onnx.errors import PatchMismatchError, StripError
 from atpatch_onnx.evaluate import evaluate
 from atpatch_onnx.hidden import find_hidden_layers
+from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import read_record
 from atpatch_onnx.patch import LayerEdit, Patch
 from atpatch_onnx.strip import strip
@@ -155,14 +158,86 @@ def test_verify_sees_what_was_changed_after_baking():
     base, layer = NET.model(), layers(NET)[0]
     patched = bake(base, patch_of(NET, edit(layer, 0)))
     more = graph.copy(patched)
-    set_weight(more, f"atpatch/{layer}/factor", np.zeros(UNITS, np.float32))
+    set_weight(more, f"atpatch/{layer}/units/edited", np.ones(UNITS, np.bool_))
     failed = {check.name: check.detail for check in verify(base, more).failures}
     assert f"{UNITS} units of hidden layer {layer} are edited, the file says 1" in failed["weights"]
     odd = graph.copy(patched)
-    set_weight(odd, f"atpatch/{layer}/factor", np.zeros((UNITS, 2), np.float32))
-    assert "a factor and a constant for every unit" in str(verify(base, odd).failures)
+    set_weight(odd, f"atpatch/{layer}/units/factor", np.zeros((UNITS, 2), np.float32))
+    assert f"edited, factor, constant for each of its {UNITS} units" in str(verify(base, odd).failures)
     hollow = graph.copy(patched)
     node = next(node for node in hollow.graph if node.op_type == "EditUnits")
-    node.replace_input_with(1, node.inputs[2])
+    node.replace_input_with(2, node.inputs[3])
     names = {check.name for check in verify(base, hollow, pairs(NET)).failures}
     assert any(name.startswith(f"hidden layer {layer}") for name in names)
+
+
+def test_units_that_are_not_edited_keep_their_negative_zeros():
+    """GELU gives them for large negative sums, and adding 0 would make them positive."""
+    proto = NET.proto()
+    for node in proto.graph.node:
+        if node.op_type == "Relu":
+            node.op_type = "LeakyRelu"
+            node.attribute.append(onnx.helper.make_attribute("alpha", 0.0))
+    model = ir.from_proto(proto)
+    patched = bake(model, Patch(graph.fingerprint(model), (), {}, (edit(layers(NET)[0], 0),)))
+    (layer,) = read_record(patched).layers
+    found = run(with_outputs(patched, [layer.base_value, layer.value]), NET.feed(np.random.default_rng(0)))
+    before = found[layer.base_value][..., 1:]
+    assert (np.signbit(before) & (before == 0)).any()
+    assert same_bits(before, found[layer.value][..., 1:])
+    result = verify(model, patched, pairs(NET))
+    assert result.passed, result.failures
+
+
+def set_metadata(model: ir.Model, change) -> None:
+    entries = json.loads(model.metadata_props["atpatch.layers"])
+    change(entries)
+    model.metadata_props["atpatch.layers"] = json.dumps(entries)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entries: entries[0].update(layer=["a"]),
+        lambda entries: entries[0].update(value={}),
+        lambda entries: entries[0].update(edited="1"),
+        lambda entries: entries.append(dict(entries[0])),
+        lambda entries: entries[0].update(more=1),
+        lambda entries: entries[0].pop("value"),
+    ],
+    ids=["layer", "value", "edited", "twice", "more", "missing"],
+)
+def test_tampered_entries_of_layers_are_refused_where_they_are_read(change):
+    patched = bake(NET.model(), patch_of(NET, edit(layers(NET)[0], 0)))
+    set_metadata(patched, change)
+    with pytest.raises(StripError, match="complete entries of schema"):
+        read_record(patched)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry.update(value="logits"),
+        lambda entry: entry.update(layer="other"),
+        lambda entry: entry.update(edited=2),
+    ],
+    ids=["value", "layer", "edited"],
+)
+def test_entries_of_layers_that_the_base_does_not_have_fail_the_checks(change):
+    base = NET.model()
+    patched = bake(base, patch_of(NET, edit(layers(NET)[0], 0)))
+    set_metadata(patched, lambda entries: change(entries[0]))
+    for debug in (None, pairs(NET)):
+        assert "weights" in {check.name for check in verify(base, patched, debug).failures}
+
+
+def test_a_layer_of_a_sites_name_is_edited_beside_it():
+    model = NET.model()
+    (layer, *_), site = find_hidden_layers(model), find_sites(model)[0]
+    for node in model.graph:
+        if node.name in layer.nodes[:1]:
+            node.name = "/" + "/".join([*site.name.split("."), "up"])
+    named = dict(zip((one.value for one in find_hidden_layers(model)), find_hidden_layers(model), strict=True))
+    assert named[layer.value].name.startswith(site.name.rpartition(".")[0])
+    patches = [Patch(graph.fingerprint(model), (), {}, (edit(named[layer.value].name, 0),)), draw_patch(model)]
+    assert verify(model, bake(model, patches), pairs(NET)).passed

@@ -485,6 +485,15 @@ def test_pairs_without_an_effect():
         fit(planted.model(), DebugSet.from_pairs(inputs, changed, labels))
 
 
+@pytest.mark.parametrize("wrong", ["labels", "target"])
+def test_classes_that_the_model_does_not_have(wrong):
+    planted = Planted()
+    debug = planted.debug()
+    debug = replace(debug, labels=debug.labels + 3) if wrong == "labels" else debug.with_target(9)
+    with pytest.raises(DebugSetError, match=f"the {wrong} of the debug set: expected classes of the model, 0 to 2"):
+        fit(planted.model(), debug, QUICK)
+
+
 def spoiled(**changes) -> DebugSet:
     debug = Planted().debug()
     return DebugSet.from_pairs(

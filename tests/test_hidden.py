@@ -2,6 +2,7 @@
 
 import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -242,6 +243,48 @@ def test_a_layer_is_plain_json() -> None:
         "dtype": "FLOAT",
         "nodes": ("a", "b", "h", "y0"),
     }
+
+
+def one_operand(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type == "MatMul":
+            node.resize_inputs(1)
+
+
+def transposed_by(*perm: int) -> Callable[[ir.Model], None]:
+    def change(model: ir.Model) -> None:
+        _behind(model, ir.Node("", "Transpose", [], [ir.AttrInt64s("perm", perm)]))
+
+    return change
+
+
+def cast_to_nothing(model: ir.Model) -> None:
+    _behind(model, ir.Node("", "Cast", []))
+
+
+def far_away(model: ir.Model) -> None:
+    for _ in range(3000):
+        _behind(model, ir.Node("", "Identity", []))
+
+
+def _behind(model: ir.Model, node: ir.Node) -> None:
+    """Put a node between the second product and its weight."""
+    product = next(one for one in model.graph if one.outputs[0].name == "y0")
+    node.resize_inputs(1)
+    node.replace_input_with(0, product.inputs[1])
+    model.graph.insert_before(model.graph[0], node)
+    product.replace_input_with(1, node.outputs[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [(one_operand, 0), (transposed_by(0, 7), 0), (transposed_by(0, 0), 0), (cast_to_nothing, 0), (far_away, 1)],
+    ids=["one operand", "no such axis", "an axis twice", "a cast to nothing", "a weight far away"],
+)
+def test_malformed_graphs_are_answered(change: Callable[[ir.Model], None], count: int) -> None:
+    model = net(RELU)
+    change(model)
+    assert len(find_hidden_layers(model)) == count
 
 
 # Real exports

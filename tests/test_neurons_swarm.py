@@ -103,3 +103,13 @@ def test_evolution_needs_scipy(monkeypatch):
     monkeypatch.setattr(swarm, "require", missing)
     with pytest.raises(MissingExtraError, match="the package scipy"):
         evolve(sphere, -1, 1, 3, rng=rng())
+
+
+@pytest.mark.parametrize("search", [minimise, evolve])
+def test_what_is_no_number_is_never_the_best(search):
+    def cost(x: np.ndarray) -> float:
+        return float("nan") if x[0] > 3 else abs(float(x[0]) - 2)
+
+    found = search(cost, -10, 10, 1, start=5.0, rng=np.random.default_rng(0))
+    assert found.cost < 0.1
+    assert found.best[0] == pytest.approx(2, abs=0.1)

@@ -344,5 +344,5 @@ def test_a_file_of_neuron_edits_alone_has_nothing_to_count(tmp_path):
     arrays = np.zeros(1, np.float32), np.ones(1, np.float32)
     patch = Patch(atp.fingerprint(model), (), {}, (atp.LayerEdit("layer1.mlp.hidden", np.array([0]), *arrays),))
     atp.save(atp.bake(model, patch), tmp_path / "patched.onnx")
-    with pytest.raises(ServingError, match="monitoring output"):
+    with pytest.raises(ServingError, match="edits of hidden units alone"):
         PatchedSession(tmp_path / "patched.onnx")

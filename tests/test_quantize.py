@@ -73,6 +73,24 @@ def test_what_is_refused():
         atp.rebind(other, PLANTED.model(), PLANTED.model())
 
 
+def neuron_edit(model: ir.Model) -> atp.Patch:
+    arrays = np.zeros(1, np.float32), np.full(1, 0.5, np.float32)
+    return atp.Patch(atp.fingerprint(model), (), {}, (atp.LayerEdit("layer1.mlp.hidden", np.array([2]), *arrays),))
+
+
+@tools_warn
+def test_neuron_edits_go_with_float16_and_their_order_stays():
+    planted = Planted(mlp=4)
+    base = planted.model()
+    neurons = neuron_edit(base)
+    after = replace(fitted(PLANTED), base=neurons.base, after=(neurons.id,))
+    quantized = atp.quantize(base, "fp16")
+    patched = atp.bake(quantized, atp.rebind(atp.compose([neurons, after]), base, quantized))
+    assert atp.verify(quantized, patched, planted.debug(40)).passed
+    with pytest.raises(PatchMismatchError, match="--precision fp16"):
+        atp.rebind(neurons, base, atp.quantize(base, "int8"))
+
+
 @tools_warn
 @precisions
 def test_the_command_measures_again(precision, tmp_path, capsys):

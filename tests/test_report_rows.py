@@ -79,6 +79,7 @@ def test_an_attribute_is_measured_by_its_flip_rate():
         {"sites": [{"site": "a", "redistributes": True, "beta": "1", "without": []}], "kind": ["x"]},
         {"units": [3, {}, {"layer": 5, "unit": [], "factor": "x", "rank": "1", "lowers": None}], "composed": 3},
         {"composed": [3, {}, {"units": "x"}, {"units": [{}]}]},
+        {"units": [{"factor": 10**400, "rank": 10**400}], "goal": {"accuracy_loss": 10**400}},
     ],
 )
 def test_foreign_figures_do_not_break_anything(figures):

@@ -74,7 +74,10 @@ def check_effect(clean: ArrayLike, counterfactual: ArrayLike, *, pairs: int, att
     if attribute:
         advice = "Is this the right column, written as the model was trained on it? Then nothing needs a patch here."
     else:
-        advice = "Is the trigger stamped before normalisation, as in training, and is this the backdoored model?"
+        advice = (
+            "Is the trigger stamped before normalisation, as in training, and is this the backdoored model? Behind a "
+            "patch of hidden units, nothing may be left to repair."
+        )
     raise DebugSetError(
         "debug set",
         expected="pairs whose prediction changes",

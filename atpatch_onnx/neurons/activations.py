@@ -73,7 +73,7 @@ def measure_activations(
         model: The base.
         layers: Hidden layers of it.
         debug: Pairs for it.
-        batch_size: Pairs at a time, `MAX_BATCH` at most.
+        batch_size: Pairs at a time, `MAX_BATCH` at most, and one where tokens may be padding.
         progress: Told after every batch.
         stage: What to call that.
     """
@@ -81,7 +81,8 @@ def measure_activations(
     session = Session(_with_activations(model, layers, site))
     fixed = next((value.shape[0] for value in model.graph.inputs if value.shape), None)
     names = [_output(layer) for layer in layers] + ([map_output(site)] if site else [])
-    stream = partial(session.stream, outputs=names, batch_size=min(batch_size, MAX_BATCH))
+    alone = 1 if site else MAX_BATCH  # then it does not matter whether samples or tokens come first
+    stream = partial(session.stream, outputs=names, batch_size=min(batch_size, alone))
     sums = [_Sums() for _ in layers]
     sides = zip(stream(debug.clean), stream(debug.counterfactual, progress=progress, stage=stage), strict=True)
     for (part, clean), (_, other) in sides:
@@ -145,14 +146,14 @@ def _wider(bounds: Floats | None, rows: Floats) -> Floats | None:
 
 
 def _output(layer: HiddenLayer) -> str:
-    return f"{graphs.PREFIX}{layer.name}/probe/hidden"
+    return f"{graphs.PREFIX}{layer.scope}/probe/hidden"
 
 
 def _with_activations(model: ir.Model, layers: Sequence[HiddenLayer], site: AttentionSite | None) -> ir.Model:
     """A copy of `model` with the activations of `layers`, and the map of `site`, as outputs in float32."""
     probed = probe(model, {}, maps=[site]) if site else graphs.copy(model)
     for layer in layers:
-        at = Insertion(probed.graph, layer.name)
+        at = Insertion(probed.graph, layer.scope)
         h = find_value(probed.graph, layer.value)
         to = ir.AttrInt64("to", ir.DataType.FLOAT)
         output = at.op("Cast", h, name="probe/hidden", attributes=[to])

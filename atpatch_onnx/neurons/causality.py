@@ -185,8 +185,10 @@ def _scaled(
 
     def cost(factors: Floats) -> float:
         sides = part.run(edits_of(part.trial.layers, units, factors, 0.0))
-        outcome = part.outcome(sides)
         progress(stage, next(tried), budget)
+        if not (np.isfinite(sides.clean).all() and np.isfinite(sides.counterfactual).all()):
+            return np.inf  # as float16 overflows
+        outcome = part.outcome(sides)
         rates = (1 - alpha) * outcome.remaining + alpha * (1 - outcome.accuracy)
         return rates + TIES * ((1 - alpha) * part.trace(sides) + alpha * (1 - part.confidence(sides)))
 

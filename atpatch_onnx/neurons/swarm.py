@@ -10,6 +10,7 @@ pyswarms, whose last release is of 2021; these few lines need no such library. I
 particles at the network as it is; here one does (`start`), the others are anywhere in the box.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,7 @@ def minimise(
         start: One particle begins with this in every coordinate.
         rng: Where chance comes from.
     """
+    cost = _finite(cost)
     shape = (particles, dimensions)
     position = _first(low, high, shape, start, rng)
     velocity = rng.uniform(-1, 1, shape) * _SPEED * (high - low)
@@ -113,6 +115,7 @@ def evolve(
     require("scipy", "fit", "searching by differential evolution")
     from scipy.optimize import differential_evolution
 
+    cost = _finite(cost)
     first = _first(low, high, (particles, dimensions), start, rng)
     known: list[float] = []  # costs, as they are asked for
     history: list[float] = []
@@ -138,6 +141,16 @@ def evolve(
         seed=rng,
     )
     return Minimum(np.asarray(found.x, np.float64), float(found.fun), tuple(history or [float(found.fun)]))
+
+
+def _finite(cost: Cost) -> Cost:
+    """The same cost, infinite where it is none: a comparison with NaN would keep it for ever."""
+
+    def finite(position: Floats) -> float:
+        found = cost(position)
+        return found if math.isfinite(found) else math.inf
+
+    return finite
 
 
 def _first(low: float, high: float, shape: tuple[int, int], start: float | None, rng: np.random.Generator) -> Floats:

@@ -63,8 +63,8 @@ class NeuronTrial:
             )
         constants: dict[str, Array] = {}
         for layer in self.layers:
-            factor, constant = dense(by_name.get(layer.name), layer.units)
-            constants[_name(layer, "factor")], constants[_name(layer, "constant")] = factor, constant
+            for name, array in dense(by_name.get(layer.name), layer.units).items():
+                constants[_name(layer, name)] = array
         outputs = self._session.collect(
             inputs, [self._output], batch_size=batch_size, constants=constants, progress=progress, stage=stage
         )
@@ -72,15 +72,14 @@ class NeuronTrial:
 
 
 def _name(layer: HiddenLayer, array: str) -> str:
-    return f"{graphs.PREFIX}{layer.name}/{array}"
+    return f"{graphs.PREFIX}{layer.scope}/{array}"
 
 
 def _inputs(at: Insertion, layer: HiddenLayer) -> Arrays:
-    """Factor and constant as inputs of the graph, float `[units]` each."""
-
-    def array(name: str) -> ir.Value:
-        value = ir.Value(name=_name(layer, name), shape=ir.Shape([layer.units]), type=ir.TensorType(ir.DataType.FLOAT))
-        at.graph.inputs.append(value)
-        return value
-
-    return array("factor"), array("constant")
+    """What edits are made of, as inputs of the graph."""
+    values = []
+    for name, array in dense(None, layer.units).items():
+        type_ = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        values.append(ir.Value(name=_name(layer, name), shape=ir.Shape([layer.units]), type=type_))
+        at.graph.inputs.append(values[-1])
+    return values

@@ -71,6 +71,13 @@ class PatchedSession:
         self._path, self._providers, self._options = path, tuple(providers), options
         self._model = graphs.load(path)
         self._record = read_record(self._model)
+        if not self._record.detects:
+            raise ServingError(
+                os.fspath(path),
+                expected="a patch of the attention",
+                found="edits of hidden units alone, which flag nothing that could be counted or switched",
+                advice="Serve the file with onnxruntime's own session.",
+            )
         if FLAGGED not in self._record.monitors:
             raise ServingError(
                 os.fspath(path),
@@ -156,6 +163,8 @@ class PatchedSession:
     def disable(self, site: str) -> None:
         """Let a site neither detect nor redistribute; flags of other sites are carried past it.
 
+        Edits of hidden units stay: they are no site's.
+
         Raises:
             ServingError: There is no such site, or the new session does not do what it should.
         """
@@ -188,7 +197,8 @@ class PatchedSession:
         forms = [[replace(site, threshold=None, reach=None) for site in one.sites] for one in (self._record, record)]
         if forms[0] != forms[1] or _nodes(self._model) != _nodes(baked):
             raise refuse(
-                f"the file's own sites, each doing the same ({_roles(self._record)})", f"others ({_roles(record)})"
+                f"the file's own sites and layers, each doing the same ({_roles(self._record)})",
+                f"others ({_roles(record)})",
             )
         for name in self._own:
             if (self._own[name].shape, self._own[name].dtype) != (weights[name].shape, weights[name].dtype):
@@ -269,7 +279,8 @@ def _roles(record: PatchRecord) -> str:
     def role(detects: bool, value: str | None) -> str:
         return " and ".join([*["detects"] * detects, *([] if value is None else [f"redistributes, {value} values"])])
 
-    return "; ".join(f"{site.site} {role(site.margin is not None, site.value)}" for site in record.sites)
+    sites = [f"{site.site} {role(site.margin is not None, site.value)}" for site in record.sites]
+    return "; ".join([*sites, *(f"{layer.layer} is edited" for layer in record.layers)])
 
 
 def _close(expected: Array, found: Array) -> bool:
