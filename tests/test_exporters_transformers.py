@@ -348,7 +348,12 @@ def test_config_and_its_dicts(patch_file):
     written = config.to_json_string()
     assert str(path) not in written
     noted = json.loads(written)
-    assert noted["patch"] == {"id": patch.id, "base": patch.base, "sites": [entry.site for entry in patch.sites]}
+    assert noted["patch"] == {
+        "id": patch.id,
+        "base": patch.base,
+        "sites": [entry.site for entry in patch.sites],
+        "layers": [],
+    }
     assert noted["export_format"] == "atpatch_onnx"
     assert json.loads(AtPatchOnnxConfig().to_json_string())["patch"] is None
     with pytest.raises(ExportError, match=r"patch: expected a Patch.*found dict.*export\.json only names"):
