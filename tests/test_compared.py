@@ -28,7 +28,7 @@ def test_every_fix_of_a_case_from_its_files_to_the_page(tmp_path, monkeypatch):
     assert title == "### minilm/token"
     assert "| base, ASR |" in rows[0]
     assert "could not be made" in rows[0], "nothing is left to patch behind an edit that repaired all"
-    assert f"Recommended: {found['recommended']}." in rows[1]
+    assert f"Recommended, a seed each: {found['recommended']}." in rows[1]
 
 
 def test_neuron_edits_see_the_targets_class_where_the_fit_does_not(tmp_path, monkeypatch):
@@ -87,9 +87,16 @@ def test_the_page_says_whether_redistribution_repairs_better_and_keeps_more(attr
     assert ours[7:] == ["2 of 2", "12", "1.25 |"]
     assert lines[3][7] == "0 of 2"
     assert verdict == (
-        "AtPatch alone: than IDNN it repairs better and keeps more accuracy; "
-        "than CARE it repairs no better and keeps no more accuracy. Recommended: CARE, CARE."
+        "AtPatch alone leaves less than IDNN (2.00%, 30.00%) and loses less accuracy (+1.00, +5.00 points); "
+        "leaves more than CARE (2.00%, 0.00%) and loses more accuracy (+1.00, +0.00 points). "
+        "Recommended, a seed each: CARE, CARE."
     )
+
+
+def test_small_differences_are_none():
+    fixes = [fix("CARE", 0.001, 0.9), fix("AtPatch", 0.0, 0.9)]
+    *_, verdict = compared_section([[{"case": "some/case", "seed": 0, "fixes": fixes, "recommended": "AtPatch"}]])
+    assert "leaves about as much as CARE (0.00%, 0.10%) and loses about as much accuracy" in verdict
 
 
 def test_nothing_measured_is_said():
