@@ -35,8 +35,8 @@ OFFSET = 0.01
 MAX_UNITS = 2**31
 """Hidden units that a layer may have: no index needs more than 32 bits."""
 
-MAX_REACH = 4.0
-"""Scores are differences of two cosines: no two are farther apart."""
+MAX_REACH = 4.001
+"""Scores are differences of two cosines: no two are farther apart than 4, and a little more lets the lowest exceed."""
 
 Array = NDArray[np.float32]
 
