@@ -173,8 +173,8 @@ def LandmarkRows(P, landmarks):  # noqa: N802
 def LandmarkColumns(P, rows):  # noqa: N802
     """Column features from a few rows. P [B,H,Q,K], int64 [B,H*8] -> [B,H*8,K].
 
-    Weights are relative to the row's uniform share, `P_ij * n_i`. The Reshape to what they are already is for onnx 1.23,
-    which infers 0 keys for the map of an op `Attention` of free length: with sizes from there, runtimes plan memory.
+    Weights are relative to the row's uniform share, `P_ij * n_i`. The Reshape, to the shape that is there already, is
+    for onnx 1.23: it infers 0 keys for the map of an op `Attention` of free length, and runtimes plan memory by that.
     """
     weights = op.Cast(op.Gather(op.Flatten(P, axis=3), rows, axis=0), to=1)
     visible = op.Cast(weights > op.Constant(value_float=0.0), to=1)
