@@ -36,7 +36,9 @@ def compared_section(cases: Sequence[Sequence[Run]]) -> list[str]:
         " (IDNN) and 512 (CARE) that differ most. *Time*: over the base's, clean inputs, batch 1, beside other work.",
     ]
     for runs in cases:
-        parts += [f"### {runs[0]['case']}", table(HEADER, [*_base(runs), *_fixes(runs)]), _verdict(runs)]
+        seeds = ", ".join(str(run["seed"]) for run in runs)
+        title = f"### {runs[0]['case']}, seed{'s' * (len(runs) > 1)} {seeds}"
+        parts += [title, table(HEADER, [*_base(runs), *_fixes(runs)]), _verdict(runs)]
     return parts if cases else ["Not measured."]
 
 
