@@ -3,7 +3,7 @@
 The steps, each on a copy of the base, the base itself left alone:
 
     patches composed to one  ->  refuse what cannot be baked  ->  hidden units edited, layer by layer
-    ->  detect and redistribute, site by site  ->  monitoring outputs  ->  what the file says of itself
+    ->  detect and redistribute, site by site or jointly  ->  monitoring outputs  ->  what the file says of itself
     ->  functions, imported or inlined  ->  the invariants of every patched graph
 
 Flags are carried along a token axis: a site's flags are its own or those of the earlier patched sites of its axis.
@@ -21,8 +21,9 @@ from atpatch_onnx.emission import Emission, import_functions, inline_functions, 
 from atpatch_onnx.errors import BakeError, PatchMismatchError
 from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.invariants import require_invariants
+from atpatch_onnx.jointly import weave_jointly
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.metadata import PatchedLayer, PatchedSite, describe, is_patched
+from atpatch_onnx.metadata import PatchedJoint, PatchedLayer, PatchedSite, describe, is_patched
 from atpatch_onnx.patch import Patch, SitePatch
 from atpatch_onnx.sites import AttentionSite
 from atpatch_onnx.targets import Target, require_target, target_named
@@ -70,7 +71,11 @@ def bake(
     emission = _emission(wanted, entries) if emission is None else Emission(emission)
     patched = graphs.copy(model)
     layers = bake_edits(patched, patch.edits)
-    woven = weave(patched, entries, emission, _constants)
+    if patch.joint is None:
+        woven, joint = weave(patched, entries, emission, _constants), None
+    else:
+        joined = weave_jointly(patched, entries, patch.joint, emission, _constants)
+        woven, joint = joined.sites, PatchedJoint(patch.joint.threshold, patch.joint.reach, joined.outputs)
     monitors = _add_monitors(patched, woven) if monitor and woven else []
     if site_flags:
         monitors += [_add_output(patched, step.flags, f"{step.site.name}/flags", [None, None]) for step in woven]
@@ -79,7 +84,8 @@ def bake(
         patch,
         patched,
         emission=emission.value,
-        sites=[_patched_site(step) for step in woven],
+        sites=[_patched_site(step, alone=joint is None) for step in woven],
+        joint=joint,
         layers=[PatchedLayer(layer.name, layer.value, edited[layer.name]) for layer in layers],
         monitors=monitors,
     )
@@ -157,15 +163,15 @@ def _constants(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls
     return Controls(threshold, reach, beta, switch)
 
 
-def _patched_site(step: Woven) -> PatchedSite:
-    """What the file says of one site."""
+def _patched_site(step: Woven, *, alone: bool) -> PatchedSite:
+    """What the file says of one site, which detects alone or in a joint decision."""
     detector, redistribution = step.entry.detector, step.entry.redistribution
     value = None if redistribution is None else ("own" if redistribution.neutral is None else "neutral")
     parts = step.site.parts
     return PatchedSite(
         site=step.site.name,
-        threshold=None if detector is None else detector.threshold,
-        reach=None if detector is None else detector.reach,
+        threshold=detector.threshold if detector and alone else None,
+        reach=detector.reach if detector and alone else None,
         value=value,
         map=step.handles.P.name or "",
         values=step.handles.V.name or "",
@@ -188,10 +194,12 @@ def _add_monitors(model: ir.Model, woven: Sequence[Woven]) -> list[str]:
     for step in last.values():  # flags are carried: the last site of an axis has them all
         flag = end.call("SampleFlag", step.flags, name=f"{step.site.name}/flagged")
         flagged = flag if flagged is None else end.op("Or", flagged, flag, name=f"{step.site.name}/any_flagged")
-    margins = [step.margin for step in woven if step.margin is not None]
+    margins = list(dict.fromkeys(step.margin for step in woven if step.margin is not None))
     assert flagged is not None
     assert margins, "a patch detects somewhere"
-    every = end.op("Concat", *margins, name="margins", attributes=[ir.AttrInt64("axis", 1)])
+    every = margins[0]
+    if len(margins) > 1:
+        every = end.op("Concat", *margins, name="margins", attributes=[ir.AttrInt64("axis", 1)])
     score = end.call("SampleScore", every, name="sample_score")
     return [_add_output(model, flagged, "flagged", [batch, 1]), _add_output(model, score, "score", [batch, 1])]
 

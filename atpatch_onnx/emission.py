@@ -63,7 +63,7 @@ def find_value(graph: ir.Graph, name: str) -> ir.Value:
     Raises:
         BakeError: There is none.
     """
-    for value in _values(graph):
+    for value in graph_values(graph):
         if value.name == name:
             return value
     raise BakeError(
@@ -74,7 +74,8 @@ def find_value(graph: ir.Graph, name: str) -> ir.Value:
     )
 
 
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+def graph_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The inputs, weights and node outputs of a graph, its subgraphs left out."""
     yield from graph.inputs
     yield from graph.initializers.values()
     for node in graph:
@@ -120,7 +121,7 @@ def open_site(model: ir.Model, site: AttentionSite) -> tuple[Handles, Insertion]
         assert site.map is not None, "a decomposed site names its map"
         P = _read(at, find_value(graph, site.map), site, "map")
         P = to_canonical(at, P, Layout.parse(site.map_layout), _sizes(site, site.heads), "map")
-    return Handles(P, V or find_value(graph, site.value), Y, value_layout, _sample_input(graph)), at
+    return Handles(P, V or find_value(graph, site.value), Y, value_layout, sample_input(graph)), at
 
 
 def _read(at: Insertion, value: ir.Value, site: AttentionSite, name: str) -> ir.Value:
@@ -143,7 +144,8 @@ def _sizes(site: AttentionSite, heads: Dim) -> dict[str, Dim]:
     return {"h": heads, "w": site.parts, "hg": site.heads}
 
 
-def _sample_input(graph: ir.Graph) -> ir.Value:
+def sample_input(graph: ir.Graph) -> ir.Value:
+    """An input of the model with the samples on its first axis."""
     inputs = [value for value in graph.inputs if value.name not in graph.initializers]
     return next((value for value in inputs if value.shape is not None and len(value.shape) > 1), inputs[0])
 
@@ -343,7 +345,7 @@ def import_functions(model: ir.Model) -> None:
 
 def inline_functions(model: ir.Model) -> None:
     """Replace the calls of our functions by their nodes; names stay unique and under `atpatch/`."""
-    before = {value.name for graph in model.graphs() for value in _values(graph)}
+    before = {value.name for graph in model.graphs() for value in graph_values(graph)}
     InlinePass(criteria=lambda function: function.domain == DOMAIN)(model)
     model.graph.opset_imports.pop(DOMAIN, None)
     for number, node in enumerate(node for node in model.graph.all_nodes() if SITE_KEY in node.metadata_props):

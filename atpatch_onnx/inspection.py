@@ -18,12 +18,17 @@ from atpatch_onnx.metadata import PatchedLayer, PatchedSite, PatchRecord
 from atpatch_onnx.patch import LayerEdit
 from atpatch_onnx.redistribution import redistributed_map, redistributed_output
 from atpatch_onnx.runtime import Array
+from atpatch_onnx.second_pass import unfold
 from atpatch_onnx.sites import AttentionSite
 
 
 def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
-    """A copy of `model` with the values of these names as further outputs, in this order."""
+    """A copy of `model` with the values of these names as further outputs, in this order.
+
+    The second pass of a joint decision is moved out of its `If`, so that its values are there to be named.
+    """
     exposed = graphs.copy(model)
+    unfold(exposed)
     present = {output.name for output in exposed.graph.outputs}
     for name in dict.fromkeys(names):
         if name not in present:

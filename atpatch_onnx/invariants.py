@@ -73,7 +73,7 @@ def monitors_come_last(model: ir.Model, record: PatchRecord) -> Iterator[str]:
 
 
 def outputs_are_corrected(model: ir.Model, record: PatchRecord) -> Iterator[str]:
-    """At every redistributing site the base's output feeds our nodes only."""
+    """At every redistributing site the base's output feeds our nodes only; what the model hands out is corrected."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     for site, name in record.outputs.items():
         own, corrected = values.get(f"{graphs.PREFIX}{site}/base"), values.get(name)
@@ -83,20 +83,22 @@ def outputs_are_corrected(model: ir.Model, record: PatchRecord) -> Iterator[str]
         producer = corrected.producer()
         if producer is None or SITE_KEY not in producer.metadata_props:
             yield f"the output {name!r} of site {site} does not come from our nodes"
-        if any(SITE_KEY not in node.metadata_props for node in own.consumers()) or own.is_graph_output():
+        handed_out = record.joint is not None and name in record.joint.outputs  # nodes of the base may read the base's
+        leaks = not handed_out and any(SITE_KEY not in node.metadata_props for node in own.consumers())
+        if leaks or own.is_graph_output():
             yield f"the uncorrected output of site {site} is used by the model"
 
 
 def conditionals_are_declared(model: ir.Model, record: PatchRecord) -> Iterator[str]:
-    """A branchless patch adds no `If`; a conditional one only those that leave Y as it is where nothing is flagged."""
+    """A branchless patch adds no `If`; a conditional one only those that change nothing where nothing is flagged."""
     for node in _ours(model):
         if node.op_type != "If":
             continue
         if record.emission != Emission.CONDITIONAL:
             yield f"the node {node.name!r} is an If in a {record.emission} patch"
         otherwise = node.attributes["else_branch"].as_graph()
-        if [inner.op_type for inner in otherwise] != ["Identity"]:
-            yield f"the node {node.name!r} does more than pass its value on where nothing is flagged"
+        if {inner.op_type for inner in otherwise} != {"Identity"}:
+            yield f"the node {node.name!r} does more than pass its values on where nothing is flagged"
 
 
 def functions_are_known(model: ir.Model, record: PatchRecord) -> Iterator[str]:

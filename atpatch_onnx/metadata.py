@@ -8,6 +8,7 @@
 | `atpatch.emission` | `conditional` or `branchless` |
 | `atpatch.monitors` | JSON: names of the outputs that were added behind the model's own |
 | `atpatch.sites` | JSON: what each patched site does, and the names of the values it reads and writes (`PatchedSite`) |
+| `atpatch.joint` | JSON: the decision of all sites together (`PatchedJoint`); null where each decides for itself |
 | `atpatch.layers` | JSON: the hidden layers with edited units, and the values that they are (`PatchedLayer`) |
 | `atpatch.weights` | digest of the weights that the patch brought |
 | `atpatch.figures` | JSON: what the fit measured |
@@ -24,9 +25,10 @@ import onnx_ir as ir
 from atpatch_onnx.errors import StripError
 from atpatch_onnx.hidden import units_scope
 from atpatch_onnx.patch import Patch
+from atpatch_onnx.second_pass import output_scope
 
 PREFIX = "atpatch."
-SCHEMA = "4"
+SCHEMA = "5"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class PatchedSite:
 
     site: str
     threshold: float | None
-    """None: the site does not detect."""
+    """None: the site does not detect, or not for itself."""
 
     reach: float | None
     """By how much the threshold is lower for the other columns of a flagged input; None: the site does not detect."""
@@ -72,6 +74,16 @@ class PatchedSite:
 
 
 @dataclass(frozen=True)
+class PatchedJoint:
+    """The decision of all sites of a file together."""
+
+    threshold: float
+    reach: float
+    outputs: tuple[str, ...]
+    """The model's outputs, which are chosen between both passes."""
+
+
+@dataclass(frozen=True)
 class PatchedLayer:
     """One hidden layer of a file whose units are edited; factors and constants are among the weights."""
 
@@ -102,6 +114,7 @@ class PatchRecord:
     emission: str
     monitors: tuple[str, ...]
     sites: tuple[PatchedSite, ...]
+    joint: PatchedJoint | None
     layers: tuple[PatchedLayer, ...]
     weights: str
     figures: Mapping[str, Any]
@@ -113,8 +126,13 @@ class PatchRecord:
 
     @property
     def outputs(self) -> dict[str, str]:
-        """Name of the base's value by scope: of every site that redistributes, and of every edited layer."""
+        """Name of the base's value by scope: of every edited layer, and of every site that redistributes.
+
+        With a joint decision, sites redistribute in the second pass, and the outputs of the model take their place.
+        """
         sites = {site.site: site.output for site in self.sites if site.value is not None}
+        if self.joint is not None:
+            sites = {output_scope(number): name for number, name in enumerate(self.joint.outputs)}
         return {**{layer.scope: layer.value for layer in self.layers}, **sites}
 
 
@@ -124,6 +142,7 @@ def describe(
     *,
     emission: str,
     sites: Sequence[PatchedSite],
+    joint: PatchedJoint | None,
     layers: Sequence[PatchedLayer],
     monitors: Sequence[str],
 ) -> dict[str, str]:
@@ -135,6 +154,7 @@ def describe(
         "emission": emission,
         "monitors": json.dumps(list(monitors)),
         "sites": json.dumps([asdict(site) for site in sites], sort_keys=True),
+        "joint": json.dumps(None if joint is None else asdict(joint), sort_keys=True),
         "layers": json.dumps([asdict(layer) for layer in layers], sort_keys=True),
         "weights": weights_digest(model),
         "figures": json.dumps(dict(patch.figures), sort_keys=True),
@@ -183,6 +203,7 @@ def read_record(model: ir.Model) -> PatchRecord:
             weights=entries["weights"],
             monitors=tuple(str(name) for name in monitors),
             sites=_entries(PatchedSite, entries["sites"], "site"),
+            joint=_joint(json.loads(entries["joint"])),
             layers=_entries(PatchedLayer, entries["layers"], "layer"),
             figures=dict(figures),
         )
@@ -193,6 +214,18 @@ def read_record(model: ir.Model) -> PatchRecord:
             found=f"{type(error).__name__}: {error}",
             advice="The file was edited after it was baked: bake the patch into the base again.",
         ) from error
+
+
+def _joint(entry: Mapping[str, Any] | None) -> PatchedJoint | None:
+    """The joint decision; ValueError where a field is not of its type."""
+    if entry is None:
+        return None
+    joint = PatchedJoint(entry["threshold"], entry["reach"], tuple(entry["outputs"]))
+    if set(entry) != set(asdict(joint)) or not all(isinstance(name, str) for name in joint.outputs):
+        raise ValueError("the joint decision has other fields")
+    if not all(isinstance(number, float) for number in (joint.threshold, joint.reach)):
+        raise ValueError("the joint decision has a threshold or reach that is no number")
+    return joint
 
 
 _Entry = TypeVar("_Entry", PatchedSite, PatchedLayer)

@@ -1,9 +1,10 @@
 """A patch: everything that was fitted, and its `.safetensors` file.
 
-The file (schema 3) holds one metadata entry, `atpatch`, a JSON object with `schema_version`, `base` (fingerprint of the
+The file (schema 4) holds one metadata entry, `atpatch`, a JSON object with `schema_version`, `base` (fingerprint of the
 model the patch was fitted on), `after` (ids of patches that were in that model), `id` (digest of everything else),
-`sites` (what each site does), `edits` (which hidden units are edited) and `figures` (what the fit measured); and the
-tensors `<number of the site>/<field>` and `edits/<number>/<field>`. Nothing in it depends on when or where it was
+`sites` (what each site does), `joint` (whether they decide jointly), `edits` (which hidden units are edited) and
+`figures` (what the fit measured); and the tensors `<number of the site>/<field>`, `joint/<field>` and
+`edits/<number>/<field>`. Nothing in it depends on when or where it was
 written: the same fit gives the same bytes. A patch file is untrusted input: sizes, shapes, types and values are checked
 before use.
 """
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from atpatch_onnx.errors import PatchFileError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_BYTES = 2**30
 """Patches are a few megabytes; a larger file is refused unread."""
 
@@ -121,6 +122,23 @@ class SitePatch:
 
 
 @dataclass(frozen=True, eq=False)
+class Joint:
+    """One decision for all sites: a column is anomalous when the weighted sum of its scores exceeds the threshold.
+
+    All sites score the base's own maps. Where a column of an input is anomalous, the model runs once more and
+    redistributes there at all chosen sites, none of which decides too late. The thresholds of the detectors are unused.
+    Ours; in the paper every site decides for itself.
+    """
+
+    weights: Array
+    """`[detecting sites]`, in the order of the sites; none is negative, and their sum is 1."""
+
+    threshold: float
+    reach: float = 0.0
+    """As of a `Detector`."""
+
+
+@dataclass(frozen=True, eq=False)
 class LayerEdit:
     """What the patch does to hidden units of one layer, whatever the input: `h_u` becomes `factor_u h_u + constant_u`.
 
@@ -158,6 +176,9 @@ class Patch:
 
     after: tuple[str, ...] = ()
     """Ids of the patches that were in the model when this one was fitted; see `compose`."""
+
+    joint: Joint | None = None
+    """How the sites decide together; None: each for itself, and flags are carried to those behind it."""
 
     @property
     def id(self) -> str:
@@ -225,6 +246,10 @@ def _tensors(patch: Patch) -> dict[str, Array]:
             tensors[f"{number}/beta"] = np.ascontiguousarray(site.redistribution.beta, np.float32)
             if site.redistribution.neutral is not None:
                 tensors[f"{number}/neutral"] = np.ascontiguousarray(site.redistribution.neutral, np.float32)
+    if patch.joint is not None:
+        tensors["joint/weights"] = np.ascontiguousarray(patch.joint.weights, np.float32)
+        tensors["joint/threshold"] = np.array([patch.joint.threshold], np.float32)
+        tensors["joint/reach"] = np.array([patch.joint.reach], np.float32)
     for number, edit in enumerate(patch.edits):
         tensors[f"edits/{number}/factor"] = np.ascontiguousarray(edit.factor, np.float32)
         tensors[f"edits/{number}/constant"] = np.ascontiguousarray(edit.constant, np.float32)
@@ -248,6 +273,7 @@ def _header(patch: Patch, *, patch_id: str | None) -> str:
         "base": patch.base,
         "after": list(patch.after),
         "sites": sites,
+        "joint": patch.joint is not None,
         "edits": [{"layer": edit.layer, "units": edit.units.tolist()} for edit in patch.edits],
         "figures": patch.figures,
         "id": patch_id,
@@ -292,12 +318,14 @@ def _load(path: Path) -> Patch:
             advice="Use the version of atpatch-onnx that wrote the patch, or fit it again.",
         )
     try:
+        sites = tuple(_site(entry, number, tensors) for number, entry in enumerate(header["sites"]))
         patch = Patch(
             base=str(header["base"]),
-            sites=tuple(_site(entry, number, tensors) for number, entry in enumerate(header["sites"])),
+            sites=sites,
             figures=dict(header["figures"]),
             edits=tuple(_edit(entry, number, tensors) for number, entry in enumerate(header["edits"])),
             after=tuple(str(other) for other in header["after"]),
+            joint=_joint(tensors, sum(site.detector is not None for site in sites)) if header["joint"] else None,
         )
         stated = str(header["id"])
     except (KeyError, TypeError, ValueError) as error:
@@ -331,6 +359,20 @@ def _edit(entry: Mapping[str, Any], number: int, tensors: Mapping[str, Array]) -
             raise ValueError(f"edit {number} has {len(units)} units and a tensor of shape {array.shape} or not finite")
     return LayerEdit(str(entry["layer"]), np.array(units, np.int64), *arrays)
 
+
+def _joint(tensors: Mapping[str, Array], detecting: int) -> Joint:
+    """The joint decision of so many detecting sites; ValueError where it is none."""
+    weights, threshold, reach = (tensors[f"joint/{name}"] for name in ("weights", "threshold", "reach"))
+    sound = weights.shape == (detecting,) and detecting > 0 and threshold.shape == reach.shape == (1,)
+    if not sound or not all(np.isfinite(array).all() for array in (weights, threshold, reach)):
+        raise ValueError(f"the joint decision has weights of shape {weights.shape} for {detecting} detecting sites")
+    if (weights < 0).any() or abs(float(weights.sum()) - 1) > _ROUNDED or not 0 <= reach[0] <= MAX_REACH:
+        raise ValueError("the joint decision has weights or a reach out of bounds")
+    return Joint(weights, float(threshold[0]), float(reach[0]))
+
+
+_ROUNDED = 1e-4
+"""How far the sum of some float32 weights may be from 1."""
 
 _REDISTRIBUTES = ((True, "own"), (True, "neutral"), (False, None))
 

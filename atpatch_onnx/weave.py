@@ -4,7 +4,7 @@ The trial graph of the fit and the patched graph are both written here. They dif
 attention come from: the graph's inputs while fitting, constants once baked (`Controls`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,51 +65,74 @@ def weave(
     entries: Sequence[tuple[AttentionSite, SitePatch]],
     emission: Emission,
     controls: Callable[[Insertion, AttentionSite, SitePatch], Controls],
+    flags: Mapping[str, ir.Value] | None = None,
 ) -> tuple[Woven, ...]:
     """Write detection and redistribution for `entries`, in graph order, into `model`, in place.
+
+    Args:
+        model: The base.
+        entries: The sites, and what each of them does.
+        emission: The form of redistribution.
+        controls: Thresholds, benign attention and switches of a site.
+        flags: Bool `[samples, columns]` by token axis, carried to its first site; None: there are none.
 
     Raises:
         PatchMismatchError: An array does not have the shape that its site asks for, or a site redistributes although no
             site before it on its token axis, nor itself, detects.
     """
-    carried: dict[str, ir.Value] = {}
+    carried = dict(flags or {})
     landmarks = Landmarks()
     woven = []
     for site, entry in entries:
-        _check_shapes(site, entry)
+        check_shapes(site, entry)
         handles, at = open_site(model, site)
         control = controls(at, site, entry)
-        margin = reached = flags = None
+        margin = reached = own = None
         if entry.detector is not None:
             assert control.threshold is not None, "a detecting site has a threshold"
-            X = column_features(at, handles.P, site, entry.detector.features, landmarks)
-            arrays = folded(entry.detector, site)
-            weights = [at.constant(name, array) for name, array in arrays.items()]
-            own = "margin" if site.parts == 1 else "margin_of_maps"
-            margin = at.call("DetectorMargin", X, *weights, control.threshold, name=own)
-            margin = reached = per_sample(at, site, handles, margin, "margin")
-            if control.reach is not None:
-                reached = at.call("Reach", margin, control.reach, name="margin_in_reach")
-            flags = at.op("Greater", reached, at.constant("zero", np.zeros(1, np.float32)), name="own_flags")
+            margin = detect(at, site, handles, entry.detector, control.threshold, landmarks)
+            reached, own = decide(at, margin, control.reach)
         before = carried.get(site.token_axis)
-        if flags is None:
-            flags = before
+        if own is None:
+            own = before
         elif before is not None:
-            flags = at.op("Or", flags, before, name="carried_flags")
-        if flags is None:
+            own = at.op("Or", own, before, name="carried_flags")
+        if own is None:
             raise _mismatch(site, "a detecting site before it on its token axis", "none")
-        carried[site.token_axis] = flags
+        carried[site.token_axis] = own
         if entry.redistribution is not None:
             assert control.beta is not None, "a redistributing site has benign attention"
             neutral = None
             if entry.redistribution.neutral is not None:
                 neutral = at.constant("neutral", entry.redistribution.neutral[None, :, None])
-            switched = flags if control.switch is None else at.op("And", flags, control.switch, name="switched")
+            switched = own if control.switch is None else at.op("And", own, control.switch, name="switched")
             switched = per_map(at, site, handles, switched, "flags_of_maps")
             repair = Repair(switched, control.beta, neutral)
             repair_output(at, site, handles, repair, emission)
-        woven.append(Woven(site, entry, handles, margin, reached, flags))
+        woven.append(Woven(site, entry, handles, margin, reached, own))
     return tuple(woven)
+
+
+def detect(
+    at: Insertion,
+    site: AttentionSite,
+    handles: Handles,
+    detector: Detector,
+    threshold: ir.Value,
+    landmarks: Landmarks,
+) -> ir.Value:
+    """How far the columns' scores are above the threshold, float `[samples, columns]`."""
+    X = column_features(at, handles.P, site, detector.features, landmarks)
+    weights = [at.constant(name, array) for name, array in folded(detector, site).items()]
+    own = "margin" if site.parts == 1 else "margin_of_maps"
+    margin = at.call("DetectorMargin", X, *weights, threshold, name=own)
+    return per_sample(at, site, handles, margin, "margin")
+
+
+def decide(at: Insertion, margin: ir.Value, reach: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+    """The margins with the lower threshold where it holds, and which of them are flags; both `[samples, columns]`."""
+    reached = margin if reach is None else at.call("Reach", margin, reach, name="margin_in_reach")
+    return reached, at.op("Greater", reached, at.constant("zero", np.zeros(1, np.float32)), name="own_flags")
 
 
 def folded(detector: Detector, site: AttentionSite) -> dict[str, Array]:
@@ -133,7 +156,12 @@ def folded(detector: Detector, site: AttentionSite) -> dict[str, Array]:
     }
 
 
-def _check_shapes(site: AttentionSite, entry: SitePatch) -> None:
+def check_shapes(site: AttentionSite, entry: SitePatch) -> None:
+    """Refuse arrays that do not fit their site.
+
+    Raises:
+        PatchMismatchError: An array does not have the shape that its site asks for.
+    """
     if entry.detector is not None:
         if entry.detector.features is Features.WHOLE and not isinstance(site.keys, int):
             raise _mismatch(site, "column features of a free length", "a detector of whole columns")

@@ -1,0 +1,218 @@
+"""The second pass of a joint decision: what is behind the redistributing sites, once more, and the choice.
+
+    base  ->  a copy of every node from the sites' products on, weights shared (`repeat`)
+    ->  outputs of the copy where a sample is flagged, of the base elsewhere (`choose`)
+    ->  the copy moved into an `If` that runs only when something is flagged (`fold`)
+
+`unfold` is the reverse of `fold`: the same nodes in the main graph, where their values can be looked at.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.emission import find_value, graph_values
+from atpatch_onnx.graph import PREFIX
+from atpatch_onnx.insertion import SITE_KEY, Insertion
+
+SCOPE = "joint"
+"""Where the joint decision's names lie, under `atpatch/`."""
+
+_AGAIN = "again"
+_IF = f"{PREFIX}{SCOPE}/if_flagged"
+
+
+def again(name: str) -> str:
+    """The name of a value in the second pass."""
+    return f"{PREFIX}{_AGAIN}/{name.removeprefix(PREFIX)}"
+
+
+def repeat(model: ir.Model, names: Iterable[str]) -> frozenset[str]:
+    """Append a copy of each node that computes one of these values, and of all that the outputs depend on behind it.
+
+    Returns:
+        The names of the values that have a copy, which is named as `again` says.
+    """
+    twin = graphs.copy(model)
+    first = {find_value(twin.graph, name).producer() for name in names}
+    needed = _needed(twin.graph)
+    nodes: list[ir.Node] = []
+    computed: set[ir.Value] = set()
+    for node in twin.graph:
+        if node in needed and (node in first or any(value in computed for value in _read(node))):
+            nodes.append(node)
+            computed.update(node.outputs)
+    repeated = frozenset(value.name for value in computed if value.name)
+    shared = {value.name: value for value in graph_values(model.graph)}
+    for part in (part for node in nodes for part in (node, *_inside(node))):
+        for index, value in enumerate(part.inputs):
+            if value is not None and value.graph is twin.graph and value not in computed:
+                part.replace_input_with(index, shared[value.name])
+    twin.graph.outputs.clear()
+    twin.graph.remove(nodes)
+    model.graph.extend(nodes)
+    for node in nodes:
+        _name_again(node)
+    return repeated
+
+
+def _needed(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that some output depends on."""
+    needed = {value.producer() for value in graph.outputs}
+    for node in reversed(graph):
+        if node in needed:
+            needed.update(value.producer() for value in _read(node))
+    return {node for node in needed if node is not None}
+
+
+def _name_again(node: ir.Node) -> None:
+    """Name a copied node, and whatever its subgraphs hold, as of the second pass."""
+    for part in (node, *_inside(node)):
+        part.name = again(part.name or f"{part.op_type}_{part.outputs[0].name}")
+        part.metadata_props[SITE_KEY] = _AGAIN
+        for value in part.outputs:
+            _rename(value)
+    for graph in _subgraphs(node):
+        for value in (*graph.inputs, *graph.initializers.values()):
+            _rename(value)
+
+
+def _rename(value: ir.Value) -> None:
+    if value.name and not value.name.startswith(f"{PREFIX}{_AGAIN}/"):
+        tensor, value.const_value = value.const_value, None  # shared with the base, and would be renamed with the value
+        value.name = again(value.name)
+        value.const_value = tensor
+
+
+def _read(node: ir.Node) -> Iterator[ir.Value]:
+    """Everything that a node reads, subgraphs included."""
+    for part in (node, *_inside(node)):
+        yield from (value for value in part.inputs if value is not None)
+
+
+def _inside(node: ir.Node) -> Iterator[ir.Node]:
+    for graph in _subgraphs(node):
+        yield from graph
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The subgraphs of a node, and theirs."""
+    for attribute in node.attributes.values():
+        found: Sequence[ir.Graph] = ()
+        if attribute.type is ir.AttributeType.GRAPH:
+            found = (attribute.as_graph(),)
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            found = attribute.as_graphs()
+        for graph in found:
+            yield graph
+            for inner in graph:
+                yield from _subgraphs(inner)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One output of the model in both passes."""
+
+    first: ir.Value
+    chosen: ir.Value
+    """The second pass's where a sample is flagged, the first's elsewhere."""
+
+
+def choose(model: ir.Model, repeated: frozenset[str], sampled: ir.Value, sample: ir.Value) -> tuple[Choice, ...]:
+    """Choose between the passes, output by output and sample by sample.
+
+    An unflagged sample keeps the base's bits whatever kernels the second pass takes. An output that has no sample axis
+    is the second pass's.
+
+    Args:
+        model: The model, with the second pass at its end.
+        repeated: What `repeat` answered.
+        sampled: Whether a sample is flagged, bool `[samples, 1]`.
+        sample: An input with the samples on its first axis.
+    """
+    at = Insertion(model.graph, SCOPE)
+    choices = []
+    for number, first in enumerate(model.graph.outputs):
+        if first.name not in repeated:
+            continue
+        second = find_value(model.graph, again(first.name))
+        if not _by_sample(first, sample):
+            chosen = at.op("Identity", second, name=f"{number}/second")
+        else:
+            assert first.shape is not None
+            rank = len(first.shape)
+            shape = at.constant(f"rank_{rank}", np.array([-1, *[1] * (rank - 1)], np.int64))
+            flagged = at.op("Reshape", sampled, shape, name=f"{number}/flagged")
+            chosen = at.op("Where", flagged, second, first, name=f"{number}/chosen")
+        chosen.shape, chosen.type = first.shape, first.type
+        choices.append(Choice(first, chosen))
+    return tuple(choices)
+
+
+def _by_sample(output: ir.Value, sample: ir.Value) -> bool:
+    """Whether an output has the samples on its first axis, as far as shapes say."""
+    if not isinstance(output.type, ir.TensorType) or not output.shape or not sample.shape:
+        return False
+    return output.shape[0] == sample.shape[0] and output.shape[0] != ir.SymbolicDim(None)
+
+
+def fold(model: ir.Model, first: ir.Node, condition: ir.Value, choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Move `first` and every node behind it into an `If` that hands the base's outputs on where `condition` is not."""
+    nodes = list(model.graph)
+    nodes = nodes[nodes.index(first) :]
+    model.graph.remove(nodes)
+    then = ir.Graph([], [choice.chosen for choice in choices], nodes=nodes, name=f"{_IF}/then")
+    otherwise = ir.Graph([], [], nodes=[], name=f"{_IF}/else")
+    at = Insertion(otherwise, f"{SCOPE}/if_flagged/else")
+    for number, choice in enumerate(choices):
+        otherwise.outputs.append(at.op("Identity", choice.first, name=str(number)))
+        otherwise.outputs[-1].shape, otherwise.outputs[-1].type = choice.first.shape, choice.first.type
+    branches = [ir.AttrGraph("then_branch", then), ir.AttrGraph("else_branch", otherwise)]
+    node = ir.Node("", "If", [condition], branches, num_outputs=len(choices), name=_IF)
+    node.metadata_props[SITE_KEY] = SCOPE
+    model.graph.append(node)
+    for choice, result in zip(choices, node.outputs, strict=True):
+        result.name = f"{choice.chosen.name}/folded"
+        result.shape, result.type = choice.first.shape, choice.first.type
+    return tuple(Choice(choice.first, result) for choice, result in zip(choices, node.outputs, strict=True))
+
+
+def unfold(model: ir.Model) -> None:
+    """Put what `fold` moved back into the main graph, in place; nothing where it moved nothing."""
+    folded = next((node for node in model.graph if node.name == _IF and node.op_type == "If"), None)
+    if folded is None:
+        return
+    then = folded.attributes["then_branch"].as_graph()
+    results, nodes = list(then.outputs), list(then)
+    then.outputs.clear()
+    then.remove(nodes)
+    model.graph.insert_before(folded, nodes)
+    for old, new in zip(list(folded.outputs), results, strict=True):
+        name, old.name = old.name, f"{new.name}/folded"
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        new.name = name
+    model.graph.remove(folded, safe=True)
+
+
+def hand_out(model: ir.Model, choices: Sequence[Choice]) -> tuple[str, ...]:
+    """Let the model's outputs be what was chosen, under their own names; the names.
+
+    Nodes of the base that read such an output go on reading the base's own.
+    """
+    names = []
+    for number, choice in enumerate(choices):
+        names.append(choice.first.name or "")
+        choice.first.name = f"{PREFIX}{output_scope(number)}/base"
+        choice.chosen.name = names[-1]
+        for index, output in enumerate(model.graph.outputs):
+            if output is choice.first:
+                model.graph.outputs[index] = choice.chosen
+    return tuple(names)
+
+
+def output_scope(number: int) -> str:
+    """Where the names of the chosen output of this number lie, under `atpatch/`."""
+    return f"{SCOPE}/{number}"
