@@ -148,7 +148,7 @@ def benchmark(
         patch=record.patch if patched is not None else "synthetic",
         emission=record.emission,
         sites=len(record.sites),
-        detecting=sum(site.threshold is not None for site in record.sites),
+        detecting=sum(site.margin is not None for site in record.sites),
         timings=tuple(timings),
         memory=None if peaks is None else peaks[1] / peaks[0],
     )
@@ -168,9 +168,8 @@ class _Files:
         }
 
     def _thresholds(self, value: float) -> dict[str, Array]:
-        sites = read_record(graphs.load(self.patched)).sites
-        names = [f"{graphs.PREFIX}{site.site}/threshold" for site in sites if site.threshold is not None]
-        return {name: np.array([value], np.float32) for name in names}
+        record = read_record(graphs.load(self.patched))
+        return {name: np.array([value], np.float32) for name in record.thresholds}
 
 
 def _synthetic(base: str | os.PathLike[str], target: str, features: Features | None, folder: Path, seed: int) -> Path:

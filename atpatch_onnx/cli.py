@@ -106,6 +106,10 @@ def fit(
     redistribute: Annotated[
         Literal["needed", "all"], typer.Option(help="Which sites do; all: for flip rates that few pairs cannot show.")
     ] = "needed",
+    decision: Annotated[
+        Literal["alone", "joint"] | None,
+        typer.Option(help="Whether sites decide alone or together; joint where alone misses.", show_default=False),
+    ] = None,
     site: Annotated[list[str] | None, typer.Option(help="Candidate sites by name; all by default.")] = None,
     after: Annotated[
         list[Path] | None,
@@ -123,6 +127,7 @@ def fit(
         value=value,
         thresholds=thresholds,
         redistribute=redistribute,
+        decisions=(decision,) if decision else atp.FitOptions.decisions,
         features=features,
         sites=tuple(site) if site else None,
         output=output,

@@ -274,10 +274,10 @@ def take_place(at: Insertion, value: ir.Value, result: ir.Value) -> None:
     """Let `result`, computed by our nodes, take the name and all uses of the base's `value`, which is renamed."""
     name = value.name
     result.shape, result.type = value.shape, value.type
-    added = {result.producer(), *(node for node in _inside(result.producer()))}
-    uses = [(node, index) for node, index in value.uses() if node not in added and SITE_KEY not in node.metadata_props]
-    for node, index in uses:
-        node.replace_input_with(index, result)
+    branches = set(_inside(result.producer()))
+    for node, index in list(value.uses()):
+        if node not in branches and node.metadata_props.get(SITE_KEY) != at.scope:
+            node.replace_input_with(index, result)
     outputs = at.graph.outputs
     for index, output in enumerate(outputs):
         if output is value:

@@ -3,7 +3,8 @@
 suspects -> split -> collect (fit part) -> train detectors -> trial graph
 -> thresholds (calibration part) -> benign attention, sites (validation part) -> patch
 
-From the collecting on once more where the goal is missed: with other column features, with another loss.
+From the collecting on once more where the goal is missed: with other column features, with another loss. At last the
+sites decide jointly, with the detectors that are there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from atpatch_onnx.calibration import Calibration, JointCalibration
 from atpatch_onnx.collect import Columns, collect
 from atpatch_onnx.composition import compose
 from atpatch_onnx.debugset import DebugSet
@@ -20,12 +22,12 @@ from atpatch_onnx.edits import edited
 from atpatch_onnx.errors import FitError, PatchMismatchError, TargetMissedError, require
 from atpatch_onnx.features import choose_features, suitable_features
 from atpatch_onnx.graph import ModelOrPath, as_model, fingerprint
-from atpatch_onnx.options import FitOptions
-from atpatch_onnx.patch import Detector, Features, Patch, Redistribution, SitePatch
+from atpatch_onnx.options import Decision, FitOptions
+from atpatch_onnx.patch import Detector, Features, Joint, Patch, Redistribution, SitePatch
 from atpatch_onnx.preparation import Prepared, prepare
 from atpatch_onnx.runtime import Progress, silent
 from atpatch_onnx.scored import ScoredPart
-from atpatch_onnx.search import Calibration, Found, Search
+from atpatch_onnx.search import Found, Search
 from atpatch_onnx.sites import AttentionSite
 from atpatch_onnx.training import Loss
 from atpatch_onnx.trial import Trial
@@ -98,13 +100,31 @@ def _with(base: ir.Model, after: Sequence[Patch]) -> ir.Model:
 
 
 def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress) -> Iterator["_Attempt"]:
-    """One after the other, as they are asked for: cheap column features with the first loss, the last with each."""
+    """One after the other, as they are asked for: every way to decide, with all detectors."""
+    decisions = options.decisions if prepared.debug.kind == "backdoor" else options.decisions[:1]
+    trained = []
+    for loss, entries in _detectors(model, prepared, options, progress):
+        trained.append((loss, entries))
+        yield _attempt(model, prepared, entries, loss, decisions[0], options, progress)
+    for decision in decisions[1:]:
+        for loss, entries in trained:
+            yield _attempt(model, prepared, entries, loss, decision, options, progress)
+
+
+Entries = Sequence[tuple[AttentionSite, SitePatch]]
+"""Every candidate site with its detector and redistribution."""
+
+
+def _detectors(
+    model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress
+) -> Iterator[tuple[Loss, Entries]]:
+    """As they are asked for: of cheap column features with the first loss, of the last with each."""
     *cheaper, last = _features_to_try(prepared.sites, options.features)
     for kinds, losses in [(kinds, options.losses[:1]) for kinds in cheaper] + [(last, options.losses)]:
         run = {"batch_size": options.batch_size, "progress": progress}
         columns = collect(model, kinds, prepared.parts.fit, seed=options.seed, **run)  # type: ignore[arg-type]
         for loss in losses:
-            yield _attempt(model, prepared, columns, loss, options, progress)
+            yield loss, _trained(columns, loss, options, progress)
 
 
 def _features_to_try(sites: Sequence[AttentionSite], wanted: Features | None) -> list[dict[AttentionSite, Features]]:
@@ -119,24 +139,18 @@ def _features_to_try(sites: Sequence[AttentionSite], wanted: Features | None) ->
 
 @dataclass(frozen=True, eq=False)
 class _Attempt:
-    """What came of one kind of column features and one loss."""
+    """What came of one kind of column features, one loss and one way to decide."""
 
     loss: Loss
-    entries: Sequence[tuple[AttentionSite, SitePatch]]
+    decision: Decision
+    entries: Entries
     calibration: Calibration
     found: Found
     settings_tried: int
 
 
-def _attempt(
-    model: ir.Model,
-    prepared: Prepared,
-    columns: Sequence[Columns],
-    loss: Loss,
-    options: FitOptions,
-    progress: Progress,
-) -> _Attempt:
-    """Train detectors, calibrate them, search."""
+def _trained(columns: Sequence[Columns], loss: Loss, options: FitOptions, progress: Progress) -> Entries:
+    """Detectors of these columns."""
     from atpatch_onnx.detector import train_detector  # the only place that needs torch
 
     entries = []
@@ -144,14 +158,34 @@ def _attempt(
         detector = train_detector(column, options.training, loss, seed=options.seed)
         entries.append((column.site, _site_patch(column, detector, options)))
         progress(f"training detectors, {loss}", number, len(columns))
+    return entries
+
+
+def _attempt(
+    model: ir.Model,
+    prepared: Prepared,
+    entries: Entries,
+    loss: Loss,
+    decision: Decision,
+    options: FitOptions,
+    progress: Progress,
+) -> _Attempt:
+    """Calibrate detectors, search."""
     trial, parts = Trial(model, entries, prepared.output), prepared.parts
-    run = {"batch_size": options.batch_size, "progress": progress}
-    to_calibrate = ScoredPart(trial, parts.calibration, stage=f"calibrating, {loss}", **run)  # type: ignore[arg-type]
-    calibration = Calibration.of(to_calibrate, options)
-    to_validate = ScoredPart(trial, parts.validation, stage=f"validating, {loss}", **run)  # type: ignore[arg-type]
-    search = Search(to_validate, calibration, options, progress)
+
+    def scored(part: DebugSet, stage: str) -> ScoredPart:
+        stage = f"{stage}, {loss}" if decision == "alone" else f"{stage} jointly, {loss}"
+        return ScoredPart(trial, part, batch_size=options.batch_size, progress=progress, stage=stage)
+
+    to_calibrate = scored(parts.calibration, "calibrating")
+    alone = Calibration.of(to_calibrate, options)
+    calibration: Calibration | JointCalibration = alone
+    if decision == "joint":
+        fitted = scored(parts.fit, "weighing")
+        calibration = JointCalibration(alone, fitted, to_calibrate, seed=options.seed)
+    search = Search(scored(parts.validation, "validating"), calibration, options, progress)
     found = search.run()
-    return _Attempt(loss, entries, calibration, found, search.attempts)
+    return _Attempt(loss, decision, entries, alone, found, search.attempts)
 
 
 def _site_patch(columns: Columns, detector: Detector, options: FitOptions) -> SitePatch:
@@ -175,15 +209,17 @@ def _patch(
             found="; ".join(shortfalls),
             advice="Give more pairs or other candidate sites, relax the goal, or write it anyway (option --force).",
         )
+    setting, together, weights = found.setting, found.setting.joint, []
     chosen = []
     for site, entry in best.entries:
         detector = redistribution = None
-        if site.name in found.setting.thresholds:
+        if together is not None and site.name in together.weights:
+            detector = entry.detector
+            weights.append(together.weights[site.name])
+        if site.name in setting.thresholds:
             assert entry.detector is not None
             detector = replace(
-                entry.detector,
-                threshold=found.setting.thresholds[site.name],
-                reach=found.setting.reaches.get(site.name, 0.0),
+                entry.detector, threshold=setting.thresholds[site.name], reach=setting.reaches.get(site.name, 0.0)
             )
         if site.name in found.setting.betas:
             assert entry.redistribution is not None
@@ -199,13 +235,18 @@ def _patch(
         "shortfalls": list(shortfalls),
         "goal": asdict(options.goal),
         "loss": best.loss,
+        "decision": best.decision,
         "value": options.value,
         "pairs": {"fit": len(parts.fit), "calibration": len(parts.calibration), "validation": len(parts.validation)},
         "outcome": found.outcome.to_json(),
         "settings_tried": settings_tried,
         "sites": [_site_figures(site, best.calibration, found) for site, _ in best.entries],
     }
-    return Patch(base=fingerprint(model), sites=tuple(chosen), figures=figures)
+    joint = None
+    if together is not None:
+        threshold, reach = (float(np.float32(number)) for number in (together.threshold, together.reach))
+        joint = Joint(np.array(weights, np.float32), threshold, reach)
+    return Patch(base=fingerprint(model), sites=tuple(chosen), figures=figures, joint=joint)
 
 
 def _site_figures(site: AttentionSite, calibration: Calibration, found: Found) -> dict[str, Any]:
@@ -228,6 +269,7 @@ def _site_figures(site: AttentionSite, calibration: Calibration, found: Found) -
         "clean_flag_rate": float((calibration.clean[name] > threshold).mean()),
         "threshold": threshold,
         "reach": found.setting.reaches.get(name, 0.0),
+        "weight": found.setting.joint.weights.get(name, 0.0) if found.setting.joint else None,
         "detects": "detect" in roles,
         "redistributes": "redistribute" in roles,
         "beta": found.setting.betas.get(name),

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.edits import ARRAYS
-from atpatch_onnx.emission import find_value
+from atpatch_onnx.emission import find_value, graph_values
 from atpatch_onnx.errors import StripError
 from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.layout import canonical
@@ -25,12 +25,13 @@ from atpatch_onnx.sites import AttentionSite
 def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
     """A copy of `model` with the values of these names as further outputs, in this order.
 
-    The second pass of a joint decision is moved out of its `If`, so that its values are there to be named.
+    Where they lie in the second pass of a joint decision, that is moved out of its `If`.
     """
-    exposed = graphs.copy(model)
-    unfold(exposed)
+    exposed, names = graphs.copy(model), list(dict.fromkeys(names))
+    if not {value.name for value in graph_values(exposed.graph)}.issuperset(names):
+        unfold(exposed)
     present = {output.name for output in exposed.graph.outputs}
-    for name in dict.fromkeys(names):
+    for name in names:
         if name not in present:
             exposed.graph.outputs.append(find_value(exposed.graph, name))
     return exposed
@@ -133,7 +134,7 @@ def sample_maps(maps: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
 
 
 def weight_names(site: PatchedSite) -> list[str]:
-    """The weights that decide what a site does, besides its detector's."""
+    """The weights that decide what a site does alone, besides its detector's."""
     names = ["threshold"] if site.threshold is not None else []
     if site.reach:
         names.append("reach")

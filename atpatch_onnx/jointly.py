@@ -19,14 +19,9 @@ from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.features import Landmarks
 from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.patch import Joint, SitePatch
-from atpatch_onnx.second_pass import SCOPE, again, choose, fold, hand_out, repeat
+from atpatch_onnx.second_pass import SCOPE, again, choose, detection_scope, fold, hand_out, repeat
 from atpatch_onnx.sites import AttentionSite
 from atpatch_onnx.weave import Controls, Woven, check_shapes, decide, detect, weave
-
-
-def detection_scope(site: str) -> str:
-    """Where the names of a site's detection lie, under `atpatch/`, if it is part of a joint decision."""
-    return f"{site}/detection"
 
 
 @dataclass(frozen=True)

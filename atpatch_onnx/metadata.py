@@ -25,7 +25,7 @@ import onnx_ir as ir
 from atpatch_onnx.errors import StripError
 from atpatch_onnx.hidden import units_scope
 from atpatch_onnx.patch import Patch
-from atpatch_onnx.second_pass import output_scope
+from atpatch_onnx.second_pass import SCOPE, output_scope
 
 PREFIX = "atpatch."
 SCHEMA = "5"
@@ -123,6 +123,12 @@ class PatchRecord:
     def detects(self) -> bool:
         """Whether there is something to flag: not where hidden units are edited and that is all."""
         return bool(self.sites) or not self.layers
+
+    @property
+    def thresholds(self) -> dict[str, str]:
+        """Name of the value by which scores exceed a threshold, by that of the weight that this threshold is."""
+        scopes = {(site.site if self.joint is None else SCOPE): site.margin for site in self.sites if site.margin}
+        return {f"atpatch/{scope}/threshold": margin for scope, margin in scopes.items()}
 
     @property
     def outputs(self) -> dict[str, str]:

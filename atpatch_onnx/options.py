@@ -1,5 +1,6 @@
 """How a patch is fitted: settings only."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, get_args
@@ -17,6 +18,10 @@ BETAS = (1.0, 0.7, 0.5, 0.3, 0.1, 0.03, 0.0)
 """Benign attention is the first of these, the largest, that meets the goal."""
 
 
+Decision = Literal["alone", "joint"]
+"""How detecting sites decide."""
+
+
 @dataclass(frozen=True)
 class FitOptions:
     """How a patch is fitted."""
@@ -28,6 +33,14 @@ class FitOptions:
     """Of the detectors' training, to try in this order: the first that meets the goal, else the nearest to it.
 
     With the last of `features`; what comes before it is tried with the first loss.
+    """
+
+    decisions: tuple[Decision, ...] = ("alone", "joint")
+    """How sites decide, to try in this order, each with all detectors: the first that meets the goal, else the nearest.
+
+    `alone`: each site by its own threshold, flags carried to those behind it. `joint`: all together, after a first pass
+    of the whole model, which costs a flagged input a second one. With a protected attribute, which flags every input,
+    only the first of them is tried.
     """
 
     value: Literal["neutral", "own"] = "neutral"
@@ -75,6 +88,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         checks = (
             ("losses", _some_of(self.losses, get_args(Loss)), "some of 'contrastive' and 'logistic', each once"),
+            ("decisions", _some_of(self.decisions, get_args(Decision)), "some of 'alone' and 'joint', each once"),
             ("value", self.value in ("neutral", "own"), "'neutral' or 'own'"),
             ("thresholds", self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
             ("redistribute", self.redistribute in ("needed", "all"), "'needed' or 'all'"),
@@ -88,7 +102,7 @@ class FitOptions:
                 raise FitError(f"option {name}", expected=expected, found=found, advice="Choose an allowed value.")
 
 
-def _some_of(chosen: tuple[str, ...], known: tuple[str, ...]) -> bool:
+def _some_of(chosen: Sequence[str], known: Sequence[str]) -> bool:
     return bool(chosen) and set(chosen) <= set(known) and len(set(chosen)) == len(chosen)
 
 

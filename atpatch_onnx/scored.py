@@ -45,13 +45,14 @@ class ScoredPart:
         self, inputs: Mapping[str, Array], base: TrialResult, setting: Setting
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Predictions and flags under a setting. Inputs that no detector flags in the base are the base's: not run."""
-        predictions = classes(base.logits).copy()
-        flags = np.zeros(self.anomalous[0].shape, bool)
-        for name, threshold in setting.thresholds.items():
-            flags |= base.margins[name] > np.float32(threshold)
+        predictions, flags = classes(base.logits).copy(), setting.flags(base.margins)
         rows = np.flatnonzero(flags.any(axis=1))
         if rows.size:
             flagged = {name: array[rows] for name, array in inputs.items()}
-            result = self._trial.run(flagged, setting, batch_size=self._batch_size)
-            predictions[rows], flags[rows] = classes(result.logits), result.flags
+            if setting.joint is not None:
+                logits = self._trial.second_pass(flagged, flags[rows], setting, batch_size=self._batch_size)
+            else:
+                result = self._trial.run(flagged, setting, batch_size=self._batch_size)
+                logits, flags[rows] = result.logits, result.flags
+            predictions[rows] = classes(logits)
         return predictions, flags

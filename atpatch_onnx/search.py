@@ -1,4 +1,4 @@
-"""Calibrate thresholds, and search for the sites and the benign attention that meet the goal.
+"""Search for the sites and the benign attention that meet the goal.
 
 Where the attack lives differs from model to model: early sites in a vision model, late ones in a text model. So
 detecting and redistributing sites are searched for separately, by delta debugging in one session of the trial graph.
@@ -7,99 +7,17 @@ detecting and redistributing sites are searched for separately, by delta debuggi
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
+from atpatch_onnx.calibration import Calibration, Element, JointCalibration, Strength
 from atpatch_onnx.deltadebug import ddmin
 from atpatch_onnx.goal import Outcome, judge
 from atpatch_onnx.options import FitOptions
 from atpatch_onnx.predictions import classes
-from atpatch_onnx.runtime import Array, Progress
+from atpatch_onnx.runtime import Progress
 from atpatch_onnx.scored import ScoredPart
-from atpatch_onnx.thresholds import calibrate, gap, reach
 from atpatch_onnx.trial import Setting
-
-SPENT = 0.5
-"""Share of the clean flag rate allowed that calibration spends: what is spent whole is exceeded on every other part."""
-
-Role = Literal["detect", "redistribute"]
-Element = tuple[Role, str]
-"""One thing a site may do; what delta debugging switches on and off."""
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """Scores of the calibration part at every site, from the base as it is."""
-
-    clean: Mapping[str, Array]
-    """Largest score over the benign columns of each clean input `[inputs]`, by site."""
-
-    anomalous: Mapping[str, Array]
-    """Scores of the anomalous columns `[columns]`, by site."""
-
-    benign: Mapping[str, Array]
-    """Scores of the benign columns of the clean inputs `[columns]`, by site."""
-
-    kind: str
-    """Of the debug set."""
-
-    rate: float
-    lowest: bool = False
-
-    @classmethod
-    def of(cls, scored: ScoredPart, options: FitOptions) -> "Calibration":
-        """From the scores of the calibration part, for the goal's clean flag rate on other inputs."""
-        clean, other = scored.clean.margins, scored.counterfactual.margins
-        on_clean, on_other = scored.anomalous
-        return cls(
-            clean={site: np.where(on_clean, -np.inf, scores).max(axis=1) for site, scores in clean.items()},
-            anomalous={site: other[site][on_other] for site in other},
-            benign={site: scores[~on_clean] for site, scores in clean.items()},
-            kind=scored.part.kind,
-            rate=SPENT * options.goal.clean_flag_rate,
-            lowest=options.thresholds == "lowest",
-        )
-
-    def thresholds(self, sites: Sequence[str]) -> dict[str, float]:
-        """Thresholds of the detecting `sites`, under one budget for all of them."""
-        clean, anomalous = ({site: scores[site] for site in sites} for scores in (self.clean, self.anomalous))
-        return calibrate(clean, anomalous, self.rate, lowest=self.lowest)
-
-    def setting(self, elements: Collection[Element], strength: "Strength") -> Setting:
-        """What these elements do, their thresholds calibrated together."""
-        detecting = sorted(name for role, name in elements if role == "detect")
-        thresholds = self.thresholds(detecting) if detecting else {}
-        # clean inputs with a protected attribute are flagged all the same: lower, they would spend the budget
-        missed = 1.0 if self.kind == "attribute" else strength.missed
-        return Setting(
-            thresholds=thresholds,
-            reaches={name: reach(self.anomalous[name], at, missed) for name, at in thresholds.items()},
-            betas={name: strength.betas[name] for role, name in sorted(elements) if role == "redistribute"},
-        )
-
-    def separation(self, site: str) -> float:
-        """Area under the ROC curve of the site's scores, anomalous against benign columns."""
-        from sklearn.metrics import roc_auc_score
-
-        anomalous, benign = self.anomalous[site], self.benign[site]
-        labels = np.r_[np.ones(len(anomalous), int), np.zeros(len(benign), int)]
-        return float(roc_auc_score(labels, np.r_[anomalous, benign]))
-
-    def gap(self, site: str) -> float:
-        """How far anomalous and clean scores of the site are apart."""
-        return gap(self.clean[site], self.anomalous[site])
-
-
-@dataclass(frozen=True)
-class Strength:
-    """How strongly sites do what they do."""
-
-    betas: Mapping[str, float]
-    """Benign attention by site."""
-
-    missed: float
-    """Share of the anomalous columns that the lower threshold of flagged inputs misses; 1: it is not lower."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +37,18 @@ class Search:
 
     Args:
         scored: The validation part.
-        calibration: Where thresholds come from.
+        calibration: Where thresholds come from, and how sites decide.
         options: Goal, and benign attention and lower thresholds to try.
         progress: Told of every attempt.
     """
 
-    def __init__(self, scored: ScoredPart, calibration: Calibration, options: FitOptions, progress: Progress) -> None:
+    def __init__(
+        self,
+        scored: ScoredPart,
+        calibration: Calibration | JointCalibration,
+        options: FitOptions,
+        progress: Progress,
+    ) -> None:
         self._scored, self._calibration = scored, calibration
         self._options, self._progress = options, progress
         self._all = options.redistribute == "all"
@@ -192,11 +116,9 @@ class Search:
 
     def _at_best(self, names: Sequence[str]) -> Outcome:
         """The outcome if every input that these detectors flag were repaired; nothing is run."""
-        scored, thresholds = self._scored, self._calibration.thresholds(names)
-        clean, other = (
-            np.any([side.margins[name] > np.float32(thresholds[name]) for name in names], axis=0)
-            for side in (scored.clean, scored.counterfactual)
-        )
+        scored = self._scored
+        setting = self._calibration.setting([("detect", name) for name in names], Strength({}, missed=1.0))
+        clean, other = (setting.flags(side.margins) for side in (scored.clean, scored.counterfactual))
         before, after = classes(scored.clean.logits), classes(scored.counterfactual.logits)
         repaired = np.where((clean | other).any(axis=1), before, after)
         return judge(scored.part, before, (before, clean), (repaired, other), scored.anomalous)
@@ -223,7 +145,7 @@ class Search:
     def attempt(self, elements: Collection[Element], strength: Strength) -> Outcome:
         """What these elements do on the validation part."""
         setting = self._calibration.setting(elements, strength)
-        key = repr((setting.thresholds, setting.reaches, setting.betas))
+        key = repr(setting)
         if key not in self._known:
             self.attempts += 1
             self._known[key] = self._scored.outcome(setting)

@@ -30,6 +30,16 @@ def again(name: str) -> str:
     return f"{PREFIX}{_AGAIN}/{name.removeprefix(PREFIX)}"
 
 
+def first_name(name: str) -> str:
+    """The name in the first pass of what `again` named; a name of the first pass stays as it is."""
+    return name.removeprefix(f"{PREFIX}{_AGAIN}/")
+
+
+def detection_scope(site: str) -> str:
+    """Where the names of a site's detection lie, under `atpatch/`, if it is part of a joint decision."""
+    return f"{site}/detection"
+
+
 def repeat(model: ir.Model, names: Iterable[str]) -> frozenset[str]:
     """Append a copy of each node that computes one of these values, and of all that the outputs depend on behind it.
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.bake import FLAGGED, SCORE
 from atpatch_onnx.collect import input_specs
 from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.driven import Driven
 from atpatch_onnx.edits import edited
 from atpatch_onnx.errors import AtPatchError, StripError, VerificationError
 from atpatch_onnx.inspection import (
@@ -26,14 +28,19 @@ from atpatch_onnx.inspection import (
     weight_names,
 )
 from atpatch_onnx.invariants import violations
-from atpatch_onnx.metadata import PatchedLayer, PatchRecord, read_record, weights_digest
+from atpatch_onnx.metadata import PatchedJoint, PatchedLayer, PatchRecord, read_record, weights_digest
 from atpatch_onnx.patch import LayerEdit
 from atpatch_onnx.runtime import Array, Progress, Session, silent
+from atpatch_onnx.second_pass import SCOPE, detection_scope
 from atpatch_onnx.strip import strip
 
 TOLERANCE: Mapping[str, float] = {"FLOAT": 1e-5, "FLOAT16": 4e-3}
 """Largest difference to the numpy reference, relative to the largest value of the site's output (at least 1): rounding
 of float32 sums over keys, and of storing the result in half precision."""
+
+
+SECOND_PASS = 1e-4
+"""Largest difference of the second pass of a joint decision to the base, relative to the largest value of an output."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,8 @@ def _wrong_weights(base: ir.Model, patched: ir.Model, record: PatchRecord) -> It
                 yield f"{len(edit.units)} units of hidden layer {layer.layer} are edited, the file says {layer.edited}"
     except StripError as error:
         yield str(error)
+    if record.joint is not None:
+        yield from _wrong_joint(patched, record, record.joint)
     for site in record.sites:
         for name in weight_names(site):
             where = f"{graphs.PREFIX}{site.site}/{name}"
@@ -165,6 +174,22 @@ def _wrong_weights(base: ir.Model, patched: ir.Model, record: PatchRecord) -> It
                 yield f"{where} is off"
 
 
+def _wrong_joint(patched: ir.Model, record: PatchRecord, joint: PatchedJoint) -> Iterator[str]:
+    """What is wrong with the weights of a joint decision."""
+    said = {(SCOPE, "threshold"): joint.threshold, (SCOPE, "reach"): joint.reach}
+    detecting = [(detection_scope(site.site), "weight") for site in record.sites if site.margin is not None]
+    for scope, name in [*(key for key, number in said.items() if number or key[1] == "threshold"), *detecting]:
+        try:
+            array = baked_weight(patched, scope, name)
+        except StripError as error:
+            yield str(error)
+            continue
+        if (scope, name) in said and not np.array_equal(array, np.array([said[scope, name]], np.float32)):
+            yield f"{graphs.PREFIX}{scope}/{name} is {array.tolist()}, the file says {said[scope, name]}"
+        if name == "weight" and not (array.shape == (1,) and 0 <= float(array[0]) <= 1):
+            yield f"{graphs.PREFIX}{scope}/{name} is not within 0 and 1"
+
+
 def _numbers(
     base: ir.Model,
     patched: ir.Model,
@@ -180,17 +205,20 @@ def _numbers(
         reference = edited(base, [edit for edit in edits if edit.units.size])
         sessions = Session(reference, optimize=optimize), Session(patched, optimize=optimize)
         exposed = Session(_exposed(patched, record), optimize=optimize)
+        driven = None if record.joint is None else Driven(reference, record, optimize=optimize)
     except AtPatchError as error:
         yield Check(f"loads, {level}", False, str(error))
         return
     for side, inputs in (("clean", debug.clean), ("counterfactual", debug.counterfactual)):
         stage = f"verifying {side} inputs, {level}"
-        tally = _Tally(edits)
+        tally = _Tally(edits, driven=driven is not None)
         for part, expected in sessions[0].stream(inputs, batch_size=batch_size, progress=progress, stage=stage):
             batch = {name: np.ascontiguousarray(array[part]) for name, array in inputs.items()}
             found = next(iter(sessions[1].stream(batch, batch_size=batch_size)))[1]
             inner = next(iter(exposed.stream(batch, batch_size=batch_size)))[1]
-            tally.add(patched, record, part.stop - part.start, expected, found, inner)
+            flagged = tally.add(patched, record, part.stop - part.start, expected, found, inner)
+            if driven is not None and flagged.any():
+                tally.second_pass = max(tally.second_pass, driven.largest_difference(batch, flagged, found, inner))
         yield from tally.checks(f"{side} inputs, {level}")
 
 
@@ -214,10 +242,12 @@ def _all_flags(record: PatchRecord) -> list[str]:
 class _Tally:
     """What the batches of one side add up to."""
 
-    def __init__(self, edits: Sequence[LayerEdit]) -> None:
+    def __init__(self, edits: Sequence[LayerEdit], *, driven: bool) -> None:
         self.edits = {edit.layer: edit for edit in edits}
         self.inputs = self.flagged = self.differing = self.misreported = 0
         self.monitored = False
+        self.driven = driven
+        self.second_pass = 0.0
         self.edited: dict[str, str] = {}
         self.worst: dict[str, float] = {}
         self.allowed: dict[str, float] = {}
@@ -230,8 +260,12 @@ class _Tally:
         expected: Mapping[str, Array],
         found: Mapping[str, Array],
         inner: dict[str, Array],
-    ) -> None:
-        """Compare the base's outputs with the patched model's, and every site and edited layer with the reference."""
+    ) -> NDArray[np.bool_]:
+        """Compare the base's outputs with the patched model's, and every site and edited layer with the reference.
+
+        Returns:
+            Which samples are flagged.
+        """
         flags = [np.any(inner[name], axis=1) for name in _all_flags(record)]
         flagged = np.any(flags, axis=0) if flags else np.zeros(count, np.bool_)
         self.inputs += len(flagged)
@@ -257,6 +291,7 @@ class _Tally:
             allowed = TOLERANCE[_dtype(inner[site.output])] * max(1.0, largest)
             if difference / allowed >= self.worst.get(site.site, 0.0) / self.allowed.get(site.site, 1.0):
                 self.worst[site.site], self.allowed[site.site] = difference, allowed
+        return flagged
 
     def _add_layer(self, layer: PatchedLayer, inner: Mapping[str, Array]) -> None:
         """Edited units against numpy, the others bit for bit; a fault stays until the verdict."""
@@ -286,6 +321,13 @@ class _Tally:
                 f"monitoring, {where}",
                 self.misreported == 0,
                 f"{self.inputs - self.misreported} of {self.inputs} reported as their columns are flagged",
+            )
+        if self.driven and self.flagged:
+            yield Check(
+                f"second pass, {where}",
+                self.second_pass <= SECOND_PASS,
+                f"{self.flagged} flagged inputs, largest difference to the base, given what its sites hand on,"
+                f" {self.second_pass:.2e} of the largest value (allowed {SECOND_PASS:.0e})",
             )
         for layer, fault in self.edited.items():
             said = fault or "edited units agree with the numpy reference, the others bit for bit with the base"

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import atpatch_onnx as atp
+from atpatch_onnx.calibration import Calibration
 from atpatch_onnx.cli import progress_bars
 from atpatch_onnx.collect import Columns, collect, find_suspects
 from atpatch_onnx.debugset import DebugSet
@@ -39,7 +40,7 @@ from atpatch_onnx.preparation import Prepared, prepare
 from atpatch_onnx.report.rows import percent
 from atpatch_onnx.runtime import Progress, silent
 from atpatch_onnx.scored import ScoredPart
-from atpatch_onnx.search import Calibration, Found, Search
+from atpatch_onnx.search import Found, Search
 from atpatch_onnx.sites import AttentionSite
 from atpatch_onnx.training import Training
 from atpatch_onnx.trial import Setting, Trial

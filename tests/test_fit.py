@@ -295,7 +295,7 @@ def test_another_loss_is_tried_only_where_the_first_misses_the_goal(monkeypatch)
     assert patch.meets_target
     assert roles(patch) == usual
     with pytest.raises(TargetMissedError):
-        fit(planted.model(), planted.debug(), replace(QUICK, losses=("contrastive",)))
+        fit(planted.model(), planted.debug(), replace(QUICK, losses=("contrastive",), decisions=("alone",)))
 
 
 def test_summaries_are_tried_only_where_landmarks_miss_the_goal(monkeypatch):
@@ -334,14 +334,14 @@ LITTLE_HELP = re.compile(r"ASR above floor (99|100)\.\d\d%, (98|99)\.\d\d% over 
 
 def test_a_missed_goal_says_by_how_much():
     with pytest.raises(TargetMissedError) as raised:
-        fitted(LATE)
+        fitted(LATE, replace(QUICK, decisions=("alone",)))
     assert raised.value.where == "the validation part"
     assert LITTLE_HELP.search(raised.value.found)
     assert "--force" in raised.value.advice
 
 
 def test_force_gives_a_patch_that_says_so(tmp_path):
-    patch = fitted(LATE, replace(QUICK, force=True, losses=("contrastive",)))
+    patch = fitted(LATE, replace(QUICK, force=True, losses=("contrastive",), decisions=("alone",)))
     assert not patch.meets_target
     (shortfall,) = patch.figures["shortfalls"]
     assert LITTLE_HELP.fullmatch(shortfall)

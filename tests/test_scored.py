@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from planted import Planted
 
+from atpatch_onnx.calibration import Calibration, Strength
 from atpatch_onnx.collect import collect
 from atpatch_onnx.detector import train_detector
 from atpatch_onnx.features import choose_features
@@ -15,7 +16,7 @@ from atpatch_onnx.patch import Redistribution, SitePatch
 from atpatch_onnx.predictions import classes
 from atpatch_onnx.preparation import prepare
 from atpatch_onnx.scored import ScoredPart
-from atpatch_onnx.search import Calibration, Search, Strength
+from atpatch_onnx.search import Search
 from atpatch_onnx.training import Training
 from atpatch_onnx.trial import Setting, Trial
 

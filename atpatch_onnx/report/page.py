@@ -20,6 +20,7 @@ from atpatch_onnx.report.rows import (
     before_after,
     check_lines,
     decimal,
+    decision,
     detector_rows,
     edit_rows,
     goal_rows,
@@ -170,6 +171,8 @@ def _identity(patch: Patch | PatchRecord) -> list[tuple[str, str]]:
         rows.append(("Against", kinds.get(str(figures["kind"]), shown(figures["kind"]))))
     if figures.get("target") is not None:
         rows.append(("Target class", shown(figures["target"])))
+    if decided := decision(figures):
+        rows.append(("Decided by", decided))
     if pairs := pairs_used(figures):
         rows.append(("Pairs", pairs))
     if figures.get("value") in ("neutral", "own"):

@@ -137,6 +137,14 @@ def residual(figures: Mapping[str, Any]) -> str:
     return "flip rate" if figures.get("kind") == "attribute" else "ASR above floor"
 
 
+def decision(figures: Mapping[str, Any]) -> str | None:
+    """How detecting sites decide, in words; None where the fit does not say."""
+    return {
+        "alone": "each site alone, flags carried",
+        "joint": "all sites together, then a second pass",
+    }.get(str(figures.get("decision")))
+
+
 def pairs_used(figures: Mapping[str, Any]) -> str | None:
     """How many pairs each part of the debug set had; None where the fit does not say."""
     pairs = figures.get("pairs")

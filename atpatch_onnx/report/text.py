@@ -20,6 +20,7 @@ from atpatch_onnx.report.rows import (
     before_after,
     check_lines,
     decimal,
+    decision,
     detector_rows,
     edit_rows,
     goal_rows,
@@ -169,6 +170,8 @@ def fit_summary(patch: Patch | PatchRecord) -> Group:
         facts.append(("Against", shown(figures["kind"]) + ("" if target is None else f", to class {shown(target)}")))
     if pairs := pairs_used(figures):
         facts.append(("Pairs", pairs))
+    if decided := decision(figures):
+        facts.append(("Decided by", decided))
     for role, label in (("detect", "Detects at"), ("redistribute", "Redistributes at")):
         names = [row.site for row in rows if any(element.role == role for element in row.elements)]
         if rows:

@@ -30,6 +30,7 @@ from atpatch_onnx.metadata import PatchRecord, read_record
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.rehearsal.drawing import draw_inputs
 from atpatch_onnx.runtime import Array, FileSession, Session, SessionOptions
+from atpatch_onnx.second_pass import detection_scope
 from atpatch_onnx.serving.counters import Counters, Stats
 from atpatch_onnx.strip import strip
 
@@ -163,6 +164,8 @@ class PatchedSession:
     def disable(self, site: str) -> None:
         """Let a site neither detect nor redistribute; flags of other sites are carried past it.
 
+        Sites that decide jointly go on with the scores of the others, whose threshold it was not made for.
+
         Edits of hidden units stay: they are no site's.
 
         Raises:
@@ -222,23 +225,32 @@ class PatchedSession:
         return FileSession(self._path, others, providers=self._providers, options=self._options())
 
     def _silenced(self, off: frozenset[str]) -> Iterator[tuple[str, Array]]:
-        """Of the sites that are switched off: a threshold that nothing exceeds, and the switch of redistribution."""
+        """Of the sites that are switched off: a threshold that nothing exceeds, and the switch of redistribution.
+
+        In a joint decision a site that is off has no weight; with all of them off, nothing exceeds the threshold.
+        """
+        never = np.array([np.inf], np.float32)
         for site in off:
-            silent = {"threshold": np.array([np.inf], np.float32), "switch": np.array([False])}
+            silent = {
+                f"{site}/threshold": never,
+                f"{detection_scope(site)}/weight": np.zeros(1, np.float32),
+                f"{site}/switch": np.array([False]),
+            }
             for name, array in silent.items():
-                if f"{graphs.PREFIX}{site}/{name}" in self._own:
-                    yield f"{graphs.PREFIX}{site}/{name}", array
+                if f"{graphs.PREFIX}{name}" in self._own:
+                    yield f"{graphs.PREFIX}{name}", array
+        if self._record.joint is not None and off.issuperset(s.site for s in self._record.sites if s.margin):
+            yield from ((name, never) for name in self._record.thresholds)
 
     def _alarmed(self, weights: Weights) -> Weights | None:
         """The weights with thresholds so low that half of the probe's columns are flagged; None where none detects."""
-        margins = {site.site: site.margin for site in self._record.sites if site.margin is not None}
-        names = {site: f"{graphs.PREFIX}{site}/threshold" for site in margins}
-        awake = [site for site in margins if np.isfinite(weights[names[site]]).all()]
+        thresholds = self._record.thresholds
+        awake = {name: margin for name, margin in thresholds.items() if np.isfinite(weights[name]).all()}
         if not awake:
             return None
-        exposed = Session(expose(self._with(weights), [margins[site] for site in awake]), providers=self._providers)
-        found = exposed.run(self._probe, [margins[site] for site in awake])
-        lower = {names[site]: weights[names[site]] + np.median(found[margins[site]]) for site in awake}
+        margins = list(awake.values())
+        found = Session(expose(self._with(weights), margins), providers=self._providers).run(self._probe, margins)
+        lower = {name: weights[name] + np.median(found[margin]) for name, margin in awake.items()}
         return {**weights, **{name: np.asarray(array, np.float32) for name, array in lower.items()}}
 
     def _with(self, weights: Weights) -> ir.Model:
