@@ -325,7 +325,7 @@ def _load(path: Path) -> Patch:
             figures=dict(header["figures"]),
             edits=tuple(_edit(entry, number, tensors) for number, entry in enumerate(header["edits"])),
             after=tuple(str(other) for other in header["after"]),
-            joint=_joint(tensors, sum(site.detector is not None for site in sites)) if header["joint"] else None,
+            joint=_joint(header["joint"], tensors, sum(site.detector is not None for site in sites)),
         )
         stated = str(header["id"])
     except (KeyError, TypeError, ValueError) as error:
@@ -360,8 +360,12 @@ def _edit(entry: Mapping[str, Any], number: int, tensors: Mapping[str, Array]) -
     return LayerEdit(str(entry["layer"]), np.array(units, np.int64), *arrays)
 
 
-def _joint(tensors: Mapping[str, Array], detecting: int) -> Joint:
-    """The joint decision of so many detecting sites; ValueError where it is none."""
+def _joint(entry: object, tensors: Mapping[str, Array], detecting: int) -> Joint | None:
+    """The joint decision of so many detecting sites, if there is one; ValueError where it is none."""
+    if not isinstance(entry, bool):
+        raise ValueError(f"joint is {entry!r}")
+    if not entry:
+        return None
     weights, threshold, reach = (tensors[f"joint/{name}"] for name in ("weights", "threshold", "reach"))
     sound = weights.shape == (detecting,) and detecting > 0 and threshold.shape == reach.shape == (1,)
     if not sound or not all(np.isfinite(array).all() for array in (weights, threshold, reach)):

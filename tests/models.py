@@ -20,7 +20,7 @@ from atpatch_onnx.features import choose_features, feature_count
 from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import PatchedSite, read_record
-from atpatch_onnx.patch import Detector, Features, Patch, Redistribution, SitePatch
+from atpatch_onnx.patch import Detector, Features, Joint, Patch, Redistribution, SitePatch
 from atpatch_onnx.sites import AttentionSite
 
 VARIANTS = tuple((emission, inline) for emission in Emission for inline in (False, True))
@@ -361,6 +361,28 @@ def draw_patch(model: ir.Model, seed: int = 0, *, detects: Sequence[bool] | None
     sites = find_sites(model)
     entries = (draw_site_patch(site, rng, detects=detects is None or detects[site.index], **options) for site in sites)
     return Patch(graph.fingerprint(model), tuple(entries), {"drawn": seed})
+
+
+def draw_joint_patch(
+    model: ir.Model,
+    feed: Mapping[str, np.ndarray],
+    seed: int = 0,
+    *,
+    share: float = 0.05,
+    reach: float = 0.0,
+    **options: Any,
+) -> Patch:
+    """A random patch whose sites decide together, with a threshold that about this share of the columns exceeds."""
+    drawn = draw_patch(model, seed, **options)
+    detecting = sum(site.detector is not None for site in drawn.sites)
+    weights = np.random.default_rng(seed).dirichlet(np.full(detecting, 3.0)).astype(np.float32)
+    open_ended = replace(drawn, joint=Joint(weights, 0.0))
+    baked = bake(model, open_ended, emission=Emission.BRANCHLESS, inline=False)
+    scores = np.unique(run(with_outputs(baked, ["atpatch/joint/margin"]), feed)["atpatch/joint/margin"])
+    scores = scores[scores > -NEVER]  # columns that no query sees stand far below
+    around = np.arange(int(len(scores) * (1 - 2 * share)), int(len(scores) * (1 - share / 2)))
+    at = around[np.diff(scores)[around].argmax()]  # the widest gap: no flag hangs by a rounding error
+    return replace(drawn, joint=Joint(weights, float(np.float32((scores[at] + scores[at + 1]) / 2)), reach))
 
 
 def with_threshold(patch: Patch, number: int, threshold: float) -> Patch:

@@ -25,6 +25,7 @@ from atpatch_onnx.errors import (
     RunError,
     TargetMissedError,
 )
+from atpatch_onnx.evaluate import evaluate
 from atpatch_onnx.fit import fit
 from atpatch_onnx.goal import Goal
 from atpatch_onnx.graph import fingerprint
@@ -266,7 +267,41 @@ def test_all_sites_redistribute_where_that_is_asked_for(name):
 
 
 LATE = Planted(drawn=(2,), harmful=(0,), harm=400)
-"""The harm is done before the trigger is drawn to: no patch can undo it."""
+"""The harm is done before the trigger is drawn to: no patch can undo it whose sites decide alone."""
+
+
+def test_a_joint_decision_undoes_what_is_seen_too_late():
+    planted = LATE
+    patch = fitted(planted)
+    assert patch.figures["decision"] == "joint"
+    assert patch.meets_target
+    detecting, redistributing = roles(patch)
+    assert detecting == planted.sites[2:]
+    assert redistributing == planted.sites[:1]
+    assert patch.joint.weights.tolist() == [1.0]
+    model, unseen = planted.model(), planted.debug(200, seed=9)
+    patched = bake(model, patch)
+    left = evaluate(model, patched, unseen).backdoor
+    assert left.asr_base.value > 0.95
+    assert left.asr_above_floor.value <= 0.01
+    result = verify(model, patched, unseen)
+    assert result.passed, result.failures
+
+
+def test_a_joint_decision_is_made_only_where_it_is_needed_or_asked_for():
+    assert fitted(Planted()).joint is None
+    assert fitted(Planted()).figures["decision"] == "alone"
+    joint = fitted(Planted(), replace(QUICK, decisions=("joint",)))
+    assert joint.figures["decision"] == "joint"
+    assert joint.meets_target
+    assert roles(joint) == roles(fitted(Planted()))
+
+
+def test_with_a_protected_attribute_only_the_first_decision_is_tried():
+    planted = Planted(kind="attribute", harm=1.0)
+    goal = Goal(accuracy_loss=-0.5)  # out of reach
+    patch = fitted(planted, replace(QUICK, goal=goal, force=True, losses=("contrastive",)))
+    assert patch.figures["decision"] == "alone"
 
 
 def trained_with(monkeypatch: pytest.MonkeyPatch, *blind: str) -> list[str]:

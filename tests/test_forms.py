@@ -7,6 +7,7 @@ import pytest
 from form_nets import FORMS, TOKENS, WIDTH, Batch, Form, softmax_in_float32
 from models import (
     NEVER,
+    draw_joint_patch,
     draw_patch,
     expected_output,
     fire_on_some,
@@ -145,6 +146,18 @@ def test_stripping_gives_the_base_back(form: Form, batch: Batch) -> None:
         for inline in (False, True):
             baked = bake(model, draw_patch(model), emission=emission, inline=inline)
             assert graph.fingerprint(strip(baked)) == graph.fingerprint(model)
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.parts in (0, 1)])
+def test_it_verifies_with_a_joint_decision(name: str) -> None:
+    form = FORMS[name]
+    model = form.model()
+    patch = draw_joint_patch(model, form.feed(12), share=0.1)
+    clean, changed = form.feed(6, seed=2), form.feed(6, seed=3)
+    for emission in emissions(form):
+        baked = bake(model, patch, emission=emission)
+        result = verify(model, baked, DebugSet.from_pairs(clean, changed), batch_size=4)
+        assert result.passed, result.failures
 
 
 @forms

@@ -14,7 +14,7 @@ from models import draw_detector
 
 from atpatch_onnx import patch as patches
 from atpatch_onnx.errors import PatchFileError
-from atpatch_onnx.patch import Features, LayerEdit, Patch, Redistribution, SitePatch
+from atpatch_onnx.patch import Features, Joint, LayerEdit, Patch, Redistribution, SitePatch
 
 
 def example(seed: int = 0) -> Patch:
@@ -40,6 +40,7 @@ def example(seed: int = 0) -> Patch:
             LayerEdit("layers.2.hidden", np.array([0]), normal(1), normal(1)),
         ),
         after=("0123456789abcdef",),
+        joint=Joint(np.array([0.25, 0.75], np.float32), 0.5, 0.125),
     )
 
 
@@ -71,6 +72,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert again.figures == patch.figures
     assert [site.site for site in again.sites] == [site.site for site in patch.sites]
     assert again.after == patch.after
+    assert again.joint is not None
+    assert again.joint.weights.tolist() == patch.joint.weights.tolist()
+    assert (again.joint.threshold, again.joint.reach) == (patch.joint.threshold, patch.joint.reach)
     for before, after in zip(patch.edits, again.edits, strict=True):
         assert before.layer == after.layer
         for name in ("units", "factor", "constant"):
@@ -119,8 +123,25 @@ def test_bytes_do_not_depend_on_the_order_of_figures_or_on_memory_layout() -> No
         replace(example(), edits=example().edits[:1]),
         replace(example(), edits=(replace(example().edits[0], units=np.array([3, 8])), example().edits[1])),
         replace(example(), after=()),
+        replace(example(), joint=None),
+        replace(example(), joint=Joint(np.array([0.5, 0.5], np.float32), 0.5, 0.125)),
+        replace(example(), joint=Joint(np.array([0.25, 0.75], np.float32), 0.25, 0.125)),
+        replace(example(), joint=Joint(np.array([0.25, 0.75], np.float32), 0.5)),
     ],
-    ids=["numbers", "base", "figures", "sites", "name", "edits", "units", "after"],
+    ids=[
+        "numbers",
+        "base",
+        "figures",
+        "sites",
+        "name",
+        "edits",
+        "units",
+        "after",
+        "alone",
+        "weights",
+        "threshold",
+        "reach",
+    ],
 )
 def test_another_content_has_another_id(changed: Patch) -> None:
     assert changed.id != example().id
@@ -235,14 +256,14 @@ def test_metadata_that_is_no_header(tmp_path: Path, header: str) -> None:
     refused(tmp_path, file_of(example())[0], header)
 
 
-@pytest.mark.parametrize("key", ["base", "sites", "figures", "id", "edits", "after"])
+@pytest.mark.parametrize("key", ["base", "sites", "joint", "figures", "id", "edits", "after"])
 @pytest.mark.parametrize("value", [None, 3, "text", [], {}, [[]], [3], ["text"], [None], [{}]], ids=repr)
 def test_header_entries_of_another_kind(tmp_path: Path, key: str, value: object) -> None:
     tensors, header = file_of(example())
     refused(tmp_path, tensors, header | {key: value})
 
 
-@pytest.mark.parametrize("key", ["schema_version", "base", "sites", "figures", "id", "edits", "after"])
+@pytest.mark.parametrize("key", ["schema_version", "base", "sites", "joint", "figures", "id", "edits", "after"])
 def test_header_entries_that_are_missing(tmp_path: Path, key: str) -> None:
     tensors, header = file_of(example())
     del header[key]
@@ -311,6 +332,25 @@ def test_beta_out_of_range(tmp_path: Path, value: float) -> None:
 def test_reach_out_of_range(tmp_path: Path, value: float) -> None:
     tensors, header = file_of(example())
     assert "reach" in refused(tmp_path, tensors | {"1/reach": np.array([value], np.float32)}, header)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weights", [0.5]),
+        ("weights", [0.5, 0.25, 0.25]),
+        ("weights", [-0.25, 1.25]),
+        ("weights", [0.5, 0.75]),
+        ("weights", [np.nan, 0.5]),
+        ("threshold", [np.inf]),
+        ("threshold", [0.5, 0.5]),
+        ("reach", [-0.5]),
+        ("reach", [5.0]),
+    ],
+)
+def test_a_joint_decision_that_is_none(tmp_path: Path, name: str, value: list[float]) -> None:
+    tensors, header = file_of(example())
+    refused(tmp_path, tensors | {f"joint/{name}": np.array(value, np.float32)}, header)
 
 
 def test_scale_must_be_positive(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from models import draw_patch
+from models import session as model_session
 from planted import Planted, fitted
 
 import atpatch_onnx as atp
@@ -346,3 +348,54 @@ def test_a_file_of_neuron_edits_alone_has_nothing_to_count(tmp_path):
     atp.save(atp.bake(model, patch), tmp_path / "patched.onnx")
     with pytest.raises(ServingError, match="edits of hidden units alone"):
         PatchedSession(tmp_path / "patched.onnx")
+
+
+# Sites that decide together
+
+LATE = Planted(drawn=(2,), harmful=(0,), harm=400)
+
+
+@pytest.fixture(scope="module")
+def joint():
+    """Detects at one site and redistributes at another, with a second site that detects a little."""
+    model = LATE.model()
+    patch = fitted(LATE)
+    drawn = draw_patch(model).sites[1]
+    [redistributing, detecting] = patch.sites
+    sites = (redistributing, replace(drawn, redistribution=None), detecting)
+    weights = np.array([0.1, 0.9], np.float32)
+    return replace(patch, sites=sites, joint=replace(patch.joint, weights=weights))
+
+
+def joint_file(patch: Patch, folder: Path) -> Path:
+    path = folder / f"{patch.id}.onnx"
+    atp.save(atp.bake(LATE.model(), patch, site_flags=True), path)
+    return path
+
+
+def test_a_joint_decision_is_swapped(joint, tmp_path):
+    other = replace(joint, joint=replace(joint.joint, weights=np.array([0.2, 0.8], np.float32), threshold=0.3))
+    session, expected = PatchedSession(joint_file(joint, tmp_path)), plain(joint_file(other, tmp_path))
+    feed = LATE.debug(20, seed=7).counterfactual
+    session.swap(other)
+    assert session.patch == other.id
+    assert answers(session, feed) == answers(expected, feed)
+    with pytest.raises(PatchMismatchError, match="each doing the same"):
+        session.swap(replace(joint, joint=None, sites=joint.sites[1:]))
+
+
+def test_sites_of_a_joint_decision_are_switched_off(joint, tmp_path):
+    session, feed = PatchedSession(joint_file(joint, tmp_path)), LATE.debug(20, seed=7).counterfactual
+    flagged = session.run(["atpatch/flagged"], feed)[0]
+    assert flagged.all()
+    own = answers(session, feed)
+    session.disable("layer0.attention")  # flags are still raised, and nothing is done
+    logits, still = session.run(["logits", "atpatch/flagged"], feed)
+    assert still.all()
+    expected = model_session(LATE.model()).run(["logits"], feed)[0]
+    assert logits.tobytes() == expected.tobytes()
+    session.enable("layer0.attention")
+    assert answers(session, feed) == own
+    for site in ("layer1.attention", "layer2.attention"):
+        session.disable(site)
+    assert not session.run(["atpatch/flagged"], feed)[0].any()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from planted import Planted
 
-from atpatch_onnx.calibration import Calibration, Strength
+from atpatch_onnx.calibration import Calibration, JointCalibration, Strength
 from atpatch_onnx.collect import collect
 from atpatch_onnx.detector import train_detector
 from atpatch_onnx.features import choose_features
@@ -61,6 +61,64 @@ def test_an_outcome_is_that_of_running_everything(scored):
     assert outcome.remaining == (classes(everything.logits)[kept] == part.part.target).mean()
     assert outcome.recall == everything.flags[part.anomalous[1]].mean()
     assert outcome.recall > 0.9
+
+
+def test_a_joint_outcome_is_that_of_running_everything(scored):
+    trial, part = scored
+    sites = list(part.clean.margins)
+    alone = Calibration.of(part, FitOptions())
+    elements = [("detect", sites[0]), ("detect", sites[1]), *(("redistribute", site) for site in sites)]
+    setting = JointCalibration(alone, part, part, seed=0).setting(
+        elements, Strength(dict.fromkeys(sites, 0.5), missed=0.01)
+    )
+    outcome = part.outcome(setting)
+    flags = setting.flags(part.counterfactual.margins)
+    assert flags.any()
+    everything = trial.second_pass(part.part.counterfactual, flags, setting)
+    off_target = part.part.labels != part.part.target
+    kept = off_target & (classes(part.clean.logits) != part.part.target)
+    assert outcome.remaining == (classes(everything)[kept] == part.part.target).mean()
+    assert outcome.recall == flags[part.anomalous[1]].mean()
+    assert outcome.recall > 0.9
+
+
+def test_weights_of_a_joint_decision(scored):
+    """None is negative, and their sum is 1; a site that sees nothing, or the wrong thing, has none."""
+    _, part = scored
+    sites = list(part.clean.margins)
+    joint = JointCalibration(Calibration.of(part, FitOptions()), part, part, seed=0)
+    weights = joint.weights(sites)
+    assert sum(weights.values()) == pytest.approx(1)
+    assert min(weights.values()) > 0
+    assert joint.weights(sites[:1]) == {sites[0]: 1.0}
+    first = sites[0]
+
+    class Other:
+        """The part with other scores at the first site."""
+
+        def __init__(self, change):
+            self.part, self.anomalous = part.part, part.anomalous
+            self.clean, self.counterfactual = (
+                replace(side, margins={**side.margins, first: change(side.margins[first])})
+                for side in (part.clean, part.counterfactual)
+            )
+
+    for change in (lambda scores: 0 * scores, lambda scores: -scores):
+        turned = JointCalibration(Calibration.of(part, FitOptions()), Other(change), part, seed=0).weights(sites)
+        assert first not in turned
+        assert sum(turned.values()) == pytest.approx(1)
+
+
+def test_a_joint_decision_spends_one_budget(scored):
+    _, part = scored
+    sites = list(part.clean.margins)
+    options = FitOptions(goal=Goal(clean_flag_rate=0.1), thresholds="lowest")
+    joint = JointCalibration(Calibration.of(part, options), part, part, seed=0)
+    setting = joint.setting([("detect", site) for site in sites], Strength({}, 1.0))
+    flagged = setting.flags(part.clean.margins).any(axis=1).mean()
+    assert 0 < flagged <= 0.05  # half of it
+    assert setting.joint.reach == 0
+    assert joint.setting([], Strength({}, 1.0)).joint is None
 
 
 def test_no_threshold_is_lower_for_a_protected_attribute(scored):
