@@ -27,7 +27,8 @@ from atpatch_onnx.errors import BenchmarkError
 from atpatch_onnx.features import choose_features, feature_count
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import read_record
-from atpatch_onnx.patch import Features, Patch, SitePatch
+from atpatch_onnx.options import Decision
+from atpatch_onnx.patch import Features, Joint, Patch, SitePatch
 from atpatch_onnx.rehearsal.drawing import NEVER, draw_detector, draw_inputs, draw_redistribution
 from atpatch_onnx.runtime import Array, FileSession, Progress, SessionOptions, silent
 from atpatch_onnx.training import Training
@@ -105,6 +106,7 @@ def benchmark(
     *,
     target: str = "cpu",
     features: Features | None = None,
+    decision: Decision = "alone",
     batches: Sequence[int] = (1, 8),
     threads: Sequence[int] = (2,),
     length: int = 128,
@@ -120,6 +122,7 @@ def benchmark(
         patched: The patched file; None: a patch is drawn that detects and redistributes at every site.
         target: How a drawn patch is written, a key of `TARGETS`.
         features: What the detectors of a drawn patch read, where a site has it; None: what `fit` would choose.
+        decision: How the sites of a drawn patch decide; those of the first token axis, where they do jointly.
         batches: Sizes to time; those that the model does not leave free are timed once.
         threads: Numbers of threads to time.
         length: Of every axis that is free, but for the batch: tokens.
@@ -138,7 +141,8 @@ def benchmark(
             raise BenchmarkError(name, expected="numbers from 1 on", found=str(list(numbers)), advice="Give others.")
     with tempfile.TemporaryDirectory() as folder:
         files = _Files(
-            Path(base), Path(patched) if patched is not None else _synthetic(base, target, features, Path(folder), seed)
+            Path(base),
+            Path(patched) if patched is not None else _synthetic(base, target, features, decision, Path(folder), seed),
         )
         model, record = graphs.load(base), read_record(graphs.load(files.patched))
         known = {tuple(array.shape for array in of.values()): of for of in _inputs(model, batches, length, seed)}
@@ -172,22 +176,29 @@ class _Files:
         return {name: np.array([value], np.float32) for name in record.thresholds}
 
 
-def _synthetic(base: str | os.PathLike[str], target: str, features: Features | None, folder: Path, seed: int) -> Path:
+def _synthetic(
+    base: str | os.PathLike[str], target: str, features: Features | None, decision: Decision, folder: Path, seed: int
+) -> Path:
     """A file with a drawn patch at every site, its detectors as large as those of a fit."""
     model = graphs.load(base)
     path = folder / "patched.onnx"
-    graphs.save(bake(model, synthetic_patch(model, features, seed=seed), target=target), path, external="link")
+    graphs.save(
+        bake(model, synthetic_patch(model, features, decision, seed=seed), target=target), path, external="link"
+    )
     return path
 
 
-def synthetic_patch(model: ir.Model, wanted: Features | None = None, *, seed: int = 0) -> Patch:
+def synthetic_patch(
+    model: ir.Model, wanted: Features | None = None, decision: Decision = "alone", *, seed: int = 0
+) -> Patch:
     """A patch that detects and redistributes at every site, drawn at random, of the sizes that a fit gives it.
 
     Raises:
         BenchmarkError: The model has no site, or the sizes of one are not known.
     """
     rng, sizes, sites = np.random.default_rng(seed), Training(), []
-    for site in find_sites(model):
+    found = find_sites(model)
+    for site in (site for site in found if decision == "alone" or site.token_axis == found[0].token_axis):
         features = choose_features(site, wanted)
         count = feature_count(site, features)
         if count is None or not isinstance(site.kv_heads, int) or not isinstance(site.depth, int):
@@ -203,7 +214,8 @@ def synthetic_patch(model: ir.Model, wanted: Features | None = None, *, seed: in
         raise BenchmarkError(
             "the model", expected="an attention site", found="none", advice="See `atpatch sites` for the reasons."
         )
-    return Patch(base=graphs.fingerprint(model), sites=tuple(sites))
+    joint = None if decision == "alone" else Joint(np.full(len(sites), 1 / len(sites), np.float32), NEVER)
+    return Patch(base=graphs.fingerprint(model), sites=tuple(sites), joint=joint)
 
 
 def _inputs(model: ir.Model, batches: Iterable[int], length: int, seed: int) -> Iterator[dict[str, Array]]:

@@ -95,6 +95,9 @@ def fit(
     flip_rate: FlipGoal = Goal.flip_rate,
     accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
     clean_flag_rate: FlagGoal = Goal.clean_flag_rate,
+    columns_missed: Annotated[
+        float, typer.Option(help="Goal: share of anomalous columns that are not flagged.")
+    ] = Goal.columns_missed,
     value: Annotated[Literal["neutral", "own"], typer.Option(help="What a flagged token hands over.")] = "neutral",
     thresholds: Annotated[
         Literal["balanced", "lowest"], typer.Option(help="Where they lie; lowest: for pairs of an inverted trigger.")
@@ -123,7 +126,7 @@ def fit(
 ) -> None:
     """Fit a patch for MODEL on the pairs of DATA."""
     options = atp.FitOptions(
-        goal=Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate),
+        goal=Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate, columns_missed),
         value=value,
         thresholds=thresholds,
         redistribute=redistribute,
@@ -387,6 +390,9 @@ def benchmark(
         Path | None, typer.Argument(metavar="[PATCHED]", help="The patched file; or --synthetic.", show_default=False)
     ] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="What would a patch at every site cost?")] = False,
+    decision: Annotated[
+        Literal["alone", "joint"], typer.Option(help="Of a synthetic patch: how sites decide.")
+    ] = "alone",
     features: Annotated[
         Features | None, typer.Option(help="Of a synthetic patch: what its detectors read.", show_default=False)
     ] = None,
@@ -407,6 +413,7 @@ def benchmark(
             patched,
             target=target,
             features=features,
+            decision=decision,
             batches=batch or (1, 8),
             threads=threads or (2,),
             length=length,

@@ -27,6 +27,9 @@ class Goal:
     clean_flag_rate: float = 0.01
     """Share of clean inputs with a flag on any benign column."""
 
+    columns_missed: float = 1.0
+    """Share of anomalous columns that are not flagged; 1 asks for nothing, as neuron edits flag nothing."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -70,6 +73,7 @@ class Outcome:
             (name, self.remaining, bound),
             ("accuracy lost", self.accuracy_base - self.accuracy, goal.accuracy_loss),
             ("clean flag rate", self.clean_flag_rate, goal.clean_flag_rate),
+            ("anomalous columns missed", 1 - self.recall, goal.columns_missed),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -259,11 +259,15 @@ def _goal(figures: Mapping[str, Any], outcome: Mapping[str, Any]) -> list[GoalRo
     key = "flip_rate" if figures.get("kind") == "attribute" else "asr_above_floor"
     before, after = number(outcome.get("accuracy_base")), number(outcome.get("accuracy"))
     lost = None if before is None or after is None else max(0.0, before - after)
-    return [
+    rows = [
         GoalRow(residual(figures), number(goal.get(key)), number(outcome.get("remaining"))),
         GoalRow("accuracy lost", number(goal.get("accuracy_loss")), lost),
         GoalRow("clean flag rate", number(goal.get("clean_flag_rate")), number(outcome.get("clean_flag_rate"))),
     ]
+    missed, recall = number(goal.get("columns_missed")), number(outcome.get("recall"))
+    if missed is not None and missed < 1:
+        rows.append(GoalRow("anomalous columns missed", missed, None if recall is None else 1 - recall))
+    return rows
 
 
 def check_lines(verification: Verification) -> list[tuple[bool, str, str]]:
