@@ -101,12 +101,12 @@ def _with(base: ir.Model, after: Sequence[Patch]) -> ir.Model:
 
 def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress) -> Iterator["_Attempt"]:
     """One after the other, as they are asked for: every way to decide, with all detectors."""
-    decisions = options.decisions if prepared.debug.kind == "backdoor" else options.decisions[:1]
+    first, *others = options.decisions
     trained = []
     for loss, entries in _detectors(model, prepared, options, progress):
         trained.append((loss, entries))
-        yield _attempt(model, prepared, entries, loss, decisions[0], options, progress)
-    for decision in decisions[1:]:
+        yield _attempt(model, prepared, entries, loss, first, options, progress)
+    for decision in others:
         for loss, entries in trained:
             yield _attempt(model, prepared, entries, loss, decision, options, progress)
 

@@ -39,8 +39,7 @@ class FitOptions:
     """How sites decide, to try in this order, each with all detectors: the first that meets the goal, else the nearest.
 
     `alone`: each site by its own threshold, flags carried to those behind it. `joint`: all together, after a first pass
-    of the whole model, which costs a flagged input a second one. With a protected attribute, which flags every input,
-    only the first of them is tried.
+    of the whole model, which costs a flagged input a second one; with a protected attribute, that is every input.
     """
 
     value: Literal["neutral", "own"] = "neutral"

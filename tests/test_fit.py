@@ -297,11 +297,15 @@ def test_a_joint_decision_is_made_only_where_it_is_needed_or_asked_for():
     assert roles(joint) == roles(fitted(Planted()))
 
 
-def test_with_a_protected_attribute_only_the_first_decision_is_tried():
+def test_a_joint_decision_of_a_protected_attribute():
     planted = Planted(kind="attribute", harm=1.0)
-    goal = Goal(accuracy_loss=-0.5)  # out of reach
-    patch = fitted(planted, replace(QUICK, goal=goal, force=True, losses=("contrastive",)))
-    assert patch.figures["decision"] == "alone"
+    patch = fitted(planted, replace(QUICK, decisions=("joint",), redistribute="all"))
+    assert patch.meets_target
+    assert patch.joint.reach == 0
+    assert roles(patch)[1] == planted.sites
+    model, unseen = planted.model(), planted.debug(100, seed=9)
+    result = verify(model, bake(model, patch), unseen)
+    assert result.passed, result.failures
 
 
 def trained_with(monkeypatch: pytest.MonkeyPatch, *blind: str) -> list[str]:

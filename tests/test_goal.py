@@ -27,10 +27,12 @@ def test_bounds_are_met_when_they_are_touched():
         ({"kind": "attribute", "remaining": 0.01}, "flip rate 1.00%, 0.50% over the bound of 0.50%"),
         ({"accuracy": 0.88}, "accuracy lost 2.00%, 1.50% over the bound of 0.50%"),
         ({"clean_flag_rate": 0.03}, "clean flag rate 3.00%, 2.00% over the bound of 1.00%"),
+        ({"recall": 0.75}, "anomalous columns missed 25.00%, 15.00% over the bound of 10.00%"),
     ],
 )
 def test_a_shortfall_says_what_was_found_and_by_how_much_it_misses(changes, text):
-    assert outcome(**changes).shortfalls(Goal()) == (text,)
+    assert outcome(**changes).shortfalls(Goal(columns_missed=0.1)) == (text,)
+    assert outcome(recall=0.0).shortfalls(Goal()) == ()
 
 
 def test_all_shortfalls_are_listed():
