@@ -43,6 +43,8 @@ class Calibration:
 
     rate: float
     lowest: bool = False
+    in_time: bool = False
+    """Whether sites before the first detecting one have its flags as well."""
 
     @classmethod
     def of(cls, scored: ScoredPart, options: FitOptions) -> "Calibration":
@@ -121,6 +123,8 @@ class JointCalibration:
         scored: The calibration part, scored.
         seed: Innocent columns are drawn with it.
     """
+
+    in_time = True
 
     def __init__(self, alone: Calibration, fitted: ScoredPart, scored: ScoredPart, *, seed: int) -> None:
         self._alone, self._scored = alone, scored

@@ -72,7 +72,7 @@ class Fix:
             accuracy_base=found.accuracy_base.value,
             accuracy=found.accuracy_patched.value,
             clean_flag_rate=found.clean_flag_rate.value,
-            recall=found.columns.recall.value if found.columns else 0.0,
+            recall=found.columns.recall.value if found.columns else 1.0,  # neuron edits have no columns to miss
             precision=found.columns.precision.value if found.columns else 0.0,
         )
 

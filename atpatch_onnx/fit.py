@@ -238,6 +238,7 @@ def _patch(
         "decision": best.decision,
         "value": options.value,
         "pairs": {"fit": len(parts.fit), "calibration": len(parts.calibration), "validation": len(parts.validation)},
+        "joint": None if together is None else {"threshold": together.threshold, "reach": together.reach},
         "outcome": found.outcome.to_json(),
         "settings_tried": settings_tried,
         "sites": [_site_figures(site, best.calibration, found) for site, _ in best.entries],
@@ -259,6 +260,7 @@ def _site_figures(site: AttentionSite, calibration: Calibration, found: Found) -
     anomalous, benign = calibration.anomalous[name] > threshold, calibration.benign[name] > threshold
     false = float(benign.mean()) if benign.size else 0.0
     roles = [role for role, element in found.elements if element == name]
+    together = found.setting.joint
     return {
         "site": name,
         "separation": calibration.separation(name),
@@ -269,8 +271,8 @@ def _site_figures(site: AttentionSite, calibration: Calibration, found: Found) -
         "clean_flag_rate": float((calibration.clean[name] > threshold).mean()),
         "threshold": threshold,
         "reach": found.setting.reaches.get(name, 0.0),
-        "weight": found.setting.joint.weights.get(name, 0.0) if found.setting.joint else None,
-        "detects": "detect" in roles,
+        "weight": together.weights.get(name, 0.0) if together else None,
+        "detects": name in found.setting.thresholds or (together is not None and name in together.weights),
         "redistributes": "redistribute" in roles,
         "beta": found.setting.betas.get(name),
         "without": {role: found.without[role, name].to_json() for role in roles if (role, name) in found.without},

@@ -28,7 +28,7 @@ class Goal:
     """Share of clean inputs with a flag on any benign column."""
 
     columns_missed: float = 1.0
-    """Share of anomalous columns that are not flagged; 1 asks for nothing, as neuron edits flag nothing."""
+    """Share of anomalous columns that are not flagged; 1 asks for nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Outcome:
     accuracy: float
     clean_flag_rate: float
     recall: float
-    """Share of anomalous columns that are flagged."""
+    """Share of anomalous columns that are flagged; 1 where there are none, as neuron edits look for none."""
 
     precision: float
     """Share of flagged columns that are anomalous, over clean and counterfactual inputs together."""
@@ -110,6 +110,6 @@ def judge(
         accuracy_base=float((base_clean == labels).mean()),
         accuracy=float((clean[0] == labels).mean()),
         clean_flag_rate=float((clean[1] & ~anomalous[0]).any(axis=1).mean()),
-        recall=float((flags & wanted).sum() / max(wanted.sum(), 1)),
+        recall=float((flags & wanted).sum() / wanted.sum()) if wanted.any() else 1.0,
         precision=float((flags & wanted).sum() / max(flags.sum(), 1)),
     )

@@ -103,15 +103,15 @@ class Search:
         that could meet the goal are tried, or the one that comes nearest to it; and all sites at last.
         """
         ranked = sorted(names, key=self._calibration.gap, reverse=True)
-        alone = ranked
-        if self._all:  # only flags of the first site reach all of them
+        alone, in_time = ranked, self._calibration.in_time
+        if self._all and not in_time:  # only flags of the first site reach all of them
             alone = list(names[:1])
             ranked = [*alone, *(name for name in ranked if name not in alone)]
         sets = [*([name] for name in alone), *(ranked[:count] for count in range(2, len(names)))]
         excess = [self._at_best(detecting).excess(self._options.goal) for detecting in sets]
         nearest = min(excess, default=0.0)
         for detecting in (*(one for one, short in zip(sets, excess, strict=True) if short == nearest), ranked):
-            first = min(names.index(name) for name in detecting)  # sites before it would never have flags
+            first = 0 if in_time else min(names.index(name) for name in detecting)  # those before never have flags
             yield [("detect", name) for name in detecting] + [("redistribute", name) for name in names[first:]]
 
     def _at_best(self, names: Sequence[str]) -> Outcome:
@@ -125,8 +125,8 @@ class Search:
 
     def _minimal(self, elements: Sequence[Element], strength: Strength) -> list[Element]:
         """A 1-minimal set; where all sites redistribute, they and the detector that all of them need stay in it."""
-        first = next(iter(self._scored.clean.margins))
-        kept = [e for e in elements if self._all and (e[0] == "redistribute" or e == ("detect", first))]
+        first = None if self._calibration.in_time else ("detect", next(iter(self._scored.clean.margins)))
+        kept = [e for e in elements if self._all and (e[0] == "redistribute" or e == first)]
         rest = [e for e in elements if e not in kept]
         return [*ddmin(rest, lambda subset: self._meets([*subset, *kept], strength)), *kept]
 

@@ -189,6 +189,7 @@ def test_figures_say_what_was_found():
         "flip_rate": 0.005,
         "accuracy_loss": 0.005,
         "clean_flag_rate": 0.01,
+        "columns_missed": 1.0,
     }
     first, second, third = figures["sites"]
     assert (first["site"], first["detects"], first["redistributes"], first["beta"]) == (
