@@ -74,8 +74,9 @@ def bake(
     if patch.joint is None:
         woven, joint = weave(patched, entries, emission, _constants), None
     else:
-        joined = weave_jointly(patched, entries, patch.joint, emission, _constants)
-        woven, joint = joined.sites, PatchedJoint(patch.joint.threshold, patch.joint.reach, joined.outputs)
+        joined = weave_jointly(patched, entries, patch.joint, patch.weights, emission, _constants)
+        numbers = float(patch.joint.threshold), float(patch.joint.reach)
+        woven, joint = joined.sites, PatchedJoint(*numbers, joined.outputs)
     monitors = _add_monitors(patched, woven) if monitor and woven else []
     if site_flags:
         monitors += [_add_output(patched, step.flags, f"{step.site.name}/flags", [None, None]) for step in woven]
@@ -136,6 +137,14 @@ def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, S
             f"patch {patch.id}",
             expected="at least one site or neuron edit, and each site once",
             found=f"the sites {', '.join(chosen) or 'none'}",
+            advice="Fit the patch again.",
+        )
+    detecting = sum(entry.detector is not None for entry in patch.sites)
+    if patch.joint is not None and len(patch.joint.weights) != detecting:
+        raise PatchMismatchError(
+            f"patch {patch.id}",
+            expected=f"a joint decision with a weight for each of {detecting} detecting sites",
+            found=f"{len(patch.joint.weights)} weights",
             advice="Fit the patch again.",
         )
     by_name = {site.name: site for site in find_sites(model)} if chosen else {}

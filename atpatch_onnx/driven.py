@@ -2,7 +2,7 @@
 
 Given the corrected outputs of all redistributing sites as inputs, the base computes every such site's own output and
 the model's outputs from them. A patched file whose second pass is the base's, node for node and weight for weight, has
-computed the same.
+computed the same. In float32, that is: half precision is rounded in between wherever somebody looks at a value.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,15 @@ import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.emission import find_value
+from atpatch_onnx.errors import StripError
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import PatchRecord
 from atpatch_onnx.runtime import Array, Session
 from atpatch_onnx.second_pass import first_name
+
+SECOND_PASS = 1e-4
+"""Largest difference of the second pass to the base, relative to the largest value of an output (at least 1): kernels
+may be fused otherwise from one site on to the next."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,13 @@ class _Stage:
     """In the patched model's second pass: its output as it was and as corrected."""
 
 
+def driven(base: ir.Model, record: PatchRecord, *, optimize: bool) -> "Driven | None":
+    """Such a session, as of `Driven`; None where there is no second pass, or one in half precision."""
+    named = {first_name(site.output) for site in record.sites if site.value is not None}
+    halves = any(site.dtype != ir.DataType.FLOAT.name for site in find_sites(base) if site.output in named)
+    return None if record.joint is None or halves else Driven(base, record, optimize=optimize)
+
+
 class Driven:
     """A session of the base in which the outputs of the redistributing sites are inputs.
 
@@ -44,12 +56,20 @@ class Driven:
 
     Raises:
         BakeError: The base does not have the sites that the file names.
+        StripError: It does not have the outputs that the file names.
         RunError: onnxruntime refuses the model.
     """
 
     def __init__(self, base: ir.Model, record: PatchRecord, *, optimize: bool) -> None:
         assert record.joint is not None, "only a joint decision has a second pass"
-        self._outputs = record.joint.outputs
+        self._outputs, own = record.joint.outputs, {output.name for output in base.graph.outputs}
+        if not own.issuperset(self._outputs):
+            raise StripError(
+                "the metadata entry atpatch.joint",
+                expected=f"outputs of the base ({', '.join(sorted(name or '' for name in own))})",
+                found=", ".join(self._outputs),
+                advice="The file was edited after it was baked: bake the patch into the base again.",
+            )
         redistributing = [site for site in record.sites if site.value is not None]
         self._stages = [
             _Stage(first_name(site.output), f"{graphs.PREFIX}driven/{number}", site.base_output, site.output)
@@ -60,7 +80,7 @@ class Driven:
     def largest_difference(
         self, inputs: Mapping[str, Array], rows: Array, found: Mapping[str, Array], inner: Mapping[str, Array]
     ) -> float:
-        """By how much the second pass differs from the base, relative to the largest value of what is compared.
+        """By how much the second pass differs from the base, in units of `SECOND_PASS`: up to 1 is the same.
 
         Args:
             inputs: Of the model, by name.
@@ -69,10 +89,13 @@ class Driven:
             inner: The values of its second pass.
         """
         fed = {stage.fed: inner[stage.after] for stage in self._stages}
-        expected = self._session.run({**inputs, **fed}, [*(stage.own for stage in self._stages), *self._outputs])
+        owned = {stage.own: inner[stage.after] for stage in self._stages}  # a site's output may be one of the model
+        expected = self._session.run(
+            {**inputs, **fed}, [*owned, *(name for name in self._outputs if name not in owned)]
+        )
         pairs = [(expected[stage.own], inner[stage.before]) for stage in self._stages]
         for name in self._outputs:
-            one, other = expected[name], found[name]
+            one, other = owned.get(name, expected[name]), found[name]
             by_sample = one.ndim > 0 and other.shape == one.shape and len(one) == len(rows)
             pairs.append((one[rows], other[rows]) if by_sample else (one, other))
         return max((_difference(one, other) for one, other in pairs), default=0.0)
@@ -80,10 +103,9 @@ class Driven:
 
 def _driven(base: ir.Model, stages: Sequence[_Stage]) -> ir.Model:
     driven = graphs.copy(base)
-    types = {site.output: ir.TensorType(ir.DataType[site.dtype]) for site in find_sites(base)}
     for stage in stages:
         own = find_value(driven.graph, stage.own)
-        fed = ir.Value(name=stage.fed, shape=own.shape, type=types.get(stage.own, own.type))
+        fed = ir.Value(name=stage.fed, shape=own.shape, type=ir.TensorType(ir.DataType.FLOAT))
         ir.convenience.replace_all_uses_with(own, fed, replace_graph_outputs=True)
         driven.graph.inputs.append(fed)
         driven.graph.outputs.append(own)
@@ -91,11 +113,16 @@ def _driven(base: ir.Model, stages: Sequence[_Stage]) -> ir.Model:
 
 
 def _difference(expected: Array, found: Array) -> float:
-    """Relative to the largest expected value, at least 1; infinite where anything is not comparable."""
-    if expected.shape != found.shape:
+    """In units of what is allowed; infinite where anything is not comparable."""
+    if expected.shape != found.shape or expected.dtype != found.dtype:
         return float(np.inf)
-    if not expected.size:
-        return 0.0
+    if expected.dtype.kind not in "fiub":  # texts
+        return 0.0 if np.array_equal(expected, found) else float(np.inf)
     one, other = (np.asarray(array, np.float64) for array in (expected, found))
-    worst = float(np.abs(one - other).max())
-    return worst / max(1.0, float(np.abs(one).max())) if np.isfinite(worst) else float(np.inf)
+    finite = np.isfinite(one)
+    if not np.array_equal(one[~finite], other[~finite], equal_nan=True) or not np.isfinite(other[finite]).all():
+        return float(np.inf)
+    worst, largest = (
+        float(np.abs(array[finite]).max(initial=0.0)) for array in (one - np.where(finite, other, 0), one)
+    )
+    return worst / (SECOND_PASS * max(1.0, largest))

@@ -178,7 +178,8 @@ def per_map(at: Insertion, site: AttentionSite, handles: Handles, of_samples: ir
     return at.op("Reshape", of_samples, shape, name=name)
 
 
-_MODE = "qk_matmul_output_mode"
+MODE = "qk_matmul_output_mode"
+"""Attribute of an op `Attention`: which stage of its map it hands out."""
 
 MODE_KEY = "atpatch.mode"
 """Metadata of a base node that was asked for its map: the mode that it stated before, if it did."""
@@ -187,19 +188,19 @@ MODE_KEY = "atpatch.mode"
 def _fused_map(product: ir.Node, at: Insertion, *, exact: bool) -> ir.Value:
     """The map of an op `Attention`; `exact` says that handing it out leaves its Y as it was, as in float32 it does."""
     has_output = len(product.outputs) > 3 and bool(product.outputs[3].name)
-    mode = product.attributes[_MODE].as_int() if _MODE in product.attributes else None
+    mode = product.attributes[MODE].as_int() if MODE in product.attributes else None
     if has_output and mode == 3:
         return product.outputs[3]
     if not has_output and exact:
         if mode is not None:  # exporters write the default out
             product.metadata_props[MODE_KEY] = str(mode)
-        product.attributes[_MODE] = ir.AttrInt64(_MODE, 3)
+        product.attributes[MODE] = ir.AttrInt64(MODE, 3)
         P = _extra_output(product, 3, at, "map")
         P.type = product.outputs[0].type
         return P
     # The op already hands out its scores at another stage, or would take another way in float16 (seen with packed
     # heads): a second one computes the map.
-    attributes = [*(attr for attr in product.attributes.values() if attr.name != _MODE), ir.AttrInt64(_MODE, 3)]
+    attributes = [*(attr for attr in product.attributes.values() if attr.name != MODE), ir.AttrInt64(MODE, 3)]
     second = ir.Node("", "Attention", product.inputs, attributes, num_outputs=4, name=f"{PREFIX}{at.scope}/map")
     second.metadata_props[SITE_KEY] = at.scope
     for index, output in enumerate(second.outputs):

@@ -14,6 +14,7 @@ from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import InvariantError, StripError
 from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.metadata import PatchRecord, read_record
+from atpatch_onnx.second_pass import AGAIN
 
 
 def violations(model: ir.Model) -> tuple[str, ...]:
@@ -92,7 +93,7 @@ def outputs_are_corrected(model: ir.Model, record: PatchRecord) -> Iterator[str]
 def conditionals_are_declared(model: ir.Model, record: PatchRecord) -> Iterator[str]:
     """A branchless patch adds no `If`; a conditional one only those that change nothing where nothing is flagged."""
     for node in _ours(model):
-        if node.op_type != "If":
+        if node.op_type != "If" or node.metadata_props[SITE_KEY] == AGAIN:  # the base's own, once more
             continue
         if record.emission != Emission.CONDITIONAL:
             yield f"the node {node.name!r} is an If in a {record.emission} patch"

@@ -16,6 +16,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -40,7 +41,7 @@ class PatchedSite:
     """None: the site does not detect, or not for itself."""
 
     reach: float | None
-    """By how much the threshold is lower for the other columns of a flagged input; None: the site does not detect."""
+    """By how much the threshold is lower for the other columns of a flagged input; None as of `threshold`."""
 
     value: str | None
     """`neutral` or `own`; None: the site does not redistribute."""
@@ -54,7 +55,8 @@ class PatchedSite:
     value_layout: str
     kv_heads: int
     output: str
-    """The site's output in the base, which the model reads, laid out as `output_layout` says."""
+    """The site's output in the base, which the model reads, laid out as `output_layout` says; in a joint decision, that
+    of the second pass."""
 
     output_layout: str
 
@@ -65,7 +67,7 @@ class PatchedSite:
     """Its own or carried flags, bool `[samples, columns]`."""
 
     margin: str | None
-    """Score minus threshold `[samples, columns]`, where it detects."""
+    """Score minus threshold `[samples, columns]`, where it detects; in a joint decision, the one of all sites."""
 
     @property
     def base_output(self) -> str:
@@ -80,7 +82,7 @@ class PatchedJoint:
     threshold: float
     reach: float
     outputs: tuple[str, ...]
-    """The model's outputs, which are chosen between both passes."""
+    """The model's outputs that depend on the redistributing sites: they are chosen between both passes."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,10 @@ class PatchRecord:
     @property
     def thresholds(self) -> dict[str, str]:
         """Name of the value by which scores exceed a threshold, by that of the weight that this threshold is."""
-        scopes = {(site.site if self.joint is None else SCOPE): site.margin for site in self.sites if site.margin}
-        return {f"atpatch/{scope}/threshold": margin for scope, margin in scopes.items()}
+        margins = {site.site: site.margin for site in self.sites if site.margin}
+        if self.joint is not None:
+            margins = dict.fromkeys([SCOPE], next(iter(margins.values())))
+        return {f"atpatch/{scope}/threshold": margin for scope, margin in margins.items()}
 
     @property
     def outputs(self) -> dict[str, str]:
@@ -202,7 +206,7 @@ def read_record(model: ir.Model) -> PatchRecord:
         if entries["schema"] != SCHEMA:
             raise ValueError(f"schema {entries['schema']}")
         monitors, figures = json.loads(entries["monitors"]), json.loads(entries["figures"])
-        return PatchRecord(
+        record = PatchRecord(
             base=entries["base"],
             patch=entries["patch"],
             emission=entries["emission"],
@@ -213,6 +217,9 @@ def read_record(model: ir.Model) -> PatchRecord:
             layers=_entries(PatchedLayer, entries["layers"], "layer"),
             figures=dict(figures),
         )
+        if record.joint is not None and len({site.margin for site in record.sites if site.margin}) != 1:
+            raise ValueError("the joint decision has no margin, or several")
+        return record
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise StripError(
             f"the metadata entries {PREFIX}*",
@@ -226,12 +233,12 @@ def _joint(entry: Mapping[str, Any] | None) -> PatchedJoint | None:
     """The joint decision; ValueError where a field is not of its type."""
     if entry is None:
         return None
-    joint = PatchedJoint(entry["threshold"], entry["reach"], tuple(entry["outputs"]))
-    if set(entry) != set(asdict(joint)) or not all(isinstance(name, str) for name in joint.outputs):
+    outputs, numbers = entry["outputs"], (entry["threshold"], entry["reach"])
+    if not isinstance(outputs, list) or not all(isinstance(name, str) for name in outputs) or len(entry) != 3:
         raise ValueError("the joint decision has other fields")
-    if not all(isinstance(number, float) for number in (joint.threshold, joint.reach)):
+    if not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
         raise ValueError("the joint decision has a threshold or reach that is no number")
-    return joint
+    return PatchedJoint(*numbers, tuple(outputs))
 
 
 _Entry = TypeVar("_Entry", PatchedSite, PatchedLayer)

@@ -190,6 +190,13 @@ class Patch:
         return digest.hexdigest()[:16]
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Of the detecting sites of a joint decision, by name; ValueError where there are not as many."""
+        detecting = [entry.site for entry in self.sites if entry.detector is not None]
+        weights = [] if self.joint is None else self.joint.weights.tolist()
+        return dict(zip(detecting, weights, strict=True)) if self.joint is not None else {}
+
+    @property
     def meets_target(self) -> bool:
         """Whether the fit reached its target; False only for patches written with `force`."""
         return bool(self.figures.get("meets_target", True))

@@ -29,6 +29,7 @@ from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.metadata import is_patched
 from atpatch_onnx.patch import Patch
+from atpatch_onnx.second_pass import AGAIN
 
 Precision = Literal["int8", "fp16"]
 """int8: weights of products, activations quantized as they come. fp16: weights and arithmetic."""
@@ -57,7 +58,9 @@ def quantizer_settings(patched: ir.Model) -> dict[str, list[str]]:
     names = [
         node.name
         for node in patched.graph.all_nodes()
-        if node.name and (SITE_KEY in node.metadata_props or node.name.startswith(prefixes))
+        if node.name
+        and (SITE_KEY in node.metadata_props or node.name.startswith(prefixes))
+        and node.metadata_props.get(SITE_KEY) != AGAIN  # the base's own, once more
     ]
     if not names:
         raise BakeError(

@@ -105,24 +105,32 @@ class Session:
             progress: Told after every batch.
             stage: What to tell it.
         """
-        samples = len(next(iter(inputs.values())))
-        fixed = [self._batches[name] for name in inputs if isinstance(self._batches.get(name), int)]
-        size = fixed[0] if fixed else batch_size
+        samples, fixed = len(next(iter(inputs.values()))), self._fixed(inputs)
+        size = fixed or batch_size
         for start in range(0, samples, size):
             part = slice(start, min(start + size, samples))
             count = part.stop - part.start
-            batch = {name: np.ascontiguousarray(array[part]) for name, array in inputs.items()}
-            short = bool(fixed) and count < size
-            if short:
-                batch = {name: _filled_up(array, size) for name, array in batch.items()}
+            batch = self.filled({name: np.ascontiguousarray(array[part]) for name, array in inputs.items()})
             results = self.run({**batch, **(constants or {})}, outputs)
-            if short:
+            if fixed and count < size:
                 results = {
                     name: array[:count] if array.ndim and len(array) == size else array
                     for name, array in results.items()
                 }
             yield part, results
             progress(stage, part.stop, samples)
+
+    def _fixed(self, inputs: Mapping[str, Array]) -> int | None:
+        """The batch size, where the model has one."""
+        sizes = [self._batches.get(name) for name in inputs]
+        return next((size for size in sizes if isinstance(size, int)), None)
+
+    def filled(self, batch: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The batch itself, or where it is too short for the model, filled up with copies of its last sample."""
+        size = self._fixed(batch)
+        if size is None or len(next(iter(batch.values()))) >= size:
+            return batch
+        return {name: _filled_up(array, size) for name, array in batch.items()}
 
     def collect(
         self,

@@ -15,24 +15,27 @@ import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.emission import find_value, graph_values
+from atpatch_onnx.errors import BakeError
 from atpatch_onnx.graph import PREFIX
 from atpatch_onnx.insertion import SITE_KEY, Insertion
 
 SCOPE = "joint"
 """Where the joint decision's names lie, under `atpatch/`."""
 
-_AGAIN = "again"
+AGAIN = f"{PREFIX}again"
+"""What the copies are marked as, and where their names lie; no site can have this name."""
+
 _IF = f"{PREFIX}{SCOPE}/if_flagged"
 
 
 def again(name: str) -> str:
     """The name of a value in the second pass."""
-    return f"{PREFIX}{_AGAIN}/{name.removeprefix(PREFIX)}"
+    return f"{AGAIN}/{name.removeprefix(PREFIX)}"
 
 
 def first_name(name: str) -> str:
     """The name in the first pass of what `again` named; a name of the first pass stays as it is."""
-    return name.removeprefix(f"{PREFIX}{_AGAIN}/")
+    return name.removeprefix(f"{AGAIN}/")
 
 
 def detection_scope(site: str) -> str:
@@ -48,11 +51,11 @@ def repeat(model: ir.Model, names: Iterable[str]) -> frozenset[str]:
     """
     twin = graphs.copy(model)
     first = {find_value(twin.graph, name).producer() for name in names}
-    needed = _needed(twin.graph)
+    wanted = needed(twin.graph.outputs, twin.graph)
     nodes: list[ir.Node] = []
     computed: set[ir.Value] = set()
     for node in twin.graph:
-        if node in needed and (node in first or any(value in computed for value in _read(node))):
+        if node in wanted and (node in first or any(value in computed for value in read(node))):
             nodes.append(node)
             computed.update(node.outputs)
     repeated = frozenset(value.name for value in computed if value.name)
@@ -64,25 +67,30 @@ def repeat(model: ir.Model, names: Iterable[str]) -> frozenset[str]:
     twin.graph.outputs.clear()
     twin.graph.remove(nodes)
     model.graph.extend(nodes)
+    taken = {node.name for node in twin.graph.all_nodes()} | {node.name for node in nodes}
     for node in nodes:
-        _name_again(node)
+        _name_again(node, taken)
     return repeated
 
 
-def _needed(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that some output depends on."""
-    needed = {value.producer() for value in graph.outputs}
+def needed(values: Iterable[ir.Value], graph: ir.Graph) -> set[ir.Node]:
+    """The nodes of a graph that some of these values depend on."""
+    found = {value.producer() for value in values}
     for node in reversed(graph):
-        if node in needed:
-            needed.update(value.producer() for value in _read(node))
-    return {node for node in needed if node is not None}
+        if node in found:
+            found.update(value.producer() for value in read(node))
+    return {node for node in found if node is not None}
 
 
-def _name_again(node: ir.Node) -> None:
-    """Name a copied node, and whatever its subgraphs hold, as of the second pass."""
+def _name_again(node: ir.Node, taken: set[str | None]) -> None:
+    """Name a copied node, and whatever its subgraphs hold, as of the second pass; `taken` are names of nodes."""
     for part in (node, *_inside(node)):
-        part.name = again(part.name or f"{part.op_type}_{part.outputs[0].name}")
-        part.metadata_props[SITE_KEY] = _AGAIN
+        wanted = part.name or f"{part.op_type}_{part.outputs[0].name}"
+        while not part.name and wanted in taken:
+            wanted += "_"
+        taken.add(wanted)
+        part.name = again(wanted)
+        part.metadata_props[SITE_KEY] = AGAIN
         for value in part.outputs:
             _rename(value)
     for graph in _subgraphs(node):
@@ -91,13 +99,13 @@ def _name_again(node: ir.Node) -> None:
 
 
 def _rename(value: ir.Value) -> None:
-    if value.name and not value.name.startswith(f"{PREFIX}{_AGAIN}/"):
+    if value.name and not value.name.startswith(f"{AGAIN}/"):
         tensor, value.const_value = value.const_value, None  # shared with the base, and would be renamed with the value
         value.name = again(value.name)
         value.const_value = tensor
 
 
-def _read(node: ir.Node) -> Iterator[ir.Value]:
+def read(node: ir.Node) -> Iterator[ir.Value]:
     """Everything that a node reads, subgraphs included."""
     for part in (node, *_inside(node)):
         yield from (value for value in part.inputs if value is not None)
@@ -142,13 +150,16 @@ def choose(model: ir.Model, repeated: frozenset[str], sampled: ir.Value, sample:
         repeated: What `repeat` answered.
         sampled: Whether a sample is flagged, bool `[samples, 1]`.
         sample: An input with the samples on its first axis.
+
+    Raises:
+        BakeError: An output cannot be exchanged: it is a value that neuron edits changed, or one in half precision that
+            the model reads as well, which onnxruntime rounds only where it is handed out.
     """
     at = Insertion(model.graph, SCOPE)
     choices = []
-    for number, first in enumerate(model.graph.outputs):
-        if first.name not in repeated:
-            continue
-        second = find_value(model.graph, again(first.name))
+    for number, first in enumerate(dict.fromkeys(value for value in model.graph.outputs if value.name in repeated)):
+        _require_exchangeable(first)
+        second = find_value(model.graph, again(first.name or ""))
         if not _by_sample(first, sample):
             chosen = at.op("Identity", second, name=f"{number}/second")
         else:
@@ -156,17 +167,52 @@ def choose(model: ir.Model, repeated: frozenset[str], sampled: ir.Value, sample:
             rank = len(first.shape)
             shape = at.constant(f"rank_{rank}", np.array([-1, *[1] * (rank - 1)], np.int64))
             flagged = at.op("Reshape", sampled, shape, name=f"{number}/flagged")
-            chosen = at.op("Where", flagged, second, first, name=f"{number}/chosen")
+            chosen = _selected(at, flagged, second, first, f"{number}/chosen")
         chosen.shape, chosen.type = first.shape, first.type
         choices.append(Choice(first, chosen))
     return tuple(choices)
 
 
+def _require_exchangeable(output: ir.Value) -> None:
+    producer = output.producer()
+    edited = producer is not None and SITE_KEY in producer.metadata_props
+    halves = output.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    if edited or (halves and any(SITE_KEY not in node.metadata_props for node in output.consumers())):
+        raise BakeError(
+            f"the output {output.name}",
+            expected="one that a second pass can stand in for",
+            found="hidden units that are edited" if edited else "one in half precision that the model itself reads",
+            advice="Fit a patch whose sites decide alone (--decision alone).",
+        )
+
+
+_SELECTABLE = {
+    ir.DataType[name] for name in ("FLOAT", "DOUBLE", "FLOAT16", "INT8", "UINT8", "INT32", "INT64", "STRING")
+}
+"""What onnxruntime's Where takes on the CPU."""
+
+
+def _selected(at: Insertion, flagged: ir.Value, second: ir.Value, first: ir.Value, name: str) -> ir.Value:
+    """The second pass's where flagged, the first's elsewhere, of any type."""
+    if first.dtype is None or first.dtype in _SELECTABLE:
+        return at.op("Where", flagged, second, first, name=name)
+    wide = ir.DataType.FLOAT if first.dtype.is_floating_point() else ir.DataType.INT64
+    to = [ir.AttrInt64("to", wide)]
+    passes = [at.op("Cast", one, name=f"{name}/{one.name}", attributes=to) for one in (second, first)]
+    return at.op("CastLike", at.op("Where", flagged, *passes, name=f"{name}/wide"), first, name=name)
+
+
 def _by_sample(output: ir.Value, sample: ir.Value) -> bool:
-    """Whether an output has the samples on its first axis, as far as shapes say."""
+    """Whether an output has the samples on its first axis, as far as shapes say.
+
+    A number of samples that is fixed, and the size of another axis as well, says nothing.
+    """
     if not isinstance(output.type, ir.TensorType) or not output.shape or not sample.shape:
         return False
-    return output.shape[0] == sample.shape[0] and output.shape[0] != ir.SymbolicDim(None)
+    size = output.shape[0]
+    if size != sample.shape[0] or size == ir.SymbolicDim(None):
+        return False
+    return size == 1 or size not in list(output.shape)[1:]
 
 
 def fold(model: ir.Model, first: ir.Node, condition: ir.Value, choices: Sequence[Choice]) -> tuple[Choice, ...]:

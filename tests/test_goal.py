@@ -95,4 +95,4 @@ def test_without_labels_the_bases_predictions_stand_in():
     )
     assert (found.accuracy_base, found.accuracy) == (1.0, 3 / 4)
     assert found.remaining == 1.0
-    assert (found.recall, found.precision) == (0.0, 0.0)
+    assert (found.recall, found.precision) == (1.0, 0.0)  # nothing was to be flagged

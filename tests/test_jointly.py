@@ -1,20 +1,22 @@
 """A joint decision in the graph: it decides as its scores say, repeats the base, and leaves nothing behind."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import VARIANTS, draw_joint_patch, run, same_bits, with_outputs
+from models import VARIANTS, Net, draw_joint_patch, run, same_bits, with_outputs
 from onnx import TensorProto, helper
 from planted import Planted
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.bake import bake
+from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.edits import edited
 from atpatch_onnx.emission import Emission
-from atpatch_onnx.errors import PatchMismatchError
+from atpatch_onnx.errors import BakeError, PatchMismatchError, StripError
 from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.inspection import expose
 from atpatch_onnx.matching import find_sites
@@ -137,7 +139,7 @@ def test_detection_needs_not_all_sites_and_redistribution_neither():
 def test_what_cannot_decide_together_is_refused():
     model, patch, _ = drawn(Planted())
     detecting = tuple(replace(entry, redistribution=None) for entry in patch.sites)
-    with pytest.raises(PatchMismatchError, match="some of which redistribute"):
+    with pytest.raises(PatchMismatchError, match="a site that redistributes"):
         bake(model, replace(patch, sites=detecting))
 
 
@@ -195,6 +197,7 @@ def test_a_second_pass_that_is_not_the_base_is_found_out(change):
     model, patch, _ = drawn(Planted())
     patched = bake(model, patch)
     change(patched)
+    assert [check.name for check in verify(model, patched).failures][:1] == ["repetition"]
     result = verify(model, patched, Planted().debug(20, seed=5))
     assert any(check.name.startswith("second pass") for check in result.failures), result.checks
 
@@ -208,6 +211,171 @@ def test_other_numbers_of_the_decision_are_found_out(name):
     value.const_value = ir.tensor(value.const_value.numpy() + np.float32(1.5), name=value.name)
     (failure,) = [check for check in verify(model, patched).failures if check.name == "weights"]
     assert f"atpatch/{scope}/{name}" in failure.detail
+
+
+def edited_joint(patched: ir.Model, **changes) -> None:
+    """The metadata entry of the decision says something else."""
+    entry = json.loads(patched.metadata_props["atpatch.joint"])
+    patched.metadata_props["atpatch.joint"] = json.dumps({**entry, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"threshold": 1},
+        {"threshold": float("nan")},
+        {"outputs": {"logits": 1}},
+        {"outputs": "logits"},
+        {"outputs": [1]},
+        {"reach": None},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_metadata_of_another_kind_is_refused(changes):
+    model, patch, _ = drawn(Planted())
+    patched = bake(model, patch)
+    edited_joint(patched, **changes)
+    with pytest.raises(StripError, match="complete entries"):
+        verify(model, patched)
+
+
+@pytest.mark.parametrize("outputs", [[], ["x"], ["hidden"], ["logits", "logits"]], ids=str)
+def test_other_outputs_in_the_metadata_are_found_out(outputs):
+    model, patch, _ = drawn(Planted())
+    patched = bake(model, patch)
+    edited_joint(patched, outputs=outputs)
+    assert not verify(model, patched).passed
+    assert not verify(model, patched, Planted().debug(6, seed=5)).passed
+
+
+def test_a_reach_that_the_file_does_not_name_is_found_out():
+    model, patch, _ = drawn(Planted(), reach=0.1)
+    patched = bake(model, patch)
+    edited_joint(patched, reach=0.0)
+    assert [check.name for check in verify(model, patched).failures] == ["weights"]
+
+
+# Bases of all kinds
+
+
+def net_with(*nodes: onnx.NodeProto, outputs: dict[str, tuple[int, list]], **options) -> tuple[ir.Model, dict]:
+    """A net with further nodes behind it, and outputs by type and shape."""
+    net = Net(**options)
+    proto = net.proto()
+    proto.graph.node.extend(nodes)
+    proto.graph.output.extend(helper.make_tensor_value_info(name, *kind) for name, kind in outputs.items())
+    return ir.from_proto(proto), net.feed(np.random.default_rng(0))
+
+
+def checked(model: ir.Model, feed: dict[str, np.ndarray]) -> list[ir.Model]:
+    """A drawn patch in both emissions, both of which verify and come out again."""
+    patch = draw_joint_patch(model, feed, share=0.1)
+    turned = {name: array[::-1].copy() for name, array in feed.items()}
+    found = []
+    for emission in Emission:
+        found.append(bake(model, patch, emission=emission))
+        result = verify(model, found[-1], DebugSet.from_pairs(feed, turned), batch_size=4)
+        assert result.passed, result.failures
+    return found
+
+
+def bool_output() -> tuple[ir.Model, dict]:
+    zero = helper.make_node("Constant", [], ["zero"], value_float=0.0)
+    node = helper.make_node("Greater", ["logits", "zero"], ["positive"])
+    return net_with(zero, node, outputs={"positive": (TensorProto.BOOL, ["batch", 3])})
+
+
+def short_output() -> tuple[ir.Model, dict]:
+    node = helper.make_node("Cast", ["logits"], ["short"], to=TensorProto.INT16)
+    return net_with(node, outputs={"short": (TensorProto.INT16, ["batch", 3])})
+
+
+def infinite_output() -> tuple[ir.Model, dict]:
+    nodes = [helper.make_node("Relu", ["logits"], ["r"]), helper.make_node("Log", ["r"], ["log"])]
+    return net_with(*nodes, outputs={"log": (TensorProto.FLOAT, ["batch", 3])})
+
+
+def conditional_tail() -> tuple[ir.Model, dict]:
+    return net_with(outputs={}, y_in_if=True)
+
+
+def site_output() -> tuple[ir.Model, dict]:
+    return net_with(outputs={}, y_is_output=True)
+
+
+def output_twice() -> tuple[ir.Model, dict]:
+    model, feed = net_with(outputs={})
+    model.graph.outputs.append(model.graph.outputs[0])
+    return model, feed
+
+
+def clash_of_names() -> tuple[ir.Model, dict]:
+    model, feed = net_with(outputs={})
+    logits = model.graph.outputs[0].producer()
+    logits.name = ""
+    other = next(node for node in model.graph if node is not logits and node.outputs[0].name != "logits")
+    other.name = f"{logits.op_type}_logits"
+    return model, feed
+
+
+BASES = [bool_output, short_output, infinite_output, conditional_tail, site_output, output_twice, clash_of_names]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_bases_of_all_kinds(base):
+    model, feed = base()
+    for patched in checked(model, feed):
+        for name, array in run(bake(model, quiet(model, feed)), feed).items():
+            if name in run(model, feed):
+                assert same_bits(array, run(model, feed)[name])
+        assert graphs.fingerprint(strip(patched)) == graphs.fingerprint(model)
+
+
+def quiet(model: ir.Model, feed: dict[str, np.ndarray]) -> Patch:
+    patch = draw_joint_patch(model, feed, share=0.1)
+    return replace(patch, joint=replace(patch.joint, threshold=3.0))
+
+
+def test_an_axis_as_long_as_the_batch_is_not_taken_for_it():
+    node = helper.make_node("Transpose", ["hidden"], ["turned"], perm=[1, 0, 2])
+    model, feed = net_with(node, outputs={"turned": (TensorProto.FLOAT, [5, 5, 8])}, batch=5, tokens=5)
+    found = run(bake(model, draw_joint_patch(model, feed, share=0.15)), feed)
+    flagged = found["atpatch/flagged"][:, 0]
+    assert 0 < flagged.mean() < 1
+    np.testing.assert_allclose(found["turned"][:, flagged], found["hidden"].transpose(1, 0, 2)[:, flagged], atol=1e-6)
+
+
+def test_a_batch_that_is_fixed_and_not_full():
+    planted = Planted(batch=4)
+    model, patch, _ = drawn(planted)
+    result = verify(model, bake(model, patch), planted.debug(18, seed=5))
+    assert result.passed, result.failures
+    assert any(check.name.startswith("second pass") for check in result.checks)
+
+
+def test_weights_belong_to_their_sites_in_whatever_order():
+    model, patch, feed = drawn(Planted())
+    weights = np.array([0.7, 0.2, 0.1], np.float32)
+    one = replace(patch, joint=replace(patch.joint, weights=weights))
+    other = replace(one, sites=one.sites[::-1], joint=replace(patch.joint, weights=weights[::-1].copy()))
+    for name, array in run(bake(model, one), feed).items():
+        assert same_bits(array, run(bake(model, other), feed)[name])
+    with pytest.raises(PatchMismatchError, match="a weight for each of 3"):
+        bake(model, replace(patch, joint=replace(patch.joint, weights=weights[:2])))
+
+
+def test_what_cannot_be_handed_out_is_refused():
+    with pytest.raises(BakeError, match="half precision that the model itself reads"):
+        draw_joint_patch(*net_with(outputs={}, half=True))
+    model = Planted(mlp=8).model()
+    layer = find_hidden_layers(model)[1]
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    model.graph.outputs.append(values[layer.value])
+    patch = draw_joint_patch(model, Planted().inputs(20)[0])
+    edit = LayerEdit(layer.name, np.array([0]), np.zeros(1, np.float32), np.ones(1, np.float32))
+    with pytest.raises(BakeError, match="hidden units that are edited"):
+        bake(model, replace(patch, edits=(edit,)))
 
 
 # The second pass by itself

@@ -396,6 +396,8 @@ def test_sites_of_a_joint_decision_are_switched_off(joint, tmp_path):
     assert logits.tobytes() == expected.tobytes()
     session.enable("layer0.attention")
     assert answers(session, feed) == own
-    for site in ("layer1.attention", "layer2.attention"):
-        session.disable(site)
+    session.disable("layer1.attention")  # the other one decides alone, its weight 1 now
+    assert session.run(["atpatch/flagged"], feed)[0].all()
+    assert not session.run(["atpatch/flagged"], LATE.debug(20, seed=7).clean)[0].any()
+    session.disable("layer2.attention")
     assert not session.run(["atpatch/flagged"], feed)[0].any()

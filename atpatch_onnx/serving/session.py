@@ -88,6 +88,13 @@ class PatchedSession:
             )
         self._probe = draw_inputs(self._model, np.random.default_rng(0)) if probe is None else probe
         self._own: Weights = _weights(self._model)
+        if not self._record.thresholds.keys() <= self._own.keys():
+            raise ServingError(
+                os.fspath(path),
+                expected=f"the weights {', '.join(self._record.thresholds)}",
+                found="some of them missing",
+                advice="The file was edited after it was baked: bake the patch into the base again.",
+            )
         self._weights: Weights = self._own
         self._live_record, self._off = self._record, frozenset[str]()
         self._counters, self._changing = Counters(), threading.Lock()
@@ -164,7 +171,7 @@ class PatchedSession:
     def disable(self, site: str) -> None:
         """Let a site neither detect nor redistribute; flags of other sites are carried past it.
 
-        Sites that decide jointly go on with the scores of the others, whose threshold it was not made for.
+        Sites that decide jointly go on with the scores of the others, by a threshold that was calibrated with all.
 
         Edits of hidden units stay: they are no site's.
 
@@ -212,7 +219,7 @@ class PatchedSession:
 
     def _exchange(self, weights: Weights, record: PatchRecord, off: frozenset[str]) -> None:
         """Open a session with these weights, prove it, and let it serve from now on."""
-        wanted = {**weights, **dict(self._silenced(off))}
+        wanted = {**weights, **dict(self._silenced(off, weights))}
         alarmed = self._alarmed(wanted)
         if alarmed is not None:  # in which redistribution has something to do
             self._require_effect(self._open(alarmed), alarmed)
@@ -224,23 +231,32 @@ class PatchedSession:
         others = {name: array for name, array in weights.items() if not np.array_equal(array, self._own[name])}
         return FileSession(self._path, others, providers=self._providers, options=self._options())
 
-    def _silenced(self, off: frozenset[str]) -> Iterator[tuple[str, Array]]:
+    def _silenced(self, off: frozenset[str], weights: Weights) -> Iterator[tuple[str, Array]]:
         """Of the sites that are switched off: a threshold that nothing exceeds, and the switch of redistribution.
 
-        In a joint decision a site that is off has no weight; with all of them off, nothing exceeds the threshold.
+        In a joint decision a site that is off has no weight, and those of the others add up to 1 again; with all of
+        them off, nothing exceeds the threshold.
         """
         never = np.array([np.inf], np.float32)
         for site in off:
-            silent = {
-                f"{site}/threshold": never,
-                f"{detection_scope(site)}/weight": np.zeros(1, np.float32),
-                f"{site}/switch": np.array([False]),
-            }
+            silent = {f"{site}/threshold": never, f"{site}/switch": np.array([False])}
             for name, array in silent.items():
                 if f"{graphs.PREFIX}{name}" in self._own:
                     yield f"{graphs.PREFIX}{name}", array
-        if self._record.joint is not None and off.issuperset(s.site for s in self._record.sites if s.margin):
+        if self._record.joint is None or not off:
+            return
+        own = {
+            site.site: weights[f"{graphs.PREFIX}{detection_scope(site.site)}/weight"]
+            for site in self._record.sites
+            if site.margin is not None
+        }
+        left = sum(float(weight[0]) for site, weight in own.items() if site not in off)
+        if left == 0:
             yield from ((name, never) for name in self._record.thresholds)
+            return
+        for site, weight in own.items():
+            kept = weight / np.float32(left) if site not in off else np.zeros_like(weight)
+            yield f"{graphs.PREFIX}{detection_scope(site)}/weight", kept
 
     def _alarmed(self, weights: Weights) -> Weights | None:
         """The weights with thresholds so low that half of the probe's columns are flagged; None where none detects."""
