@@ -158,7 +158,7 @@ class _Bench:
             yield ScoredPart(trial, part, batch_size=self.options.batch_size, progress=self.progress, stage="scoring")
 
     def fitted(self, entries: Entries) -> _Fitted:
-        """Calibrate and search as `atp.fit` does."""
+        """Calibrate and search as `atp.fit` does where sites decide alone."""
         calibration_part, validation_part, unseen = self.scored(entries)
         calibration = Calibration.of(calibration_part, self.options)
         found = Search(validation_part, calibration, self.options, self.progress).run()

@@ -122,6 +122,17 @@ def test_a_synthetic_patch_does_all_at_every_site_in_a_fits_sizes(planted):
             assert site.detector.weight_1.shape[1] == real.weight_1.shape[1]
 
 
+def test_a_synthetic_joint_decision(files, capsys):
+    patch = synthetic_patch(atp.load(files.base), decision="joint")
+    assert patch.joint.weights.sum() == pytest.approx(1)
+    assert all(site.detector and site.redistribution for site in patch.sites)
+    quick = ["--batch", "1", "--threads", "1", "--rounds", "2", "--no-memory", "--json"]
+    assert main(["benchmark", str(files.base), "--synthetic", "--decision", "joint", *quick]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["detecting"] == said["sites"] == 3
+    assert said["timings"][0]["flagged_ratio"] > 0
+
+
 def test_the_command_line(files, tmp_path, capsys):
     quick = ["--batch", "1", "--threads", "1", "--rounds", "2", "--no-memory"]
     assert main(["benchmark", str(files.base), str(files.patched), *quick, "--json"]) == 0

@@ -120,6 +120,28 @@ def test_a_fit_that_meets_its_goal():
     assert "1,234" in shown
 
 
+def test_a_joint_decision_is_told():
+    figures = r.figures()
+    assert "Decided by" not in words(fit_summary(r.patch()))  # a patch of before
+    alone = r.patch().with_figures({**figures, "decision": "alone"})
+    assert "Decided by each site alone, flags carried" in words(fit_summary(alone))
+    figures["sites"][0]["weight"] = 0.625
+    joint = r.patch().with_figures({**figures, "decision": "joint"})
+    shown = words(fit_summary(joint))
+    assert "Decided by all sites together, then a second pass" in shown
+    assert "Detects at layer0 (weight 0.62)" in shown
+    assert "Redistributes at layer0 " in shown
+    assert "of each site alone" in words(fit_table(joint))
+
+
+def test_a_goal_for_columns_is_told_where_there_is_one():
+    figures = r.figures()
+    figures["goal"]["columns_missed"] = 1.0
+    assert "columns missed" not in words(fit_summary(r.patch().with_figures(figures)))
+    figures["goal"]["columns_missed"], figures["outcome"]["recall"] = 0.005, 0.99
+    assert "anomalous columns missed 1.00% 0.50% MISSED" in words(fit_summary(r.patch().with_figures(figures)))
+
+
 def test_a_missed_goal_comes_first_in_words():
     shown = words(fit_summary(r.patch(met=False)))
     assert shown.startswith("GOAL MISSED")

@@ -71,6 +71,9 @@ class SiteRow:
     flag_rate: float | None
     """Share of clean inputs on which the site flags a column."""
 
+    weight: float | None
+    """In a joint decision; None: there is none."""
+
     elements: tuple[Element, ...]
 
 
@@ -198,6 +201,7 @@ def site_rows(figures: Mapping[str, Any]) -> tuple[SiteRow, ...]:
             precision=number(entry.get("precision")),
             recall=number(entry.get("recall")),
             flag_rate=number(entry.get("clean_flag_rate")),
+            weight=number(entry.get("weight")),
             elements=_elements(entry, figures),
         )
         for entry in (entries if isinstance(entries, list) else [])

@@ -154,6 +154,7 @@ def _legend(figures: Mapping[str, object]) -> str:
         "Separation: ROC area of column scores. Gap: lowest anomalous less largest clean score. "
         "Flag rate: clean inputs flagged. Redistr.: with its benign attention. "
         f"Without it: {residual(figures)} when this element alone is switched off."
+        + (" All but the last two are of each site alone." if figures.get("decision") == "joint" else "")
     )
 
 
@@ -173,7 +174,11 @@ def fit_summary(patch: Patch | PatchRecord) -> Group:
     if decided := decision(figures):
         facts.append(("Decided by", decided))
     for role, label in (("detect", "Detects at"), ("redistribute", "Redistributes at")):
-        names = [row.site for row in rows if any(element.role == role for element in row.elements)]
+        names = [
+            row.site + (f" (weight {row.weight:.2f})" if row.weight and role == "detect" else "")
+            for row in rows
+            if any(element.role == role for element in row.elements)
+        ]
         if rows:
             facts.append((label, ", ".join(names) or "no site"))
     if number(figures.get("settings_tried")) is not None:
