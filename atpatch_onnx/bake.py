@@ -22,7 +22,7 @@ from atpatch_onnx.errors import BakeError, PatchMismatchError
 from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.invariants import require_invariants
 from atpatch_onnx.jointly import weave_jointly
-from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching import find_sites, sample_outputs
 from atpatch_onnx.metadata import PatchedJoint, PatchedLayer, PatchedSite, describe, is_patched
 from atpatch_onnx.patch import Patch, SitePatch
 from atpatch_onnx.sites import AttentionSite
@@ -74,7 +74,9 @@ def bake(
     if patch.joint is None:
         woven, joint = weave(patched, entries, emission, _constants), None
     else:
-        joined = weave_jointly(patched, entries, patch.joint, patch.weights, emission, _constants)
+        joined = weave_jointly(
+            patched, entries, patch.joint, patch.weights, sample_outputs(model), emission, _constants
+        )
         numbers = float(patch.joint.threshold), float(patch.joint.reach)
         woven, joint = joined.sites, PatchedJoint(*numbers, joined.outputs)
     monitors = _add_monitors(patched, woven) if monitor and woven else []

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
-from atpatch_onnx.emission import Emission, Handles, open_site, sample_input
+from atpatch_onnx.emission import Emission, Handles, open_site
 from atpatch_onnx.errors import BakeError, PatchMismatchError
 from atpatch_onnx.features import Landmarks
 from atpatch_onnx.insertion import Insertion
@@ -38,6 +38,7 @@ def weave_jointly(
     entries: Sequence[tuple[AttentionSite, SitePatch]],
     joint: Joint,
     weights: Mapping[str, float],
+    by_sample: frozenset[str],
     emission: Emission,
     controls: Callable[[Insertion, AttentionSite, SitePatch], Controls],
 ) -> Joined:
@@ -50,6 +51,7 @@ def weave_jointly(
         entries: The sites and what each of them does, in graph order.
         joint: Threshold and reach.
         weights: Of the detecting sites, by name.
+        by_sample: The outputs with the samples on their first axis: `sample_outputs` of the base.
         emission: Whether the second pass is inside an `If`.
         controls: Benign attention and switches of a site.
 
@@ -79,7 +81,7 @@ def weave_jointly(
     ]
     carried = {site.token_axis: flags for site, _ in redistributing}
     repaired = weave(model, redistributing, Emission.BRANCHLESS, controls, carried)
-    choices = choose(model, repeated, sampled, sample_input(model.graph))
+    choices = choose(model, repeated, sampled, by_sample)
     if emission is Emission.CONDITIONAL:
         choices = fold(model, second, any_flag, choices)
     woven = {step.site.name: step for step in repaired}

@@ -139,17 +139,19 @@ class Choice:
     """The second pass's where a sample is flagged, the first's elsewhere."""
 
 
-def choose(model: ir.Model, repeated: frozenset[str], sampled: ir.Value, sample: ir.Value) -> tuple[Choice, ...]:
+def choose(
+    model: ir.Model, repeated: frozenset[str], sampled: ir.Value, by_sample: frozenset[str]
+) -> tuple[Choice, ...]:
     """Choose between the passes, output by output and sample by sample.
 
-    An unflagged sample keeps the base's bits whatever kernels the second pass takes. An output that has no sample axis
-    is the second pass's.
+    An unflagged sample keeps the base's bits whatever kernels the second pass takes. An output that has its samples
+    elsewhere, or none, is the second pass's.
 
     Args:
         model: The model, with the second pass at its end.
         repeated: What `repeat` answered.
         sampled: Whether a sample is flagged, bool `[samples, 1]`.
-        sample: An input with the samples on its first axis.
+        by_sample: Names of the outputs with the samples on their first axis.
 
     Raises:
         BakeError: An output cannot be exchanged: it is a value that neuron edits changed, or one in half precision that
@@ -160,10 +162,9 @@ def choose(model: ir.Model, repeated: frozenset[str], sampled: ir.Value, sample:
     for number, first in enumerate(dict.fromkeys(value for value in model.graph.outputs if value.name in repeated)):
         _require_exchangeable(first)
         second = find_value(model.graph, again(first.name or ""))
-        if not _by_sample(first, sample):
+        if first.name not in by_sample or first.shape is None:
             chosen = at.op("Identity", second, name=f"{number}/second")
         else:
-            assert first.shape is not None
             rank = len(first.shape)
             shape = at.constant(f"rank_{rank}", np.array([-1, *[1] * (rank - 1)], np.int64))
             flagged = at.op("Reshape", sampled, shape, name=f"{number}/flagged")
@@ -200,19 +201,6 @@ def _selected(at: Insertion, flagged: ir.Value, second: ir.Value, first: ir.Valu
     to = [ir.AttrInt64("to", wide)]
     passes = [at.op("Cast", one, name=f"{name}/{one.name}", attributes=to) for one in (second, first)]
     return at.op("CastLike", at.op("Where", flagged, *passes, name=f"{name}/wide"), first, name=name)
-
-
-def _by_sample(output: ir.Value, sample: ir.Value) -> bool:
-    """Whether an output has the samples on its first axis, as far as shapes say.
-
-    A number of samples that is fixed, and the size of another axis as well, says nothing.
-    """
-    if not isinstance(output.type, ir.TensorType) or not output.shape or not sample.shape:
-        return False
-    size = output.shape[0]
-    if size != sample.shape[0] or size == ir.SymbolicDim(None):
-        return False
-    return size == 1 or size not in list(output.shape)[1:]
 
 
 def fold(model: ir.Model, first: ir.Node, condition: ir.Value, choices: Sequence[Choice]) -> tuple[Choice, ...]:

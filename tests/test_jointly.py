@@ -19,7 +19,7 @@ from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import BakeError, PatchMismatchError, StripError
 from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.inspection import expose
-from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching import find_sites, sample_outputs
 from atpatch_onnx.metadata import read_record
 from atpatch_onnx.patch import LayerEdit, Patch
 from atpatch_onnx.runtime import Session
@@ -335,6 +335,20 @@ def test_bases_of_all_kinds(base):
 def quiet(model: ir.Model, feed: dict[str, np.ndarray]) -> Patch:
     patch = draw_joint_patch(model, feed, share=0.1)
     return replace(patch, joint=replace(patch.joint, threshold=3.0))
+
+
+def test_outputs_with_the_samples_first():
+    """Whatever their dimensions are called; not those that have them elsewhere, or none."""
+    turned = helper.make_node("Transpose", ["hidden"], ["turned"], perm=[1, 0, 2])
+    largest = helper.make_node("ReduceMax", ["hidden"], ["largest"], keepdims=0)
+    model, _ = net_with(
+        turned,
+        largest,
+        outputs={"turned": (TensorProto.FLOAT, ["a", "b", 8]), "largest": (TensorProto.FLOAT, [])},
+    )
+    assert sample_outputs(model) == {"logits", "hidden"}
+    model.graph.outputs[0].shape = ir.Shape(["Gemm_dim_0", 3])
+    assert "logits" in sample_outputs(model)
 
 
 def test_an_axis_as_long_as_the_batch_is_not_taken_for_it():

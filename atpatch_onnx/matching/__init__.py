@@ -10,12 +10,13 @@ import onnx_ir as ir
 from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes
 from atpatch_onnx.matching.naming import site_names
+from atpatch_onnx.matching.provenance import Source, factors
 from atpatch_onnx.matching.rules import Candidate, Rule, label
 from atpatch_onnx.matching.unmapped import unmapped
 from atpatch_onnx.matching.view import View, view
 from atpatch_onnx.sites import AttentionSite, Matches, NearMiss
 
-__all__ = ["RULES", "explain", "find_sites"]
+__all__ = ["RULES", "explain", "find_sites", "sample_outputs"]
 
 RULES: tuple[Rule, ...] = (softmax.RULE, attention_op.RULE, fused.RULE)
 """In order: the first rule that is anchored at a node's operator answers for it."""
@@ -24,6 +25,25 @@ RULES: tuple[Rule, ...] = (softmax.RULE, attention_op.RULE, fused.RULE)
 def find_sites(model: ir.Model) -> tuple[AttentionSite, ...]:
     """The attention sites of a model in the graph's node order; `explain` also says what was refused and why."""
     return explain(model).sites
+
+
+def sample_outputs(model: ir.Model) -> frozenset[str]:
+    """The outputs with the samples, and nothing else, on their first axis, as far as that can be told.
+
+    Traced back to an input, or of a size that no other axis has: that of the samples, which is a number of its own
+    where the model leaves it free.
+    """
+    seen = view(model)
+    return frozenset(str(output.name) for output in model.graph.outputs if _begins_with_samples(output, seen))
+
+
+def _begins_with_samples(output: ir.Value, seen: View) -> bool:
+    sizes = seen.sizes(output)
+    if not sizes:
+        return False
+    if [factor.source for factor in factors(output, 0, seen) or ()] == [Source.SAMPLES]:
+        return True
+    return sizes[0] == seen.samples and seen.samples not in sizes[1:]
 
 
 def explain(model: ir.Model) -> Matches:
