@@ -41,9 +41,11 @@ class _Stage:
 
 def driven(base: ir.Model, record: PatchRecord, *, optimize: bool) -> "Driven | None":
     """Such a session, as of `Driven`; None where there is no second pass, or one in half precision."""
+    if record.joint is None:
+        return None
     named = {first_name(site.output) for site in record.sites if site.value is not None}
     halves = any(site.dtype != ir.DataType.FLOAT.name for site in find_sites(base) if site.output in named)
-    return None if record.joint is None or halves else Driven(base, record, optimize=optimize)
+    return None if halves else Driven(base, record, optimize=optimize)
 
 
 class Driven:
