@@ -16,8 +16,8 @@ from atpatch_onnx.emission import find_value
 from atpatch_onnx.errors import StripError
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import PatchRecord
+from atpatch_onnx.passes import first_name
 from atpatch_onnx.runtime import Array, Session
-from atpatch_onnx.second_pass import first_name
 
 SECOND_PASS = 1e-4
 """Largest difference of the second pass to the base, relative to the largest value of an output (at least 1): kernels

@@ -14,7 +14,7 @@ from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import InvariantError, StripError
 from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.metadata import PatchRecord, read_record
-from atpatch_onnx.second_pass import AGAIN
+from atpatch_onnx.passes import AGAIN
 
 
 def violations(model: ir.Model) -> tuple[str, ...]:

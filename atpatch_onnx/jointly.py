@@ -18,8 +18,9 @@ from atpatch_onnx.emission import Emission, Handles, open_site
 from atpatch_onnx.errors import BakeError, PatchMismatchError
 from atpatch_onnx.features import Landmarks
 from atpatch_onnx.insertion import Insertion
+from atpatch_onnx.passes import SCOPE, again, detection_scope
 from atpatch_onnx.patch import Joint, SitePatch
-from atpatch_onnx.second_pass import SCOPE, again, choose, detection_scope, fold, hand_out, repeat
+from atpatch_onnx.second_pass import choose, fold, hand_out, repeat
 from atpatch_onnx.sites import AttentionSite
 from atpatch_onnx.weave import Controls, Woven, check_shapes, decide, detect, weave
 

@@ -25,8 +25,8 @@ import onnx_ir as ir
 
 from atpatch_onnx.errors import StripError
 from atpatch_onnx.hidden import units_scope
+from atpatch_onnx.passes import SCOPE, output_scope
 from atpatch_onnx.patch import Patch
-from atpatch_onnx.second_pass import SCOPE, output_scope
 
 PREFIX = "atpatch."
 SCHEMA = "5"

@@ -28,8 +28,8 @@ from atpatch_onnx.graph import PREFIX, opset_version
 from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.metadata import is_patched
+from atpatch_onnx.passes import AGAIN
 from atpatch_onnx.patch import Patch
-from atpatch_onnx.second_pass import AGAIN
 
 Precision = Literal["int8", "fp16"]
 """int8: weights of products, activations quantized as they come. fp16: weights and arithmetic."""

@@ -14,7 +14,8 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.emission import MODE
 from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.metadata import PatchRecord
-from atpatch_onnx.second_pass import again, first_name, needed, output_scope, read, unfold
+from atpatch_onnx.passes import again, first_name, output_scope
+from atpatch_onnx.second_pass import needed, read, unfold
 
 
 def differences(patched: ir.Model, record: PatchRecord) -> Iterator[str]:

@@ -18,29 +18,9 @@ from atpatch_onnx.emission import find_value, graph_values
 from atpatch_onnx.errors import BakeError
 from atpatch_onnx.graph import PREFIX
 from atpatch_onnx.insertion import SITE_KEY, Insertion
-
-SCOPE = "joint"
-"""Where the joint decision's names lie, under `atpatch/`."""
-
-AGAIN = f"{PREFIX}again"
-"""What the copies are marked as, and where their names lie; no site can have this name."""
+from atpatch_onnx.passes import AGAIN, SCOPE, again, output_scope
 
 _IF = f"{PREFIX}{SCOPE}/if_flagged"
-
-
-def again(name: str) -> str:
-    """The name of a value in the second pass."""
-    return f"{AGAIN}/{name.removeprefix(PREFIX)}"
-
-
-def first_name(name: str) -> str:
-    """The name in the first pass of what `again` named; a name of the first pass stays as it is."""
-    return name.removeprefix(f"{AGAIN}/")
-
-
-def detection_scope(site: str) -> str:
-    """Where the names of a site's detection lie, under `atpatch/`, if it is part of a joint decision."""
-    return f"{site}/detection"
 
 
 def repeat(model: ir.Model, names: Iterable[str]) -> frozenset[str]:
@@ -255,8 +235,3 @@ def hand_out(model: ir.Model, choices: Sequence[Choice]) -> tuple[str, ...]:
             if output is choice.first:
                 model.graph.outputs[index] = choice.chosen
     return tuple(names)
-
-
-def output_scope(number: int) -> str:
-    """Where the names of the chosen output of this number lie, under `atpatch/`."""
-    return f"{SCOPE}/{number}"

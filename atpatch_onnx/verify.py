@@ -29,10 +29,10 @@ from atpatch_onnx.inspection import (
 )
 from atpatch_onnx.invariants import violations
 from atpatch_onnx.metadata import PatchedJoint, PatchedLayer, PatchRecord, read_record, weights_digest
+from atpatch_onnx.passes import SCOPE, detection_scope
 from atpatch_onnx.patch import LayerEdit
 from atpatch_onnx.repetition import differences
 from atpatch_onnx.runtime import Array, Progress, Session, silent
-from atpatch_onnx.second_pass import SCOPE, detection_scope
 from atpatch_onnx.strip import strip
 
 TOLERANCE: Mapping[str, float] = {"FLOAT": 1e-5, "FLOAT16": 4e-3}

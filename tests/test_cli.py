@@ -288,6 +288,7 @@ def test_fit_with_options(place, here, capsys):
         "flip_rate": 0.3,
         "accuracy_loss": 0.02,
         "clean_flag_rate": 0.03,
+        "columns_missed": 1.0,
     }
     assert [site["site"] for site in figures["sites"]] == ["layer1.attention"]
 

@@ -151,7 +151,7 @@ def test_what_was_not_measured_is_left_out(html, missing, sections):
 
 
 def test_a_bare_patch_has_a_report():
-    record = PatchRecord("sha256:00", "feed", "branchless", ("atpatch/flagged",), (), (), "00", {})
+    record = PatchRecord("sha256:00", "feed", "branchless", ("atpatch/flagged",), (), None, (), "00", {})
     page = Page(render_html(title="Bare", patch=record))
     assert page.sections == ["identity", "glossary"]
     assert "branchless" in page.words

@@ -27,10 +27,10 @@ from atpatch_onnx.errors import PatchMismatchError, ServingError
 from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.inspection import expose
 from atpatch_onnx.metadata import PatchRecord, read_record
+from atpatch_onnx.passes import detection_scope
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.rehearsal.drawing import draw_inputs
 from atpatch_onnx.runtime import Array, FileSession, Session, SessionOptions
-from atpatch_onnx.second_pass import detection_scope
 from atpatch_onnx.serving.counters import Counters, Stats
 from atpatch_onnx.strip import strip
 
