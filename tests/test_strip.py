@@ -150,7 +150,7 @@ TAMPERING = {
         f"metadata {key}={value!r}": _metadata(key, value)
         for key, values in {
             "base": ("sha256:0", "", None),
-            "schema": ("5", "", None),
+            "schema": ("4", "", None),
             "sites": ("[]", "{}", "null", "no json", "[1]", '[{"site": "x"}]', "[" * 100_000, None),
             "monitors": ("3", "no json", "null", None),
             "figures": ("3", "no json", "null", None),
