@@ -99,12 +99,7 @@ def _inside(node: ir.Node) -> Iterator[ir.Node]:
 def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """The subgraphs of a node, and theirs."""
     for attribute in node.attributes.values():
-        found: Sequence[ir.Graph] = ()
-        if attribute.type is ir.AttributeType.GRAPH:
-            found = (attribute.as_graph(),)
-        elif attribute.type is ir.AttributeType.GRAPHS:
-            found = attribute.as_graphs()
-        for graph in found:
+        for graph in graphs.subgraphs(attribute):
             yield graph
             for inner in graph:
                 yield from _subgraphs(inner)

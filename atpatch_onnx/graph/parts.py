@@ -119,7 +119,7 @@ def _undefined(graph: ir.Graph, outer: Set[ir.Value]) -> str | None:
             if value is not None and value not in known:
                 return str(value.name)
         for attribute in node.attributes.values():
-            for subgraph in _subgraphs(attribute):
+            for subgraph in subgraphs(attribute):
                 missing = _undefined(subgraph, known)
                 if missing is not None:
                     return missing
@@ -127,7 +127,8 @@ def _undefined(graph: ir.Graph, outer: Set[ir.Value]) -> str | None:
     return next((str(value.name) for value in graph.outputs if value not in known), None)
 
 
-def _subgraphs(attribute: ir.Attr) -> Iterable[ir.Graph]:
+def subgraphs(attribute: ir.Attr) -> Iterable[ir.Graph]:
+    """The graphs that an attribute holds."""
     if attribute.type is ir.AttributeType.GRAPH:
         return (attribute.as_graph(),)
     return attribute.as_graphs() if attribute.type is ir.AttributeType.GRAPHS else ()
