@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 PYTEST ?= -n auto --dist loadgroup
 
-.PHONY: setup demo test check results benchmark clean
+.PHONY: setup demo test check results comparison benchmark clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,9 @@ check: setup
 
 results: setup
 	$(VENV)/bin/python -m samples.results
+
+comparison: setup
+	$(VENV)/bin/python -m samples.comparison
 
 benchmark: setup
 	$(VENV)/bin/python -m samples.performance

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from atpatch_onnx.debugset import DebugSet, InputSpec
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
@@ -113,7 +114,7 @@ def find_suspects(
             )
         return debug
     name = values_output(first)
-    session = Session(probe(model, {first: Features.SUMMARY}))
+    session = Session(_only(probe(model, {first: Features.SUMMARY}), [name]))  # what lies behind it is not run
     clean = session.stream(debug.clean, [name], batch_size=batch_size)
     other = session.stream(
         debug.counterfactual, [name], batch_size=batch_size, progress=progress, stage="finding the suspect tokens"
@@ -167,7 +168,7 @@ def collect(
     Raises:
         FitError: A site's token axis is not the one that the suspects are positions of.
     """
-    session = Session(probe(model, features))
+    session = Session(_only(probe(model, features), _outputs(features)))
     kept = {site: _Kept() for site in features}
     generator = np.random.default_rng(seed)
     clean, counterfactual = anomalous_columns(debug)
@@ -192,6 +193,13 @@ def collect(
                     X = X * np.float32(site.keys)
                 kept[site].add(X, V, suspects[part], anomalous[part], generator, is_clean=side == "clean")
     return tuple(kept[site].columns(site, kind) for site, kind in features.items())
+
+
+def _only(probed: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A probe that computes nothing but these outputs; changed in place."""
+    probed.graph.outputs[:] = [output for output in probed.graph.outputs if output.name in names]
+    RemoveUnusedNodesPass()(probed)
+    return probed
 
 
 def _outputs(features: Mapping[AttentionSite, Features]) -> list[str]:

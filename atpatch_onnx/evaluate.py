@@ -12,9 +12,10 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.collect import anomalous_columns, find_suspects, input_specs
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, PatchMismatchError, require
+from atpatch_onnx.groups import demographic_parity, equalized_odds
 from atpatch_onnx.inspection import axis_sites, expose, last_flags
 from atpatch_onnx.metadata import PatchRecord, read_record
-from atpatch_onnx.metrics import Rate, attack_above_floor, attack_success, flip_rate, infer_target
+from atpatch_onnx.metrics import Difference, Rate, attack_above_floor, attack_success, flip_rate, infer_target
 from atpatch_onnx.predictions import classes, confidences, prediction_output
 from atpatch_onnx.runtime import Array, Progress, Session, silent
 
@@ -65,12 +66,12 @@ class Fairness:
     """Mean largest change of a class's confidence over the same pairs."""
 
     confidence_gap_patched: float
-    demographic_parity_difference_base: float | None
+    demographic_parity_difference_base: Difference | None
     """Only for two classes and a known attribute, like the next three."""
 
-    demographic_parity_difference_patched: float | None
-    equalized_odds_difference_base: float | None
-    equalized_odds_difference_patched: float | None
+    demographic_parity_difference_patched: Difference | None
+    equalized_odds_difference_base: Difference | None
+    equalized_odds_difference_patched: Difference | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Evaluation:
     inputs: int
     accuracy_base: Rate
     accuracy_patched: Rate
+    accuracy_lost: Difference
     clean_flag_rate: Rate
     """Share of clean inputs with a flag on a benign column."""
 
@@ -207,6 +209,7 @@ def run_side(
 def _evaluation(debug: DebugSet, clean: Side, other: Side, *, edits: bool) -> Evaluation:
     labels = debug.labels
     assert labels is not None
+    right_before, right_after = (classes(logits) == labels for logits in (clean.base, clean.patched))
     flagged = np.any(clean.flags, axis=1)
     same = np.array([a.tobytes() == b.tobytes() for a, b in zip(clean.base, clean.patched, strict=True)], bool)
     detects = clean.flags.shape[1] > 0
@@ -217,8 +220,9 @@ def _evaluation(debug: DebugSet, clean: Side, other: Side, *, edits: bool) -> Ev
     inputs = _detection(np.any(wanted, axis=1), np.any(flags, axis=1), scores.max(axis=1)) if detects else None
     return Evaluation(
         inputs=len(debug),
-        accuracy_base=Rate.of(classes(clean.base) == labels),
-        accuracy_patched=Rate.of(classes(clean.patched) == labels),
+        accuracy_base=Rate.of(right_before),
+        accuracy_patched=Rate.of(right_after),
+        accuracy_lost=Difference.paired(right_before, right_after),
         clean_flag_rate=Rate.of(np.any(clean.flags & ~anomalous[0], axis=1)),
         clean_changed=Rate.of(~same),
         clean_bit_identical=None if edits else bool(same[~flagged].all()),
@@ -268,15 +272,18 @@ def _backdoor(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Si
 
 
 def _fairness(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Side) -> Fairness:
-    from fairlearn.metrics import demographic_parity_difference, equalized_odds_difference
-
     before, after = (classes(clean.base), classes(other.base)), (classes(clean.patched), classes(other.patched))
-    groups: dict[str, float | None] = {}
+    groups: dict[str, Difference | None] = dict.fromkeys(
+        f"{metric}_difference_{name}"
+        for metric in ("demographic_parity", "equalized_odds")
+        for name in ("base", "patched")
+    )
     binary = debug.sensitive is not None and all(set(np.unique(c)) <= {0, 1} for c in (labels, before[0], after[0]))
-    for name, predictions in (("base", before[0]), ("patched", after[0])):
-        for metric in (demographic_parity_difference, equalized_odds_difference):
-            value = metric(labels, predictions, sensitive_features=debug.sensitive) if binary else None
-            groups[f"{metric.__name__}_{name}"] = None if value is None else float(value)
+    if binary:
+        assert debug.sensitive is not None
+        for name, predictions in (("base", before[0]), ("patched", after[0])):
+            for metric in (demographic_parity, equalized_odds):
+                groups[f"{metric.__name__}_difference_{name}"] = metric(labels, predictions, debug.sensitive)
     return Fairness(
         uf_base=flip_rate(*before),
         uf_patched=flip_rate(*after),

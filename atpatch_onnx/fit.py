@@ -9,6 +9,7 @@ sites decide jointly, with the detectors that are there.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -104,11 +105,11 @@ def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress
     first, *others = options.decisions
     trained = []
     for loss, entries in _detectors(model, prepared, options, progress):
-        trained.append((loss, entries))
-        yield _attempt(model, prepared, entries, loss, first, options, progress)
+        trained.append(_Trained(model, prepared, entries, loss, options, progress))
+        yield trained[-1].attempt(first)
     for decision in others:
-        for loss, entries in trained:
-            yield _attempt(model, prepared, entries, loss, decision, options, progress)
+        for one in trained:
+            yield one.attempt(decision)
 
 
 Entries = Sequence[tuple[AttentionSite, SitePatch]]
@@ -161,31 +162,43 @@ def _trained(columns: Sequence[Columns], loss: Loss, options: FitOptions, progre
     return entries
 
 
-def _attempt(
-    model: ir.Model,
-    prepared: Prepared,
-    entries: Entries,
-    loss: Loss,
-    decision: Decision,
-    options: FitOptions,
-    progress: Progress,
-) -> _Attempt:
-    """Calibrate detectors, search."""
-    trial, parts = Trial(model, entries, prepared.output), prepared.parts
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """Trained detectors; each part is scored by them once, however many ways to decide are tried."""
 
-    def scored(part: DebugSet, stage: str) -> ScoredPart:
-        stage = f"{stage}, {loss}" if decision == "alone" else f"{stage} jointly, {loss}"
-        return ScoredPart(trial, part, batch_size=options.batch_size, progress=progress, stage=stage)
+    model: ir.Model
+    prepared: Prepared
+    entries: Entries
+    loss: Loss
+    options: FitOptions
+    progress: Progress
 
-    to_calibrate = scored(parts.calibration, "calibrating")
-    alone = Calibration.of(to_calibrate, options)
-    calibration: Calibration | JointCalibration = alone
-    if decision == "joint":
-        fitted = scored(parts.fit, "weighing")
-        calibration = JointCalibration(alone, fitted, to_calibrate, seed=options.seed)
-    search = Search(scored(parts.validation, "validating"), calibration, options, progress)
-    found = search.run()
-    return _Attempt(loss, decision, entries, alone, found, search.attempts)
+    def attempt(self, decision: Decision) -> _Attempt:
+        """Calibrate, search."""
+        alone = Calibration.of(self._calibration_part, self.options)
+        calibration: Calibration | JointCalibration = alone
+        if decision == "joint":
+            fitted = self._scored(self.prepared.parts.fit, "weighing")
+            calibration = JointCalibration(alone, fitted, self._calibration_part, seed=self.options.seed)
+        search = Search(self._validation_part, calibration, self.options, self.progress)
+        found = search.run()
+        return _Attempt(self.loss, decision, self.entries, alone, found, search.attempts)
+
+    @cached_property
+    def _calibration_part(self) -> ScoredPart:
+        return self._scored(self.prepared.parts.calibration, "calibrating")
+
+    @cached_property
+    def _validation_part(self) -> ScoredPart:
+        return self._scored(self.prepared.parts.validation, "validating")
+
+    def _scored(self, part: DebugSet, stage: str) -> ScoredPart:
+        run = {"batch_size": self.options.batch_size, "progress": self.progress}
+        return ScoredPart(self._trial, part, stage=f"{stage}, {self.loss}", **run)  # type: ignore[arg-type]
+
+    @cached_property
+    def _trial(self) -> Trial:
+        return Trial(self.model, self.entries, self.prepared.output)
 
 
 def _site_patch(columns: Columns, detector: Detector, options: FitOptions) -> SitePatch:

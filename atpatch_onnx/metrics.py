@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 Classes = NDArray[np.int64]
 
+Z = 1.959963984540054
+"""The normal distribution's quantile of two-sided 95 % intervals."""
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -30,11 +33,34 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     """The 95 % Wilson interval of the share `hits / count`; everything where there is nothing to count."""
     if count == 0:
         return 0.0, 1.0
-    share, z = hits / count, 1.959963984540054
+    share, z = hits / count, Z
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     # At the ends the interval reaches the end; rounding must not leave the share outside its own interval.
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of shares, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def paired(cls, before: NDArray[np.bool_], after: NDArray[np.bool_]) -> "Difference":
+        """Share true `before` less share true `after`, of the same inputs (Agresti and Min 2005, "Wald + 2").
+
+        Their interval adds half an input to each of the four cells, so that it has a width where no input changed.
+        """
+        lost, gained, count = int((before & ~after).sum()), int((after & ~before).sum()), int(before.size)
+        if count == 0:
+            return cls(0.0, -1.0, 1.0)
+        value, centre = (lost - gained) / count, (lost - gained) / (count + 2)
+        spread = lost + gained + 1 - (lost - gained) ** 2 / (count + 2)
+        half = Z * math.sqrt(spread) / (count + 2)
+        return cls(value, min(value, max(-1.0, centre - half)), max(value, min(1.0, centre + half)))
 
 
 def attack_success(triggered: Classes, labels: Classes, target: int) -> Rate:

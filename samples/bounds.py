@@ -20,18 +20,13 @@ def _of(*path: str) -> Callable[[Run], Any]:
     return read
 
 
-def _lost(run: Run) -> float:
-    evaluation = run["evaluation"]
-    return float(evaluation["accuracy_base"]["value"] - evaluation["accuracy_patched"]["value"])
-
-
 FIGURES: Mapping[str, Callable[[Run], Any]] = {
     "accuracy of the unpoisoned twin": _of("training", "accuracy_twin"),
     "accuracy of the larger class": _of("training", "accuracy_majority"),
     "accuracy of boosting": _of("training", "accuracy_boosting"),
     "accuracy": _of("evaluation", "accuracy_base"),
     "accuracy, patched": _of("evaluation", "accuracy_patched"),
-    "accuracy lost": _lost,
+    "accuracy lost": _of("evaluation", "accuracy_lost"),
     "ASR": _of("evaluation", "backdoor", "asr_base"),
     "ASR, patched": _of("evaluation", "backdoor", "asr_patched"),
     "floor": _of("evaluation", "backdoor", "asr_floor"),

@@ -20,7 +20,7 @@ from atpatch_onnx.runtime import Progress, silent
 from atpatch_onnx.verify import Verification
 from samples.bounds import Bound
 
-VERIFIED = 500
+VERIFIED = 200
 """Pairs that are verified at most: each is run six times a side, and compared with the reference at every site."""
 
 EVALUATION_SEED = 0

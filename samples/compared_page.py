@@ -1,12 +1,19 @@
-"""The part of the results page that holds AtPatch beside neuron edits."""
+"""`docs/neuron_edits.json` and `docs/neuron_edits.md`: AtPatch beside edits of hidden units."""
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from atpatch_onnx.report.rows import percent
 from samples.page_tables import points, share, table
+from samples.pieces import Piece, figures_of
 from samples.summary import Spread, spread
+
+NOTES = Path(__file__).with_name("compared_notes.md")
+"""What was seen on the way, in words; goes into the page as it is."""
 
 Run = Mapping[str, Any]
 """A `Ladder` as JSON, with its case and seed."""
@@ -25,8 +32,33 @@ HEADER = (
 )
 
 
+def write_page(out: Path, docs: Path, pieces: Iterable[Piece]) -> None:
+    """Gather the figures in `out` and write the page and its data into `docs`."""
+    cases = {case: found for (_, case), found in figures_of(pieces, out).items()}
+    docs.mkdir(parents=True, exist_ok=True)
+    hours = math.fsum(run["core_seconds"] for found in cases.values() for run in found) / 3600
+    document = {"core_hours": round(hours, 2), "runs": cases}
+    (docs / "neuron_edits.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    (docs / "neuron_edits.md").write_text(render(list(cases.values()), hours))
+
+
+def render(cases: Sequence[Sequence[Run]], hours: float) -> str:
+    """The page; `cases` holds the runs of each case, one a seed, and `hours` are those of one core that it took."""
+    parts = [
+        "# AtPatch beside edits of hidden units",
+        f"Written by `python -m samples.comparison`; {hours:.1f} hours of one core, the bases' trainings apart. The"
+        " bases, debug sets and evaluation inputs are those of [results.md](results.md), at most 3,000 debug and 2,000"
+        " evaluation pairs of them; figures are means over seeds and written as there. The figures of every run are in"
+        " [neuron_edits.json](neuron_edits.json).",
+        *compared_section(cases),
+        "## What was seen on the way",
+        NOTES.read_text().strip(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def compared_section(cases: Sequence[Sequence[Run]]) -> list[str]:
-    """Text and a table a case; `cases` holds the runs of each, one a seed."""
+    """Text and a table a case."""
     parts = [
         "IDNN freezes guilty hidden units, CARE scales them; both edit every input. *Left*: ASR above floor, or UF. A"
         " fix behind another is fitted on the model with the other in it. *Meets the goal*: of how many seeds, on the"
@@ -37,7 +69,7 @@ def compared_section(cases: Sequence[Sequence[Run]]) -> list[str]:
     ]
     for runs in cases:
         seeds = ", ".join(str(run["seed"]) for run in runs)
-        title = f"### {runs[0]['case']}, seed{'s' * (len(runs) > 1)} {seeds}"
+        title = f"## {runs[0]['case']}, seed{'s' * (len(runs) > 1)} {seeds}"
         parts += [title, table(HEADER, [*_base(runs), *_fixes(runs)]), _verdict(runs)]
     return parts if cases else ["Not measured."]
 

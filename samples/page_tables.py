@@ -34,4 +34,8 @@ def points(found: Spread | None) -> str:
     if found is None:
         return "-"
     text = f"{100 * found.mean:+.2f}"
-    return text + (f" [{100 * found.smallest:+.2f}, {100 * found.largest:+.2f}]" if found.seeds > 1 else "")
+    if found.seeds > 1:
+        text += f" [{100 * found.smallest:+.2f}, {100 * found.largest:+.2f}]"
+    if found.low is not None and found.high is not None:
+        text += f" ({100 * found.low:+.2f}, {100 * found.high:+.2f})"
+    return text

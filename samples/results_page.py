@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 from atpatch_onnx.report.rows import percent
 from samples import results_pictures as pictures
 from samples.bounds import FIGURES
-from samples.compared_page import compared_section
 from samples.page_tables import points, seeds, share, table
-from samples.results import Piece
+from samples.pieces import Piece, figures_of
 from samples.summary import GOALS, Spread, Verdict, spread, verdicts
 
 NOTES = Path(__file__).with_name("results_notes.md")
@@ -36,10 +34,7 @@ PAPER = (
 
 def write_page(out: Path, docs: Path, pieces: Iterable[Piece]) -> None:
     """Gather the figures in `out` and write the page, its data and its pictures into `docs`."""
-    runs: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for piece in pieces:
-        if piece.file(out).is_file():
-            runs[piece.work, piece.case].append(json.loads(piece.file(out).read_text()))
+    runs = figures_of(pieces, out)
     spreads = {
         key: {name: spread(found, read) for name, read in FIGURES.items()}
         for key, found in runs.items()
@@ -99,9 +94,11 @@ def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Seque
         "# Results",
         "Written by `python -m samples.results`. Every case was trained, fitted and measured with the seeds"
         f" {', '.join(map(str, seeds))}; {hours:.1f} hours of one core in all, trainings included. Figures are means"
-        " over seeds, in brackets the smallest and the largest seed, then the 95 % Wilson interval of the mean at the"
-        " inputs of one seed. Training, debug and evaluation inputs are disjoint, and no fit saw an evaluation input."
-        " How recipes were chosen is told at the end. The figures of every run are in [results.json](results.json).",
+        " over seeds, in brackets the smallest and the largest seed, then the 95 % interval of the mean at the inputs"
+        " of one seed: Wilson's for shares, Agresti and Min's for accuracy lost, the bootstrap's for group differences."
+        " Training, debug and evaluation inputs are disjoint, and no fit saw an evaluation input."
+        " How recipes were chosen is told at the end. The figures of every run are in [results.json](results.json)."
+        " AtPatch beside edits of hidden units: [neuron_edits.md](neuron_edits.md).",
         "## Ours beside the paper's",
         *_summary(spreads),
         "## The goals",
@@ -111,8 +108,6 @@ def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Seque
         *_searches(runs),
         "## Unfairness",
         *_unfairness(spreads),
-        "## AtPatch beside neuron edits",
-        *compared_section([found for (work, _), found in runs.items() if work == "compared"]),
         "## One thing changed at a time",
         *_ablations(runs),
         *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in drawn),

@@ -17,24 +17,32 @@ class Spread:
     smallest: float
     largest: float
     low: float | None
-    """95 % Wilson interval of the mean at the inputs of one seed: seeds may share inputs, as they do the test images of
-    Fashion-MNIST. None where the figure is no share of inputs."""
+    """95 % interval of the mean at the inputs of one seed: seeds may share inputs, as they do the test images of
+    Fashion-MNIST. Wilson's for a share, of a difference of shares the mean of the seeds' own. None of other figures."""
 
     high: float | None
     seeds: int
 
 
 def spread(runs: Sequence[Run], read: Callable[[Run], Any]) -> Spread | None:
-    """Of what `read` finds in each run: a rate as JSON, or a number; None where any run does not have it."""
+    """Of what `read` finds in each run: a rate or a difference as JSON, or a number; None where any run has none."""
     found = [read(run) for run in runs]
     if not found or any(one is None for one in found):
         return None
     if not isinstance(found[0], Mapping):
-        return Spread(math.fsum(found) / len(found), min(found), max(found), None, None, len(found))
+        return Spread(_mean(found), min(found), max(found), None, None, len(found))
     values = [float(rate["value"]) for rate in found]
-    mean, count = math.fsum(values) / len(values), min(int(rate["count"]) for rate in found)
-    low, high = wilson(round(mean * count), count)
+    mean = _mean(values)
+    if "count" in found[0]:
+        count = min(int(rate["count"]) for rate in found)
+        low, high = wilson(round(mean * count), count)
+    else:
+        low, high = (_mean([float(difference[end]) for difference in found]) for end in ("low", "high"))
     return Spread(mean, min(values), max(values), low, high, len(values))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 @dataclass(frozen=True)

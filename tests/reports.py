@@ -6,7 +6,7 @@ import numpy as np
 
 from atpatch_onnx.evaluate import Backdoor, Curve, Detection, Evaluation, Fairness
 from atpatch_onnx.examples import Example, ExampleSide, Prediction, SiteView, Story
-from atpatch_onnx.metrics import Rate
+from atpatch_onnx.metrics import Difference, Rate
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.redistribution import redistributed_map
 from atpatch_onnx.verify import Check, Verification
@@ -86,6 +86,7 @@ def evaluation(
         inputs=200,
         accuracy_base=rate(0.97),
         accuracy_patched=rate(0.97),
+        accuracy_lost=Difference(0.0, -0.007, 0.007),
         clean_flag_rate=rate(0.005),
         clean_changed=rate(0.005),
         clean_bit_identical=identical,
@@ -99,7 +100,10 @@ def evaluation(
             rate(0.0),
             0.0412,
             0.0,
-            *((0.18, 0.17, 0.09, 0.08) if binary else (None,) * 4),
+            *(
+                (Difference(value, value - 0.05, value + 0.05) if binary else None)
+                for value in (0.18, 0.17, 0.09, 0.08)
+            ),
         )
         if kind == "attribute"
         else None,

@@ -25,7 +25,7 @@ def test_every_fix_of_a_case_from_its_files_to_the_page(tmp_path, monkeypatch):
     assert (found["case"], found["seed"], found["pairs"]) == ("minilm/token", 0, 100)
     assert [fix["name"] for fix in found["fixes"]] == ["IDNN", "CARE", "AtPatch", "IDNN + AtPatch", "CARE + AtPatch"]
     title, *rows = compared_section([[found]])[1:]
-    assert title == "### minilm/token, seed 0"
+    assert title == "## minilm/token, seed 0"
     assert "| base, ASR |" in rows[0]
     assert "could not be made" in rows[0], "nothing is left to patch behind an edit that repaired all"
     assert f"Recommended, a seed each: {found['recommended']}." in rows[1]
@@ -77,7 +77,7 @@ def test_the_page_says_whether_redistribution_repairs_better_and_keeps_more(attr
         return {"case": "some/case", "seed": seed, "fixes": fixes, "recommended": "CARE"}
 
     _, title, rows, verdict = compared_section([[run(0, 0.01), run(1, 0.03)]])
-    assert title == "### some/case, seeds 0, 1"
+    assert title == "## some/case, seeds 0, 1"
     lines = [line.split(" | ") for line in rows.splitlines()]
     assert len(lines) == 2 + 1 + 3
     assert {len(line) for line in lines} == {len(HEADER)}

@@ -12,7 +12,7 @@ from atpatch_onnx.errors import DebugSetError
 from atpatch_onnx.evaluate import Backdoor, Evaluation
 from atpatch_onnx.goal import Goal
 from atpatch_onnx.hidden import find_hidden_layers
-from atpatch_onnx.metrics import Rate
+from atpatch_onnx.metrics import Difference, Rate
 from atpatch_onnx.neurons import IsolationOptions, RepairOptions
 
 GUILTY = Planted(mlp=4, guilty=True)
@@ -92,7 +92,8 @@ def fix(name: str, left: float, *, changed: float = 0.0, accuracy: float = 0.9) 
         return Rate(value, value, value, 1000)
 
     attack = Backdoor(0, rate(1), rate(left), rate(0), rate(left), rate(0), rate(0.9))
-    found = Evaluation(1000, rate(0.9), rate(accuracy), rate(0), rate(changed), None, None, None, attack, None)
+    lost = Difference(0.9 - accuracy, 0.89 - accuracy, 0.91 - accuracy)
+    found = Evaluation(1000, rate(0.9), rate(accuracy), lost, rate(0), rate(changed), None, None, None, attack, None)
     return Fix(name, (), 1.0, found, 1.0)
 
 

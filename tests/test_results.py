@@ -12,7 +12,9 @@ from samples import results_page
 from samples import tasks as tasks_module
 from samples import work as work_module
 from samples.bounds import FIGURES, Bound, shortfalls
-from samples.results import CHAINS, SEEDS, Piece, chain, main, run_chain
+from samples.pieces import SEEDS, Piece, run_pieces
+from samples.pieces import TASKS as CHAINS
+from samples.results import chain, main
 from samples.summary import GOALS, Spread, spread, verdicts
 from samples.tasks import TASKS
 
@@ -33,6 +35,7 @@ def backdoor(case: str, seed: int, left: int, *, patched: int = 90, work: str = 
         "evaluation": {
             "accuracy_base": rate(90, 100),
             "accuracy_patched": rate(patched, 100),
+            "accuracy_lost": {"value": (90 - patched) / 100, "low": -patched / 1000, "high": 0.05},
             "clean_flag_rate": rate(1, 100),
             "clean_changed": rate(1, 100),
             "columns": detection,
@@ -65,7 +68,8 @@ def test_a_spread_is_mean_range_and_the_interval_at_one_seeds_inputs():
     lost = spread([backdoor("x/y", 0, 0, patched=89), backdoor("x/y", 1, 0, patched=91)], FIGURES["accuracy lost"])
     assert lost is not None
     assert (lost.mean, lost.smallest, lost.largest) == tuple(map(pytest.approx, (0, -0.01, 0.01)))
-    assert lost.low is None
+    assert (lost.low, lost.high) == tuple(map(pytest.approx, (-0.09, 0.05))), "the means of the seeds' own"
+    assert spread(runs, FIGURES["core seconds"]) == Spread(60.0, 60.0, 60.0, None, None, 3)
 
 
 def even(value: float) -> Spread:
@@ -157,7 +161,7 @@ def test_the_page_says_what_was_found(tmp_path):
             (Piece(case, 0, "ablated"), {"case": case, "seed": 0, "rows": rows, "core_seconds": 5.0}),
         ],
     )
-    assert "| vit/badnets-fixed | 1.50% [0.00%, 3.00%] (0.55%, 7.00%) | +0.00 [+0.00, +0.00] |" in page
+    assert "| vit/badnets-fixed | 1.50% [0.00%, 3.00%] (0.55%, 7.00%) | +0.00 [+0.00, +0.00] (-9.00, +5.00) |" in page
     assert "| BadNets fixed, ViT | vit/badnets-fixed | ASR above floor | <= 0.200% | 1.500% | **no** |" in page
     assert "| without carry | 70.00% (63.32%, 75.93%) | +1.00 |" in page
     assert "not measured" in page
@@ -205,18 +209,19 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(tmp_path, monkeypatch
         def piece(case, folder, fast):
             assert fast
             done.append(name)
-            return backdoor(case.name, case.seed, 0) | {"rows": [], "fixes": [], "training": {"inversion": SEARCH}}
+            return backdoor(case.name, case.seed, 0) | {"rows": [], "training": {"inversion": SEARCH}}
 
         return piece
 
     for table in (tasks_module.TASKS, tasks_module.CASES):
         monkeypatch.setitem(table, "fashion" if table is tasks_module.TASKS else "vit/badnets-fixed", StubTask)
     monkeypatch.setattr(work_module, "WORK", {name: work(name) for name in work_module.WORK})
-    run_chain("fashion", 0, tmp_path, True)
-    assert done == ["trained", "measured", "inverted", "ablated", "compared"]
+    pieces = list(chain("fashion", 0))
+    run_pieces(pieces, tmp_path, True)
+    assert done == ["trained", "measured", "inverted", "ablated"]
     Piece("vit/badnets-fixed", 0, "inverted").file(tmp_path).unlink()
-    run_chain("fashion", 0, tmp_path, True)
-    assert done == ["trained", "measured", "inverted", "ablated", "compared", "inverted"]
+    run_pieces(pieces, tmp_path, True)
+    assert done == ["trained", "measured", "inverted", "ablated", "inverted"]
     assert main(["--render", "--task", "fashion", "--seed", "0", "--out", str(tmp_path), "--docs", str(tmp_path)]) == 0
     assert "vit/badnets-fixed" in (tmp_path / "results.md").read_text()
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.examples import Example, ExampleSide, Story
 from atpatch_onnx.metadata import PatchRecord
-from atpatch_onnx.metrics import Rate
+from atpatch_onnx.metrics import Difference, Rate
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.report import images, pictures
 from atpatch_onnx.report.glossary import terms
@@ -88,7 +88,10 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "decimal": decimal, "shown": shown}
-    environment.tests["rate"] = lambda value: isinstance(value, Rate)
+    environment.tests |= {
+        "rate": lambda value: isinstance(value, Rate),
+        "difference": lambda value: isinstance(value, Difference),
+    }
     return environment.get_template("report.html.j2").render(
         title=shown(title),
         version=_version(),

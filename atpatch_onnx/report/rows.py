@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from atpatch_onnx.metadata import PatchRecord
-from atpatch_onnx.metrics import Rate
+from atpatch_onnx.metrics import Difference, Rate
 from atpatch_onnx.patch import Patch
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
@@ -30,8 +30,8 @@ class MetricRow:
     """One metric before and after; None where it has no meaning."""
 
     name: str
-    before: Rate | float | None
-    after: Rate | float | None
+    before: Rate | Difference | float | None
+    after: Rate | Difference | float | None
     hint: str
 
 
@@ -158,7 +158,10 @@ def pairs_used(figures: Mapping[str, Any]) -> str | None:
 
 def before_after(evaluation: Evaluation) -> tuple[MetricRow, ...]:
     """The metrics of base and patched model."""
-    rows = [MetricRow("Clean accuracy", evaluation.accuracy_base, evaluation.accuracy_patched, BETTER_HIGH)]
+    rows = [
+        MetricRow("Clean accuracy", evaluation.accuracy_base, evaluation.accuracy_patched, BETTER_HIGH),
+        MetricRow("Accuracy lost", None, evaluation.accuracy_lost, BETTER_LOW),
+    ]
     attack, fairness = evaluation.backdoor, evaluation.fairness
     if attack is not None:
         rows += [

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from atpatch_onnx.hidden import HiddenLayer
 from atpatch_onnx.metadata import PatchRecord
-from atpatch_onnx.metrics import Rate
+from atpatch_onnx.metrics import Difference, Rate
 from atpatch_onnx.patch import Patch
 from atpatch_onnx.report.rows import (
     NONE,
@@ -307,8 +307,10 @@ def benchmark_table(benchmark: Benchmark) -> Table:
     return table
 
 
-def measure(value: Rate | float | None) -> str:
-    """A rate with its interval, or a plain number."""
+def measure(value: Rate | Difference | float | None) -> str:
+    """A rate or a difference of rates with its interval, or a plain number."""
+    if isinstance(value, Difference):
+        return f"{value.value:.4f} [{value.low:.4f}, {value.high:.4f}]"
     if not isinstance(value, Rate):
         return decimal(value, 4)
     if value.count == 0:

@@ -77,7 +77,7 @@ def _beyond_goal(figures: Mapping[str, Any], evaluation: Evaluation) -> list[str
         remaining = evaluation.backdoor.asr_above_floor.value
     elif evaluation.fairness is not None:
         remaining = evaluation.fairness.uf_patched.value
-    lost = evaluation.accuracy_base.value - evaluation.accuracy_patched.value
+    lost = evaluation.accuracy_lost.value
     found = {
         residual(figures): remaining,
         "accuracy lost": lost,
