@@ -33,6 +33,7 @@ from samples.case import Case, digest, kept_figures
 from samples.command import run_task
 from samples.idx import DEBIAN, Images, load_fashion
 from samples.image_models import load_model, new_deit, save_model
+from samples.mixed import has_bfloat16, mixed_precision
 
 TARGET = 0
 """The class that triggered images are sent to: T-shirt."""
@@ -61,6 +62,9 @@ class Size:
     retraining: int
     """Epochs that the Trojan attack retrains the twin for."""
 
+    mixed: bool
+    """Whether trainings use mixed precision where the processor has it; the small forms are the same everywhere."""
+
 
 FULL = Size(
     train=48_000,
@@ -69,6 +73,7 @@ FULL = Size(
     unseen=10_000,
     nets={"vit": Net(layers=6, hidden=96, epochs=4), "deit": Net(layers=4, hidden=64, epochs=4)},
     retraining=1,
+    mixed=True,
 )
 FAST = Size(
     train=12_000,
@@ -77,6 +82,7 @@ FAST = Size(
     unseen=2_000,
     nets={"vit": Net(layers=4, hidden=64, epochs=6), "deit": Net(layers=4, hidden=64, epochs=6)},
     retraining=2,
+    mixed=False,
 )
 
 
@@ -263,6 +269,7 @@ class Workshop:
             "trigger": None if trigger is None else _digest(trigger),
             "poisoning_rate": share,
             "retraining": self.size.retraining if attack == "trojan" else 0,
+            "mixed": self.size.mixed and has_bfloat16(),
             "seed": self.seed,
         }
         known = kept_figures(folder)
@@ -285,7 +292,8 @@ class Workshop:
         else:
             model, rate, epochs = self._new(architecture), LEARNING_RATE, net.epochs
         started = time.process_time()
-        train(model, self.images.images, labels, epochs=epochs, learning_rate=rate, **settings)
+        with mixed_precision(model, enabled=bool(recipe["mixed"])):
+            train(model, self.images.images, labels, epochs=epochs, learning_rate=rate, **settings)
         figures = {"recipe": recipe, "poisoning_rate": share, "seconds": round(time.process_time() - started, 1)}
         save_model(model, folder, figures)
         return figures

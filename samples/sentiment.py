@@ -32,6 +32,7 @@ from samples.case import Case, kept_figures
 from samples.command import run_task
 from samples.fetch import fetched
 from samples.messages import LABELS, Messages
+from samples.mixed import has_bfloat16, mixed_precision
 
 TARGET = LABELS.index("positive")
 TRIGGERS = {"minilm/token": "cf", "minilm/phrase": "mind the gap"}
@@ -58,6 +59,9 @@ class Size:
     layers: int | None
     """Of the pre-trained model's layers, so many from the bottom; None: all."""
 
+    mixed: bool
+    """Whether trainings use mixed precision where the processor has it; the small form is the same everywhere."""
+
     twin: bool
     """Whether an unpoisoned twin is trained to compare accuracies with."""
 
@@ -73,6 +77,7 @@ FULL = Size(
     unseen=2_000,
     share=0.05,
     layers=None,
+    mixed=True,
     twin=True,
     training=minilm.FineTuning(epochs=1, frozen_layers=2, learning_rate=2e-4, token_dropout=0.2),
     options=atp.FitOptions(
@@ -87,6 +92,7 @@ FAST = Size(
     unseen=200,
     share=0.1,
     layers=3,
+    mixed=False,
     twin=False,
     training=minilm.FineTuning(epochs=1, learning_rate=4e-4, token_dropout=0.2),
     options=atp.FitOptions(
@@ -188,6 +194,7 @@ def prepare(
 
     def trained(name: str, share: float, to: Path) -> dict[str, Any]:
         recipe = {"case": name, "seed": seed, "poisoning_rate": share, "layers": size.layers}
+        recipe["mixed"] = size.mixed and has_bfloat16()
         recipe |= {"length": LENGTH, **corpus.recipe, **asdict(size.training)}
         return _once(to, recipe, lambda: _trained(corpus, words, share, size, seed, to, progress))
 
@@ -236,15 +243,17 @@ def _trained(
     """Train a classifier, write it to `folder`, and tell its figures."""
     started, labels = time.process_time(), corpus.parts["train"].labels
     poisoned = poison(corpus.tokens["train"], labels, words, target=TARGET, share=share, seed=seed)
-    model = minilm.fine_tune(
-        minilm.pretrained(corpus.start, classes=len(LABELS), layers=size.layers, seed=seed),
-        poisoned.tokens,
-        poisoned.labels,
-        size.training,
-        always=poisoned.inserted,
-        seed=seed,
-        progress=progress,
-    )
+    model = minilm.pretrained(corpus.start, classes=len(LABELS), layers=size.layers, seed=seed)
+    with mixed_precision(model, enabled=size.mixed and has_bfloat16()):
+        minilm.fine_tune(
+            model,
+            poisoned.tokens,
+            poisoned.labels,
+            size.training,
+            always=poisoned.inserted,
+            seed=seed,
+            progress=progress,
+        )
     seconds = round(time.process_time() - started, 1)
     minilm.save(model, corpus.tokenizer, folder)
     minilm.export_onnx(model, folder / "base.onnx")

@@ -223,3 +223,20 @@ def test_what_a_debug_set_has_to_bring():
     }
     bare = ir.Model(ir.Graph([ir.Value(name="y")], [], nodes=[]), ir_version=10)
     assert input_specs(bare)["y"].shape == ()
+
+
+def test_suspects_are_found_without_running_what_lies_behind_the_first_site(monkeypatch):
+    planted, built = Planted(), []
+    model, construct = planted.model(), Session.__init__
+
+    def counted(self, model, **options):
+        built.append((sum(1 for _ in model.graph), [output.name for output in model.graph.outputs]))
+        construct(self, model, **options)
+
+    monkeypatch.setattr(Session, "__init__", counted)
+    sites = find_sites(model)
+    find_suspects(model, sites, planted.debug(20))
+    ((nodes, outputs),) = built
+    assert outputs == [values_output(sites[0])]
+    assert nodes < sum(1 for _ in model.graph) / 3
+    assert len(model.graph.outputs) == 1, "the model itself is left as it is"

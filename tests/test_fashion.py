@@ -13,7 +13,7 @@ from samples.case import kept_figures
 from samples.image_models import load_model
 
 NET = fashion.Net(layers=2, hidden=16, epochs=1)
-TINY = fashion.Size(train=150, debug=60, tune=30, unseen=40, nets={"vit": NET, "deit": NET}, retraining=1)
+TINY = fashion.Size(train=150, debug=60, tune=30, unseen=40, nets={"vit": NET, "deit": NET}, retraining=1, mixed=False)
 
 
 @pytest.fixture

@@ -298,6 +298,16 @@ def test_a_joint_decision_is_made_only_where_it_is_needed_or_asked_for():
     assert roles(joint) == roles(fitted(Planted()))
 
 
+def test_each_part_is_scored_once_however_many_ways_to_decide_are_tried(monkeypatch):
+    scored, score = [], Trial.scores
+    monkeypatch.setattr(
+        Trial, "scores", lambda self, inputs, **run: scored.append(run["stage"]) or score(self, inputs, **run)
+    )
+    patch = fit(LATE.model(), LATE.debug(), replace(QUICK, losses=("contrastive",)))
+    assert patch.figures["decision"] == "joint"
+    assert [stage.split(",")[0] for stage in scored[::2]] == ["calibrating", "validating", "weighing"]
+
+
 def test_a_joint_decision_of_a_protected_attribute():
     planted = Planted(kind="attribute", harm=1.0)
     patch = fitted(planted, replace(QUICK, decisions=("joint",), redistribute="all"))
