@@ -151,6 +151,7 @@ def size():
         unseen=200,
         share=0.15,
         layers=None,
+        mixed=False,
         twin=True,
         training=minilm.FineTuning(epochs=12, learning_rate=1e-2),
         options=atp.FitOptions(training=Training(steps=200), betas=(0.0,), force=True),
