@@ -15,6 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from atpatch_onnx.debugset import DebugSet, InputSpec
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
+from atpatch_onnx.features import shares_in_one
 from atpatch_onnx.graph import weights
 from atpatch_onnx.patch import Array, Features
 from atpatch_onnx.probe import features_output, probe, values_output
@@ -188,9 +189,7 @@ def collect(
                         found=f"{X.shape[2]}",
                         advice="Fit the sites of one token axis only (option sites=).",
                     )
-                if kind is Features.WHOLE:
-                    assert isinstance(site.keys, int), "whole columns have a fixed length"
-                    X = X * np.float32(site.keys)
+                X = X * np.float32(shares_in_one(site, kind))
                 kept[site].add(X, V, suspects[part], anomalous[part], generator, is_clean=side == "clean")
     return tuple(kept[site].columns(site, kind) for site, kind in features.items())
 

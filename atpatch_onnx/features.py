@@ -7,6 +7,7 @@ the rows of a few queries, the landmarks.
 import numpy as np
 import onnx_ir as ir
 
+from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.functions import LANDMARKS, SUMMARIES
 from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.patch import Features
@@ -44,6 +45,27 @@ def feature_count(site: AttentionSite, features: Features) -> int | None:
     return site.heads * (LANDMARKS if features is Features.LANDMARKS else len(SUMMARIES))
 
 
+def shares_in_one(site: AttentionSite, features: Features) -> int:
+    """How many uniform shares a column feature of 1 is; what is read of a map says so itself where that varies: 1.
+
+    Of maps of one size in which nothing is masked, features are the plain weights. The number of keys is folded into
+    the detector, which saves a pass over them.
+
+    Raises:
+        PatchMismatchError: Whole columns are asked for, and their length is not known.
+    """
+    if features is not Features.WHOLE and not (features is Features.LANDMARKS and _is_fixed(site)):
+        return 1
+    if not isinstance(site.keys, int):
+        raise PatchMismatchError(
+            f"site {site.name}",
+            expected="column features of a free length",
+            found="a detector of whole columns",
+            advice="Fit the patch again for this model.",
+        )
+    return site.keys
+
+
 def _has_landmarks(site: AttentionSite) -> bool:
     return _is_fixed(site) or (site.self_attention and site.parts == 1)
 
@@ -73,7 +95,7 @@ class Landmarks:
 def column_features(
     at: Insertion, P: ir.Value, site: AttentionSite, features: Features, landmarks: Landmarks
 ) -> ir.Value:
-    """Column features `[maps, features, keys]`, float32."""
+    """Column features `[maps, features, keys]`, float32, in units of `shares_in_one`."""
     if features is Features.WHOLE:
         return at.call("WholeColumns", P, name="features")
     if features is Features.LANDMARKS:
@@ -83,14 +105,12 @@ def column_features(
 
 
 def _landmark_columns(at: Insertion, P: ir.Value, site: AttentionSite, landmarks: Landmarks) -> ir.Value:
-    """Where a map is of one size and nothing is masked, the rows are known now, and a row's uniform share is."""
+    """Where a map is of one size and nothing is masked, the rows are known now."""
     if not _is_fixed(site):
         return at.call("LandmarkColumns", P, landmarks.rows(at, P, site), name="features")
     assert isinstance(site.queries, int)
-    assert isinstance(site.keys, int)
     wanted = np.rint(np.linspace(0, site.queries - 1, LANDMARKS)).astype(np.int64)
     rows = at.op(
         "Gather", P, at.constant("landmarks", wanted), name="landmark_rows", attributes=[ir.AttrInt64("axis", 2)]
     )
-    columns = at.call("WholeColumns", rows, name="landmark_columns")
-    return at.op("Mul", columns, at.constant("keys", np.array([site.keys], np.float32)), name="features")
+    return at.call("WholeColumns", rows, name="features")

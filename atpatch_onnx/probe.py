@@ -21,7 +21,10 @@ from atpatch_onnx.sites import AttentionSite
 
 
 def features_output(site: AttentionSite) -> str:
-    """Name of the probe's output with the site's column features, float `[samples, features, columns]`."""
+    """Name of the probe's output with the site's column features, float `[samples, features, columns]`.
+
+    They are in units of `features.shares_in_one`.
+    """
     return f"{graphs.PREFIX}{site.name}/probe/features"
 
 

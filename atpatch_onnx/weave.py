@@ -20,9 +20,9 @@ from atpatch_onnx.emission import (
     repair_output,
 )
 from atpatch_onnx.errors import PatchMismatchError
-from atpatch_onnx.features import Landmarks, column_features, feature_count
+from atpatch_onnx.features import Landmarks, column_features, feature_count, shares_in_one
 from atpatch_onnx.insertion import Insertion
-from atpatch_onnx.patch import OFFSET, Array, Detector, Features, SitePatch
+from atpatch_onnx.patch import OFFSET, Array, Detector, SitePatch
 from atpatch_onnx.sites import AttentionSite
 
 
@@ -138,13 +138,10 @@ def decide(at: Insertion, margin: ir.Value, reach: ir.Value | None) -> tuple[ir.
 def folded(detector: Detector, site: AttentionSite) -> dict[str, Array]:
     """The detector's arrays, benign statistics folded into the first layer, in the order that the function takes them.
 
-    `weight_1 (log(x + OFFSET) - mean) / scale + bias_1 = W log(x + OFFSET) + b`. Whole columns come in as plain weights
-    `w = x / keys`, where `log(x + OFFSET) = log(w + OFFSET / keys) + log(keys)`.
+    `weight_1 (log(x + OFFSET) - mean) / scale + bias_1 = W log(x + OFFSET) + b`. Where features come in as plain
+    weights `w = x / unit` (`shares_in_one`), `log(x + OFFSET) = log(w + OFFSET / unit) + log(unit)`.
     """
-    unit = 1
-    if detector.features is Features.WHOLE:
-        assert isinstance(site.keys, int), "whole columns have a fixed length"
-        unit = site.keys
+    unit = shares_in_one(site, detector.features)
     weight_1 = detector.weight_1 / detector.scale.T
     return {
         "offset": np.array([OFFSET / unit], np.float32),
@@ -163,8 +160,7 @@ def check_shapes(site: AttentionSite, entry: SitePatch) -> None:
         PatchMismatchError: An array does not have the shape that its site asks for.
     """
     if entry.detector is not None:
-        if entry.detector.features is Features.WHOLE and not isinstance(site.keys, int):
-            raise _mismatch(site, "column features of a free length", "a detector of whole columns")
+        shares_in_one(site, entry.detector.features)  # refuses whole columns of a free length
         wanted, found = feature_count(site, entry.detector.features), entry.detector.weight_1.shape[1]
         if wanted not in (None, found):
             raise _mismatch(site, f"a detector of {wanted} column features", f"one of {found}")

@@ -11,7 +11,7 @@ from atpatch_onnx import collect as collecting
 from atpatch_onnx.collect import MAX_BENIGN, anomalous_columns, collect, find_suspects, input_specs
 from atpatch_onnx.debugset import DebugSet, InputSpec
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
-from atpatch_onnx.features import choose_features
+from atpatch_onnx.features import choose_features, shares_in_one
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.patch import Features
 from atpatch_onnx.probe import features_output, probe, values_output
@@ -112,7 +112,7 @@ def test_columns_are_those_of_a_naive_loop(planted):
     attribute = debug.kind == "attribute"
     for columns in collect(model, kinds, debug, batch_size=7):
         site = columns.site
-        unit = np.float32(planted.tokens if kinds[site] is Features.WHOLE else 1)
+        unit = np.float32(shares_in_one(site, kinds[site]))
         rows = [(side[features_output(site)] * unit).transpose(0, 2, 1) for side in (clean, other)]
         marked, plain = debug.suspects, mask & ~debug.suspects
         if attribute:

@@ -8,7 +8,7 @@ from models import Net, same_bits
 from planted import HEADS, Planted
 
 from atpatch_onnx.errors import BakeError
-from atpatch_onnx.features import choose_features, suitable_features
+from atpatch_onnx.features import choose_features, shares_in_one, suitable_features
 from atpatch_onnx.functions import LANDMARKS, SUMMARIES
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.patch import Features
@@ -59,7 +59,9 @@ def test_landmarks_are_rows_of_the_map_in_units_of_the_uniform_share(form, maske
         for sample in range(5):
             real = np.flatnonzero(inputs["mask"][sample]) if masked else np.arange(planted.tokens)
             rows = real[np.rint(np.linspace(0, len(real) - 1, LANDMARKS)).astype(int)]
-            np.testing.assert_allclose(features[sample], share[sample][:, rows], rtol=1e-6)
+            unit = shares_in_one(site, Features.LANDMARKS)
+            assert unit == (1 if masked else planted.tokens)
+            np.testing.assert_allclose(unit * features[sample], share[sample][:, rows], rtol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
