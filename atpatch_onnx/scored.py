@@ -1,6 +1,6 @@
 """A part of a debug set, scored once by every site's detector; any setting is then judged on it at little cost."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,9 @@ from atpatch_onnx.goal import Outcome, judge
 from atpatch_onnx.predictions import classes
 from atpatch_onnx.runtime import Array, Progress, silent
 from atpatch_onnx.trial import Setting, Trial, TrialResult
+
+AT_ONCE = 2
+"""Batches that are run before it is asked whether the rest is worth it."""
 
 
 class ScoredPart:
@@ -37,22 +40,45 @@ class ScoredPart:
 
     def outcome(self, setting: Setting) -> Outcome:
         """What a setting does to the part."""
-        clean = self._patched(self.part.clean, self.clean, setting)
-        other = self._patched(self.part.counterfactual, self.counterfactual, setting)
-        return judge(self.part, classes(self.clean.logits), clean, other, self.anomalous)
+        outcome = self.outcome_unless(setting, lambda possible: False)
+        assert outcome is not None, "it was not given up"
+        return outcome
+
+    def outcome_unless(self, setting: Setting, hopeless: Callable[[Outcome], bool]) -> Outcome | None:
+        """The same, or None as soon as the best outcome that is still possible is `hopeless`.
+
+        That is the outcome if every counterfactual that is not run yet were repaired, and flagged where it should be.
+        No bound of a goal is farther away from it than from what would come of running them all.
+        """
+        *_, (clean, _) = self._patched(self.part.clean, self.clean, setting)
+        before = classes(self.clean.logits)
+        repaired = clean[0] if self.part.kind == "attribute" else before
+        for (predictions, flags), left in self._patched(self.part.counterfactual, self.counterfactual, setting):
+            predictions, flags = predictions.copy(), flags.copy()
+            predictions[left], flags[left] = repaired[left], self.anomalous[1][left]
+            possible = judge(self.part, before, clean, (predictions, flags), self.anomalous)
+            if hopeless(possible):
+                return None
+        return possible
 
     def _patched(
         self, inputs: Mapping[str, Array], base: TrialResult, setting: Setting
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Predictions and flags under a setting. Inputs that no detector flags in the base are the base's: not run."""
+    ) -> Iterator[tuple[tuple[NDArray[np.int64], NDArray[np.bool_]], NDArray[np.int64]]]:
+        """Predictions and flags under a setting, and the rows of which they are the base's still; at last of none.
+
+        Inputs that no detector flags in the base are the base's: they are not run.
+        """
         predictions, flags = classes(base.logits).copy(), setting.flags(base.margins)
-        rows = np.flatnonzero(flags.any(axis=1))
-        if rows.size:
-            flagged = {name: array[rows] for name, array in inputs.items()}
+        rows, size = np.flatnonzero(flags.any(axis=1)), AT_ONCE * self._batch_size
+        for start in range(0, rows.size, size):
+            now = rows[start : start + size]
+            flagged = {name: array[now] for name, array in inputs.items()}
             if setting.joint is not None:
-                logits = self._trial.second_pass(flagged, flags[rows], setting, batch_size=self._batch_size)
+                logits = self._trial.second_pass(flagged, flags[now], setting, batch_size=self._batch_size)
             else:
                 result = self._trial.run(flagged, setting, batch_size=self._batch_size)
-                logits, flags[rows] = result.logits, result.flags
-            predictions[rows] = classes(logits)
-        return predictions, flags
+                logits, flags[now] = result.logits, result.flags
+            predictions[now] = classes(logits)
+            yield (predictions, flags), rows[start + size :]
+        if not rows.size:
+            yield (predictions, flags), rows

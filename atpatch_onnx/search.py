@@ -5,7 +5,7 @@ detecting and redistributing sites are searched for separately, by delta debuggi
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,8 +52,8 @@ class Search:
         self._scored, self._calibration = scored, calibration
         self._options, self._progress = options, progress
         self._all = options.redistribute == "all"
-        self.attempts = 0
-        self._known: dict[str, Outcome] = {}
+        self._known: dict[str, Outcome | None] = {}
+        """By setting; None where it was given up."""
 
     def run(self) -> Found:
         """Search; the outcome found may still miss the goal."""
@@ -73,15 +73,21 @@ class Search:
         goal, starts = self._options.goal, list(self._starts(names))
         tried: list[tuple[list[Element], Strength, Outcome]] = []
 
-        def tries(strengths: Iterable[Strength], starts: Sequence[list[Element]]) -> bool:
-            for strength, start in itertools.product(strengths, starts):
-                tried.append((start, strength, self.attempt(start, strength)))
-                if not tried[-1][2].shortfalls(goal):
-                    return True
-            return False
-
         def nearness(one: tuple[list[Element], Strength, Outcome]) -> tuple[float, float]:
             return one[2].nearness(goal)
+
+        def farther(best: Outcome) -> bool:
+            """Than what was tried before: such a one is not run to the end."""
+            return best.nearness(goal) > min(map(nearness, tried), default=(np.inf, np.inf))
+
+        def tries(strengths: Iterable[Strength], starts: Sequence[list[Element]]) -> bool:
+            for strength, start in itertools.product(strengths, starts):
+                outcome = self._attempt(start, strength, unless=farther)
+                if outcome is not None:
+                    tried.append((start, strength, outcome))
+                    if not outcome.shortfalls(goal):
+                        return True
+            return False
 
         first, *smaller = (dict.fromkeys(names, beta) for beta in self._options.betas)
         same, *lower = self._options.missed
@@ -140,14 +146,32 @@ class Search:
         return raised
 
     def _meets(self, elements: Collection[Element], strength: Strength) -> bool:
-        return not self.attempt(elements, strength).shortfalls(self._options.goal)
+        outcome = self._attempt(elements, strength, unless=self._misses)
+        return outcome is not None and not self._misses(outcome)
+
+    def _misses(self, outcome: Outcome) -> bool:
+        return bool(outcome.shortfalls(self._options.goal))
 
     def attempt(self, elements: Collection[Element], strength: Strength) -> Outcome:
         """What these elements do on the validation part."""
+        outcome = self._attempt(elements, strength, unless=lambda best: False)
+        if outcome is None:  # it was given up before
+            setting = self._calibration.setting(elements, strength)
+            outcome = self._known[repr(setting)] = self._scored.outcome(setting)
+        return outcome
+
+    def _attempt(
+        self, elements: Collection[Element], strength: Strength, *, unless: Callable[[Outcome], bool]
+    ) -> Outcome | None:
+        """The same, or None where it is given up, now or before: then it misses the goal."""
         setting = self._calibration.setting(elements, strength)
         key = repr(setting)
         if key not in self._known:
-            self.attempts += 1
-            self._known[key] = self._scored.outcome(setting)
+            self._known[key] = self._scored.outcome_unless(setting, unless)
             self._progress("delta debugging, settings tried", self.attempts, 0)
         return self._known[key]
+
+    @property
+    def attempts(self) -> int:
+        """How many settings were tried."""
+        return len(self._known)

@@ -85,7 +85,7 @@ FULL = {
         evaluation=9_000,
         recipe=Recipe(epochs=10),
         search=_SEARCH,
-        goal=replace(_GOAL, columns_missed=0.001),  # of twenty thousand columns; one that is missed may flip
+        goal=replace(_GOAL, columns_missed=0.001),  # a column that is missed may flip
         bounds=(*FAIR, Bound("accuracy", 0.82, at_least=True), Bound("accuracy lost", 0.01)),
     ),
     "german": Size(

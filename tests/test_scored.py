@@ -15,7 +15,7 @@ from atpatch_onnx.options import FitOptions
 from atpatch_onnx.patch import Redistribution, SitePatch
 from atpatch_onnx.predictions import classes
 from atpatch_onnx.preparation import prepare
-from atpatch_onnx.scored import ScoredPart
+from atpatch_onnx.scored import AT_ONCE, ScoredPart
 from atpatch_onnx.search import Search
 from atpatch_onnx.training import Training
 from atpatch_onnx.trial import Setting, Trial
@@ -82,6 +82,64 @@ def test_a_joint_outcome_is_that_of_running_everything(scored):
     assert outcome.recall > 0.9
 
 
+SETTINGS = ("nothing", "all sites", "too high", "too low", "joint")
+
+
+def setting_of(part: ScoredPart, name: str) -> Setting:
+    sites = list(part.clean.margins)
+    alone = Calibration.of(part, FitOptions())
+    elements = [(role, site) for site in sites for role in ("detect", "redistribute")]
+    strength = Strength(dict.fromkeys(sites, 0.5), missed=0.3)
+    if name == "nothing":
+        return Setting()
+    if name == "joint":
+        return JointCalibration(alone, part, part, seed=0).setting(elements, strength)
+    setting = alone.setting(elements, strength)
+    shift = {"too high": 0.6, "too low": -0.6}.get(name, 0.0)
+    return replace(setting, thresholds={site: at + shift for site, at in setting.thresholds.items()})
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_still_possible_is_never_worse_than_what_comes(scored, name):
+    """And it comes to that: at last everything has been run."""
+    _, part = scored
+    setting, goal, possible = setting_of(part, name), Goal(columns_missed=0.0), []
+    outcome = part.outcome_unless(setting, lambda best: possible.append(best) or False)
+    assert possible[-1] == outcome == part.outcome(setting)
+    nearness = [best.nearness(goal) for best in possible]
+    assert nearness == sorted(nearness)
+    assert (len(possible) > 1) == (name not in ("nothing", "too high")), "where nothing is flagged, nothing is run"
+
+
+def test_what_is_hopeless_is_not_run_to_the_end(scored, monkeypatch):
+    trial, part = scored
+    run, counted = trial.run, []
+    monkeypatch.setattr(
+        trial, "run", lambda inputs, *args, **more: counted.append(len(inputs["x"])) or run(inputs, *args, **more)
+    )
+    setting = replace(setting_of(part, "all sites"), betas={})  # flags, and repairs nothing
+    assert part.outcome_unless(setting, lambda best: best.remaining > 0.2) is None
+    assert counted == [AT_ONCE * 32]
+    assert part.outcome(setting).remaining > 0.9
+    assert sum(counted[1:]) > 100
+
+
+@pytest.mark.parametrize("goal", [Goal(), Goal(asr_above_floor=0.0, accuracy_loss=-0.02), Goal(columns_missed=0.001)])
+def test_giving_up_early_changes_nothing_that_is_found(scored, monkeypatch, goal):
+    _, part = scored
+    options = FitOptions(goal=goal, betas=(1.0, 0.3, 0.0))
+
+    def found():
+        search = Search(part, Calibration.of(part, options), options, lambda *_: None)
+        return search.run(), search.attempts
+
+    early = found()
+    monkeypatch.setattr(part, "outcome_unless", lambda setting, hopeless: part.outcome(setting))
+    run_to_the_end = ScoredPart.outcome_unless
+    monkeypatch.setattr(part, "outcome", lambda setting: run_to_the_end(part, setting, lambda best: False))
+    assert found() == early
+
+
 def test_weights_of_a_joint_decision(scored):
     """None is negative, and their sum is 1; a site that sees nothing, or the wrong thing, has none."""
     _, part = scored
@@ -142,9 +200,9 @@ def test_the_search_lowers_thresholds_no_more_than_the_goal_asks_for(scored, mon
     assert 0 < needed[0.2] < needed[0.02]
     outcome = part.outcome(Setting())
 
-    def pretended(setting: Setting):
+    def pretended(setting: Setting, hopeless):
         return replace(outcome, remaining=float(setting.reaches.get(first, 0.0) < needed[0.02]))
 
-    monkeypatch.setattr(part, "outcome", pretended)
+    monkeypatch.setattr(part, "outcome_unless", pretended)
     found = Search(part, calibration, replace(options, missed=(1.0, 0.2, 0.02, 0.01)), lambda *_: None).run()
     assert found.setting.reaches == {first: needed[0.02]}
