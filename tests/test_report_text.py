@@ -174,8 +174,8 @@ def test_before_and_after_with_intervals():
 def test_fairness_has_rates_and_differences():
     shown = words(evaluation_table(r.evaluation(kind="attribute")))
     assert "Flip rate (UF) 7.50% [4.6, 12.0] 0.00% [0.0, 1.9]" in shown
-    assert "Demographic parity difference 0.1800 [0.1300, 0.2300] 0.1700 [0.1200, 0.2200]" in shown
-    assert "0.0000 [-0.0070, 0.0070]" in shown, "accuracy lost"
+    assert "Demographic parity difference 18.00% [13.0, 23.0] 17.00% [12.0, 22.0]" in shown
+    assert "0.00% [-0.7, 0.7]" in shown, "accuracy lost"
 
 
 def test_a_rate_of_nothing_is_no_rate():

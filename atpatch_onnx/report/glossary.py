@@ -15,7 +15,11 @@ _ALWAYS = (
     ("Counterfactual", "The same input with the trigger, or with the protected attribute changed."),
     ("Floor", "The share of clean inputs that the base sends to the target class anyway."),
     ("Clean flag rate", "The share of clean inputs on which any benign column is flagged."),
-    ("Interval", "95 % Wilson interval of a share: what other samples of this size would plausibly have shown."),
+    (
+        "Interval",
+        "95 % interval: what other samples of this size would plausibly have shown. Of shares Wilson's, of accuracy"
+        " lost Agresti and Min's for pairs, of differences between groups the bootstrap's.",
+    ),
     ("Precision, recall", "The share of flags that are right, and the share of anomalies that are flagged."),
     ("Separation", "Area under the ROC curve of column scores: 1 where anomalous ones are all above benign ones."),
     ("Gap", "The lowest anomalous scores less the largest clean one; negative where they overlap."),

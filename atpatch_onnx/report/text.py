@@ -216,7 +216,7 @@ def verification_table(verification: Verification) -> Group:
 
 def evaluation_table(evaluation: Evaluation) -> Group:
     """Before and after with 95 % intervals, the detector at both levels, and whether clean outputs are kept."""
-    table = _table(f"Before and after, {evaluation.inputs:,} pairs", caption="In brackets: 95 % Wilson intervals.")
+    table = _table(f"Before and after, {evaluation.inputs:,} pairs", caption="In brackets: 95 % intervals.")
     table.add_column("Measure", overflow="fold", ratio=1)
     for name in ("Before", "After"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -309,11 +309,9 @@ def benchmark_table(benchmark: Benchmark) -> Table:
 
 def measure(value: Rate | Difference | float | None) -> str:
     """A rate or a difference of rates with its interval, or a plain number."""
-    if isinstance(value, Difference):
-        return f"{value.value:.4f} [{value.low:.4f}, {value.high:.4f}]"
-    if not isinstance(value, Rate):
+    if not isinstance(value, Rate | Difference):
         return decimal(value, 4)
-    if value.count == 0:
+    if isinstance(value, Rate) and value.count == 0:
         return "no inputs"
     return f"{value.value:.2%} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
