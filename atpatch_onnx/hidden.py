@@ -19,6 +19,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from atpatch_onnx import graph
 from atpatch_onnx.matching.chains import PRODUCTS
 from atpatch_onnx.matching.naming import module_path
 from atpatch_onnx.matching.rules import label
@@ -128,7 +129,7 @@ def _weight_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     while value is not None:
         node = value.producer()
         if node is None or node.op_type == "Constant":
-            tensor = ir.convenience.get_const_tensor(value)
+            tensor = graph.constant(value)
             return None if tensor is None else _transposed(tuple(tensor.shape.numpy()), perms)
         if node.op_type not in ("Transpose", "Cast", "Identity", "DequantizeLinear") or not node.inputs:
             return None
@@ -227,7 +228,7 @@ def _way_back(second: _Linear) -> dict[ir.Node, _Linear | None] | None:
     while stack:
         value, cut = stack.pop()
         node = value.producer()
-        if node is None and ir.convenience.get_const_tensor(value) is None:
+        if node is None and graph.constant(value) is None:
             return None
         if node is None or node in way or node.op_type == "Constant":
             continue
@@ -263,7 +264,7 @@ def _before(values: Iterable[ir.Value]) -> set[ir.Value]:
     stack = list(values)
     while stack:
         value = stack.pop()
-        if value in before or ir.convenience.get_const_tensor(value) is not None:
+        if value in before or graph.constant(value) is not None:
             continue
         before.add(value)
         node = value.producer()

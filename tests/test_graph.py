@@ -403,6 +403,32 @@ def test_fingerprints_notice_every_change() -> None:
     assert len(set(found.values())) == len(found), found
 
 
+def test_looking_at_a_constant_leaves_it_alone() -> None:
+    held = ir.tensor([1, 2])
+    node = ir.node("Constant", [], {"value": held})
+    node.outputs[0].name = "axes"
+    assert graph.constant(node.outputs[0]) is held
+    assert held.name is None
+
+
+@pytest.mark.parametrize(
+    ("attributes", "content"),
+    [
+        ({"value_ints": [1, 2]}, [1, 2]),
+        ({"value_float": 0.5}, 0.5),
+        ({"value": ir.tensor([3.0])}, [3.0]),
+        ({"value_string": "text"}, None),
+        ({"value_ints": [1], "value_int": 1}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_constant_holds(attributes: dict, content: object) -> None:
+    node = ir.node("Constant", [], attributes)
+    found = graph.constant(node.outputs[0])
+    assert (None if found is None else found.numpy().tolist()) == content
+    assert graph.constant(ir.node("Relu", [node.outputs[0]]).outputs[0]) is None
+
+
 def test_fingerprints_notice_changes_inside_branches() -> None:
     proto = Net(y_in_if=True).proto()
     before = graph.fingerprint(ir.from_proto(proto))

@@ -9,6 +9,7 @@ from exports import MODELS, WAYS, export, export_module, numpy_inputs
 from torch import nn
 
 from atpatch_onnx import graph
+from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import explain, find_sites
 from atpatch_onnx.sites import AttentionSite, Dim, Form
@@ -106,11 +107,16 @@ def graph_inputs(model: ir.Model) -> list[str]:
     return [str(value.name) for value in model.graph.inputs]
 
 
-@pytest.mark.parametrize("way", ["dynamo 23 sdpa", "torchscript eager", "transformers dynamic"])
-def test_matching_leaves_the_model_alone(way: str) -> None:
-    model = export("vit", way)
+@exports
+def test_matching_leaves_the_model_alone(name: str, way: str) -> None:
+    proto = ir.to_proto(export(name, way))
+    for node in proto.graph.node:
+        for attribute in node.attribute:  # the tensors in Constants have no names where TorchScript was traced
+            attribute.t.ClearField("name")
+    model = ir.from_proto(proto)
     before = graph.fingerprint(model)
     explain(model)
+    find_hidden_layers(model)
     assert graph.fingerprint(model) == before
 
 

@@ -10,6 +10,7 @@ from atpatch_onnx.graph.fingerprints import fingerprint
 from atpatch_onnx.graph.parts import (
     PREFIX,
     Model,
+    constant,
     copy,
     names,
     opset_version,
@@ -28,6 +29,7 @@ __all__ = [
     "Model",
     "ModelOrPath",
     "as_model",
+    "constant",
     "copy",
     "external_folder",
     "fingerprint",

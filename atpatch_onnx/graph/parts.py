@@ -11,6 +11,10 @@ PREFIX = "atpatch/"
 """Every node, value and initializer that this package adds is named under this prefix."""
 
 
+_NUMBERS = frozenset({"value_float", "value_floats", "value_int", "value_ints"})
+"""Attributes of a Constant that hold numbers without a tensor."""
+
+
 def copy(model: ir.Model) -> ir.Model:
     """An independent copy whose weights are shared, not copied."""
     return model.clone()
@@ -42,6 +46,23 @@ def tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for node in _nodes(model):
         for attribute in node.attributes.values():
             yield from _attribute_tensors(attribute)
+
+
+def constant(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor that a weight or a Constant node holds; None for what is computed, and for sparse tensors.
+
+    onnx-ir's `get_const_tensor` names the tensor in a Constant after its value, which would change the model, and
+    its fingerprint. So it is asked for numbers only, of which it makes a new tensor.
+    """
+    node = value.producer()
+    if value.const_value is not None or node is None or len(node.attributes) != 1:
+        return value.const_value
+    if node.op_type != "Constant" or node.domain != "":
+        return None
+    content = next(iter(node.attributes.values()))
+    if content.name == "value":
+        return next(iter(_attribute_tensors(content)), None)
+    return ir.convenience.get_const_tensor(value) if content.name in _NUMBERS else None
 
 
 def replace_tensors(model: ir.Model, change: Callable[[ir.TensorProtocol], ir.TensorProtocol]) -> None:

@@ -78,7 +78,7 @@ class View:
         """The content of a weight or Constant; None for anything computed, or too large to read in passing."""
         if value is None or value.is_graph_input():
             return None
-        tensor = ir.convenience.get_const_tensor(value)
+        tensor = graph.constant(value)
         if tensor is None or tensor.nbytes > _READ_LIMIT:
             return None
         return np.asarray(tensor.numpy())
@@ -94,7 +94,7 @@ class View:
             if node.op_type == "Cast":
                 return ir.DataType(node.attributes["to"].as_int())
             if node.op_type == "Constant":
-                tensor = ir.convenience.get_const_tensor(value)
+                tensor = graph.constant(value)
                 return None if tensor is None else tensor.dtype
             index = _TYPED_LIKE.get(node.op_type, 0)
             value = node.inputs[index] if len(node.inputs) > index else None

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from atpatch_onnx import graph
 from atpatch_onnx.functions import LANDMARKS, SUMMARIES
-from atpatch_onnx.graph import weights
 from atpatch_onnx.patch import Detector, Features, Redistribution
 from atpatch_onnx.runtime import Array
 
@@ -90,7 +90,7 @@ def input_shapes(model: ir.Model, *, samples: int, length: int) -> dict[str, tup
 
 
 def _slots(model: ir.Model) -> list[_Slot]:
-    given = weights(model)
+    given = graph.weights(model)
     return [_Slot.of(value) for value in model.graph.inputs if value.name not in given]
 
 
@@ -195,9 +195,9 @@ def _marks(uses: Iterable[tuple[ir.Node, int]]) -> Iterator[int]:
     for node, index in uses:
         if node.op_type == "Equal":
             other = node.inputs[1 - index]
-            constant = None if other is None else ir.convenience.get_const_tensor(other)
-            if constant is not None and constant.size == 1:
-                yield int(constant.numpy().item())
+            mark = None if other is None else graph.constant(other)
+            if mark is not None and mark.size == 1:
+                yield int(mark.numpy().item())
 
 
 def draw_detector(

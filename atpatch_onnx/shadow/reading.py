@@ -2,6 +2,7 @@
 
 import onnx_ir as ir
 
+from atpatch_onnx import graph
 from atpatch_onnx.errors import BakeError
 
 _STEPS = 6
@@ -69,7 +70,7 @@ def _entries(vector: ir.Value | None) -> int | None:
     """How many entries a tensor of one axis has; None where it is not known."""
     if vector is None:
         return None
-    content = ir.convenience.get_const_tensor(vector)
+    content = graph.constant(vector)
     shape = vector.shape if content is None else content.shape
     length = None if shape is None else shape[0]
     return length if isinstance(length, int) else None
