@@ -1,17 +1,16 @@
 """What a patch costs: base and patched model in turns, in one process, on clean and on flagged inputs.
 
-A figure is a ratio of medians over rounds. In a round each form runs once, in an order that is drawn anew, so that
-whatever else the machine does meets all of them. Its interval is a bootstrap over rounds. Whether inputs are flagged is
-decided by thresholds that nothing, or everything, exceeds, which stand in for the patch's own (`FileSession`): every
-column is scored as in service. What a flagged input costs does not depend on how many of its columns are flagged.
+A figure is a ratio of medians of runs taken in turns (`timing`). Beside it stands what another session of the base
+comes to: that much two equal things differ. Whether inputs are flagged is decided by thresholds that nothing, or
+everything, exceeds, which stand in for the patch's own (`FileSession`): every column is scored as in service. What a
+flagged input costs does not depend on how many of its columns are flagged.
 """
 
 import multiprocessing
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.bake import bake
@@ -31,22 +29,8 @@ from atpatch_onnx.options import Decision
 from atpatch_onnx.patch import Features, Joint, Patch, SitePatch
 from atpatch_onnx.rehearsal.drawing import NEVER, draw_detector, draw_inputs, draw_redistribution
 from atpatch_onnx.runtime import Array, FileSession, Progress, SessionOptions, silent
+from atpatch_onnx.timing import WARM, Ratio, Run, in_turns, ratio
 from atpatch_onnx.training import Training
-
-DRAWS = 2_000
-"""Of the bootstrap."""
-
-WARM = 3
-"""Runs of each form before anything is timed."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Patched over base, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,17 @@ class Timing:
     """Median of the base, milliseconds a batch."""
 
     clean: Ratio
+    """Patched over base, inputs of which nothing is flagged."""
+
     flagged: Ratio
+    """Patched over base, every input flagged."""
+
+    itself: Ratio
+    """Another session of the base over the base."""
+
+
+RATIOS = ("clean", "flagged", "itself")
+"""Of a timing."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +76,9 @@ class Benchmark:
         """JSON types only; one entry of `timings` for each batch size and number of threads."""
         timings = [
             {
-                **{name: value for name, value in asdict(one).items() if name not in ("clean", "flagged")},
-                "clean_ratio": one.clean.value,
-                "clean_interval": [one.clean.low, one.clean.high],
-                "flagged_ratio": one.flagged.value,
-                "flagged_interval": [one.flagged.low, one.flagged.high],
+                **{name: value for name, value in asdict(one).items() if name not in RATIOS},
+                **{f"{name}_ratio": getattr(one, name).value for name in RATIOS},
+                **{f"{name}_interval": [getattr(one, name).low, getattr(one, name).high] for name in RATIOS},
             }
             for one in self.timings
         ]
@@ -111,6 +103,7 @@ def benchmark(
     threads: Sequence[int] = (2,),
     length: int = 128,
     rounds: int = 40,
+    sessions: int = 4,
     memory: bool = True,
     seed: int = 0,
     progress: Progress = silent,
@@ -126,7 +119,8 @@ def benchmark(
         batches: Sizes to time; those that the model does not leave free are timed once.
         threads: Numbers of threads to time.
         length: Of every axis that is free, but for the batch: tokens.
-        rounds: How often each form is timed.
+        rounds: How often each form is timed, at least.
+        sessions: How often each form is opened for that.
         memory: Whether to measure that as well, in processes of their own.
         seed: Of inputs, order and bootstrap.
         progress: Told after every round.
@@ -136,7 +130,8 @@ def benchmark(
             drawn.
         ModelFileError, RunError, StripError: A file cannot be read, is refused, or is not patched.
     """
-    for name, numbers in (("batches", batches), ("threads", threads), ("rounds", [rounds]), ("length", [length])):
+    given = {"batches": batches, "threads": threads, "rounds": [rounds], "sessions": [sessions], "length": [length]}
+    for name, numbers in given.items():
         if not numbers or min(numbers) < 1:
             raise BenchmarkError(name, expected="numbers from 1 on", found=str(list(numbers)), advice="Give others.")
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +141,8 @@ def benchmark(
         )
         model, record = graphs.load(base), read_record(graphs.load(files.patched))
         known = {tuple(array.shape for array in of.values()): of for of in _inputs(model, batches, length, seed)}
-        timings = [_timed(files, of, count, rounds, seed, progress) for of in known.values() for count in threads]
+        turns = _Turns(rounds, sessions, seed, progress)
+        timings = [_timed(files, of, count, turns) for of in known.values() for count in threads]
         peaks = _peaks(files, list(known.values())[-1], max(threads)) if memory else None
     return Benchmark(
         patch=record.patch if patched is not None else "synthetic",
@@ -230,46 +226,40 @@ def _options(threads: int) -> SessionOptions:
     return options
 
 
-def _timed(
-    files: _Files, inputs: Mapping[str, Array], threads: int, rounds: int, seed: int, progress: Progress
-) -> Timing:
-    """Each form once a round, in an order of its own."""
-    sessions = {
-        form: FileSession(path, weights, options=_options(threads)) for form, (path, weights) in files.forms().items()
-    }
+@dataclass(frozen=True)
+class _Turns:
+    """How forms are timed."""
+
+    rounds: int
+    sessions: int
+    seed: int
+    progress: Progress
+
+
+def _timed(files: _Files, inputs: Mapping[str, Array], threads: int, turns: _Turns) -> Timing:
     batch = next(len(array) for array in inputs.values() if array.ndim)
-    stage, feed = f"timing batches of {batch}, {threads} threads", dict(inputs)
-    seconds: dict[str, list[float]] = {form: [] for form in sessions}
-    rng = np.random.default_rng(seed)
-    for session in sessions.values():
-        for _ in range(WARM):
-            session.session.run(None, feed)
-    for done in range(1, rounds + 1):
-        for form in rng.permutation(list(sessions)):
-            started = time.perf_counter()
-            sessions[form].session.run(None, feed)
-            seconds[form].append(time.perf_counter() - started)
-        progress(stage, done, rounds)
-    taken = {form: np.array(one) for form, one in seconds.items()}
-    return Timing(
-        batch=batch,
-        threads=threads,
-        rounds=rounds,
-        base_ms=float(1000 * np.median(taken["base"])),
-        clean=ratio(taken["clean"], taken["base"], seed=seed),
-        flagged=ratio(taken["flagged"], taken["base"], seed=seed),
+    forms = files.forms()
+    opened = {form: opens(path, weights, inputs, threads) for form, (path, weights) in forms.items()}
+    taken = in_turns(
+        {**opened, "itself": opened["base"]},
+        sessions=turns.sessions,
+        rounds=turns.rounds,
+        seed=turns.seed,
+        progress=turns.progress,
+        stage=f"timing batches of {batch}, {threads} threads",
     )
+    ratios = {name: ratio(taken[name], taken["base"], seed=turns.seed) for name in RATIOS}
+    return Timing(batch, threads, taken["base"].size, float(1000 * np.median(taken["base"])), **ratios)
 
 
-def ratio(ours: NDArray[np.float64], base: NDArray[np.float64], *, seed: int = 0) -> Ratio:
-    """Ratio of the medians of two series `[rounds]` that were taken in turns, with its 95 % bootstrap interval.
+def opens(path: Path, weights: Mapping[str, Array], inputs: Mapping[str, Array], threads: int) -> Callable[[], Run]:
+    """What opens a file with these weights, for runs on these inputs."""
 
-    Rounds are drawn, not runs, so that what disturbed a round disturbs both sides of a draw.
-    """
-    drawn = np.random.default_rng(seed).integers(len(ours), size=(DRAWS, len(ours)))
-    ratios = np.median(ours[drawn], axis=1) / np.median(base[drawn], axis=1)
-    low, high = np.percentile(ratios, (2.5, 97.5))
-    return Ratio(float(np.median(ours) / np.median(base)), float(low), float(high))
+    def open_file() -> Run:
+        session = FileSession(path, weights, options=_options(threads)).session
+        return lambda: session.run(None, dict(inputs))
+
+    return open_file
 
 
 def _peaks(files: _Files, inputs: Mapping[str, Array], threads: int) -> tuple[int, int] | None:

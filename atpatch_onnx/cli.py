@@ -401,6 +401,7 @@ def benchmark(
     threads: Annotated[list[int] | None, typer.Option(help="Numbers of threads; 2 by default.")] = None,
     length: Annotated[int, typer.Option(help="Tokens, where the model leaves their number free.")] = 128,
     rounds: Annotated[int, typer.Option(help="How often each form is timed.")] = 40,
+    sessions: Annotated[int, typer.Option(help="How often each form is opened for that.")] = 4,
     memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -418,6 +419,7 @@ def benchmark(
             threads=threads or (2,),
             length=length,
             rounds=rounds,
+            sessions=sessions,
             memory=memory,
             progress=progress,
         )

@@ -9,13 +9,12 @@ A fix that misses its goal is measured as well: the table is to show by how much
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx.bake import bake
-from atpatch_onnx.benchmark import WARM, ratio
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.debugset.split import part_rows
 from atpatch_onnx.errors import AtPatchError
@@ -29,12 +28,13 @@ from atpatch_onnx.patch import Patch
 from atpatch_onnx.predictions import prediction_output
 from atpatch_onnx.preparation import complete
 from atpatch_onnx.runtime import Progress, Session, silent
+from atpatch_onnx.timing import Run, in_turns, ratio
 
 HELD_OUT = 0.25
 """Share of the pairs that no fit sees."""
 
-ROUNDS = 30
-"""How often a fix is timed against the base."""
+ROUNDS, SESSIONS = 30, 3
+"""How often a fix is timed against the base, and how often both are opened for that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,16 +300,15 @@ class _Bench:
 
     def time(self, patched: ir.Model) -> float:
         """Time of a clean input over the base's: the two in turns, medians."""
-        sessions = Session(self.base), Session(patched)
         one = self.unseen.take([0]).clean
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for _ in range(ROUNDS):
-            for session, taken in zip(sessions, seconds, strict=True):
-                started = time.perf_counter()
-                session.collect(one, [self.output])
-                taken.append(time.perf_counter() - started)
-        base, ours = (np.array(taken[WARM:]) for taken in seconds)
-        return ratio(ours, base).value
+
+        def opened(model: ir.Model) -> Run:
+            session = Session(model)
+            return lambda: session.collect(one, [self.output])
+
+        forms = {"base": partial(opened, self.base), "patched": partial(opened, patched)}
+        taken = in_turns(forms, sessions=SESSIONS, rounds=ROUNDS)
+        return ratio(taken["patched"], taken["base"]).value
 
     @property
     def output(self) -> str:

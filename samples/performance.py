@@ -4,8 +4,8 @@
     python -m samples.performance --render        # the page from docs/performance.json again
 
 Every timing is `atpatch benchmark` with a synthetic patch that detects and redistributes at every site. Run it on a
-machine that does nothing else: goals are hundredths, and each ratio stands beside its interval, and beside what two
-sessions of the same base differ by. `--fast` takes tiny models and few rounds, to see that it works.
+machine that does nothing else: goals are hundredths, and each ratio stands beside its interval, and beside what other
+sessions of the same base come to. `--fast` takes tiny models and few rounds, to see that it works.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 
 import atpatch_onnx as atp
-from atpatch_onnx.benchmark import Timing, ratio, synthetic_patch
+from atpatch_onnx.benchmark import Timing, opens, synthetic_patch
 from atpatch_onnx.patch import Features
 from atpatch_onnx.rehearsal.drawing import draw_inputs
-from atpatch_onnx.runtime import Array, FileSession, SessionOptions
+from atpatch_onnx.runtime import Array
+from atpatch_onnx.timing import in_turns, ratio
 from samples.speed_models import EAGER, FUSED, OFFLINE, export, hooked, quiet, torch_model
 from samples.tasks import prepare
 
@@ -44,6 +45,9 @@ BRANCHLESS = "tensorrt"
 
 FLAGGED, BRANCHLESS_CLEAN, MEMORY = 1.08, 1.05, 1.05
 """Goals of all rows."""
+
+SESSIONS = 5
+"""How often each form is opened."""
 
 PAIRS = 1000
 """Of the fit that is timed."""
@@ -102,6 +106,7 @@ def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict
     hooks["Fashion-MNIST ViT"] = _fashion_against_hooks(small.base)
     return {
         "machine": _machine(),
+        "sessions": SESSIONS,
         "rows": rows,
         "lengths": lengths,
         "hooks": hooks,
@@ -131,7 +136,12 @@ def _lines(path: str) -> list[str]:
 def measured_row(case: Case, forms: Mapping[str, Path], length: int, seconds: float) -> dict[str, Any]:
     """The forms of the base, and what a patch of the second one costs against it."""
     base = forms[FUSED]
-    options: dict[str, Any] = {"length": length, "batches": [case.batch], "threads": [THREADS]}
+    options: dict[str, Any] = {
+        "length": length,
+        "batches": [case.batch],
+        "threads": [THREADS],
+        "sessions": SESSIONS,
+    }
     rounds = _rounds(base, length, case.batch, seconds)
     found = atp.benchmark(base, features=case.features, rounds=rounds, memory=case.whole, **options)
     [timing] = found.timings
@@ -144,6 +154,7 @@ def measured_row(case: Case, forms: Mapping[str, Path], length: int, seconds: fl
         "base_ms": timing.base_ms,
         "clean": _interval(timing.clean),
         "flagged": _interval(timing.flagged),
+        "itself": _interval(timing.itself),
         "memory": found.memory,
         "forms": _forms(forms, length, case.batch, rounds),
     }
@@ -160,9 +171,9 @@ def _interval(found: Any) -> list[float]:
 
 
 def _rounds(path: Path, length: int, batch: int, seconds: float) -> int:
-    """How many rounds of three forms fit into this time; at least 3."""
+    """How many rounds of four forms fit into this time; at least 3."""
     [timing] = _short(path, length, batch)
-    return max(3, int(seconds / (3 * timing.base_ms / 1000)))
+    return max(3, int(seconds / (4 * timing.base_ms / 1000)))
 
 
 def _short(path: Path, length: int, batch: int) -> tuple[Timing, ...]:
@@ -171,32 +182,16 @@ def _short(path: Path, length: int, batch: int) -> tuple[Timing, ...]:
 
 
 def _forms(forms: Mapping[str, Path], length: int, batch: int, rounds: int) -> dict[str, list[float]]:
-    """Each form of the base against the second one, in turns; and that one against itself, as a yardstick."""
+    """Each form of the base against the second one, in turns."""
     inputs = benchmark_inputs(forms[FUSED], batch, length)
-    paths = {FUSED: forms[FUSED], EAGER: forms[EAGER], OFFLINE: forms[OFFLINE], "itself": forms[FUSED]}
-    sessions = {form: session(path) for form, path in paths.items()}
-    taken: dict[str, list[float]] = {form: [] for form in sessions}
-    for one in sessions.values():
-        one.run(None, inputs)
-    rng = np.random.default_rng(0)
-    for _ in range(max(3, rounds // 3)):
-        for form in rng.permutation(list(sessions)):
-            taken[form].append(_seconds(lambda run=sessions[form].run: run(None, inputs)))
-    base = np.array(taken.pop(FUSED))
-    return {form: _interval(ratio(np.array(one), base)) for form, one in taken.items()}
+    opened = {form: opens(path, {}, inputs, THREADS) for form, path in forms.items()}
+    taken = in_turns(opened, sessions=SESSIONS, rounds=max(3, rounds // 3))
+    return {form: _interval(ratio(taken[form], taken[FUSED])) for form in (EAGER, OFFLINE)}
 
 
 def benchmark_inputs(path: Path, batch: int, length: int) -> dict[str, Array]:
     """Inputs such as `atpatch benchmark` draws."""
     return draw_inputs(atp.load(path), np.random.default_rng(0), samples=batch, length=length)
-
-
-def session(path: Path) -> Any:
-    """Onnxruntime's session of a file."""
-    options = SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = THREADS
-    return FileSession(path, {}, options=options).session
 
 
 def _seconds(do: Any) -> float:
@@ -245,21 +240,13 @@ def _torch_over_file(module: Any, model: Any, patch: atp.Patch, rounds: int = 40
     config = module.config
     pixels = np.random.default_rng(0).normal(size=(1, config.num_channels, config.image_size, config.image_size))
     inputs = {"pixel_values": pixels.astype(np.float32)}
-    with tempfile.TemporaryDirectory() as folder:
+    tensor = torch.from_numpy(inputs["pixel_values"])
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = Path(folder) / "patched.onnx"
         atp.save(atp.bake(model, patch), path)
-        patched = session(path)
-        tensor = torch.from_numpy(inputs["pixel_values"])
-        runs = {"torch": lambda: module(tensor), "file": lambda: patched.run(None, inputs)}
-        taken: dict[str, list[float]] = {form: [] for form in runs}
-        with torch.inference_mode():
-            for number in range(rounds + 3):
-                for form, run in runs.items():
-                    time.sleep(0.02)
-                    seconds = _seconds(run)
-                    if number >= 3:
-                        taken[form].append(seconds)
-    return _interval(ratio(np.array(taken["torch"]), np.array(taken["file"])))
+        forms = {"torch": lambda: lambda: module(tensor), "file": opens(path, {}, inputs, THREADS)}
+        taken = in_turns(forms, sessions=SESSIONS, rounds=rounds, pause=0.02)
+    return _interval(ratio(taken["torch"], taken["file"]))
 
 
 def _seconds_to_bake(base: Path, target: Path) -> float:

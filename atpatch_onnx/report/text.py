@@ -297,12 +297,13 @@ def benchmark_table(benchmark: Benchmark) -> Table:
     memory = "" if benchmark.memory is None else f" Peak memory, clean: {benchmark.memory:.3f} of the base's."
     table = _table(
         f"Cost of a patch at {benchmark.sites} sites, {benchmark.emission}",
-        caption=f"Ratios of medians, patched over base; in brackets: 95 % bootstrap intervals.{memory}",
+        caption="Ratios of medians, patched over base; in brackets: 95 % bootstrap intervals. Base again: what another "
+        f"session of the base comes to.{memory}",
     )
-    for name in ("Batch", "Threads", "Base", "Clean inputs", "Flagged inputs"):
+    for name in ("Batch", "Threads", "Base", "Clean inputs", "Flagged inputs", "Base again"):
         table.add_column(name, justify="right")
     for one in benchmark.timings:
-        ratios = (f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in (one.clean, one.flagged))
+        ratios = (f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in (one.clean, one.flagged, one.itself))
         table.add_row(*_texts((str(one.batch), str(one.threads), f"{one.base_ms:.2f} ms", *ratios)))
     return table
 
