@@ -7,6 +7,7 @@ computed the same. In float32, that is: half precision is rounded in between whe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from atpatch_onnx.errors import StripError
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.metadata import PatchRecord
 from atpatch_onnx.passes import first_name
-from atpatch_onnx.runtime import Array, Session
+from atpatch_onnx.runtime import Array, Session, tensors
 
 SECOND_PASS = 1e-4
 """Largest difference of the second pass to the base, relative to the largest value of an output (at least 1): kernels
@@ -95,11 +96,10 @@ class Driven:
         expected = self._session.run(
             {**inputs, **fed}, [*owned, *(name for name in self._outputs if name not in owned)]
         )
-        pairs = [(expected[stage.own], inner[stage.before]) for stage in self._stages]
+        pairs: list[_Pair] = [(expected[stage.own], inner[stage.before]) for stage in self._stages]
         for name in self._outputs:
             one, other = owned.get(name, expected[name]), found[name]
-            by_sample = one.ndim > 0 and other.shape == one.shape and len(one) == len(rows)
-            pairs.append((one[rows], other[rows]) if by_sample else (one, other))
+            pairs += _pairs(one, other, rows)
         return max((_difference(one, other) for one, other in pairs), default=0.0)
 
 
@@ -114,8 +114,21 @@ def _driven(base: ir.Model, stages: Sequence[_Stage]) -> ir.Model:
     return driven
 
 
-def _difference(expected: Array, found: Array) -> float:
+_Pair = tuple[Array | None, Array | None]
+"""What is to be the same; None where one output holds fewer tensors."""
+
+
+def _pairs(one: Array, other: Array, rows: Array) -> list[_Pair]:
+    """Of two outputs the samples that are flagged, where they have an axis for samples; else all that they hold."""
+    if isinstance(one, np.ndarray) and one.ndim > 0 and np.shape(other) == one.shape and len(one) == len(rows):
+        return [(one[rows], other[rows])]
+    return [*zip_longest(tensors(one), tensors(other))]
+
+
+def _difference(expected: Array | None, found: Array | None) -> float:
     """In units of what is allowed; infinite where anything is not comparable."""
+    if expected is None or found is None:
+        return float(np.inf)
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return float(np.inf)
     if expected.dtype.kind not in "fiub":  # texts

@@ -71,6 +71,16 @@ class SiteValues:
     beta: Array
     neutral: Array | None
 
+    def fits(self) -> bool:
+        """Whether the shapes are those of one site."""
+        maps, heads, queries, keys = self.P.shape
+        shared, kv_heads, own_keys, depth = self.V.shape
+        return (
+            self.Y.shape == self.corrected.shape == (maps, heads, queries, depth)
+            and (own_keys, heads % kv_heads) == (keys, 0)
+            and shared in (1, maps)
+        )
+
     def reference(self) -> NDArray[np.float64]:
         """What the numpy reference makes of P, V, Y and the flags."""
         return redistributed_output(self.P, self.V, self.Y, self.flags, self.beta, self.neutral)
@@ -93,7 +103,27 @@ def value_names(site: PatchedSite) -> list[str]:
 
 
 def site_values(model: ir.Model, site: PatchedSite, outputs: dict[str, Array]) -> SiteValues:
-    """Gather a redistributing site's values from the outputs of the exposed model."""
+    """Gather a redistributing site's values from the outputs of the exposed model.
+
+    Raises:
+        StripError: A weight of the site is not there, or the values that the file names are not those of a site.
+    """
+    try:
+        values = _gathered(model, site, outputs)
+        fitting = values.fits()
+    except (IndexError, TypeError, ValueError, ZeroDivisionError):  # where axes are missing or cannot be folded
+        fitting = False
+    if not fitting:
+        raise StripError(
+            f"site {site.site}",
+            expected="the map, values and outputs of an attention site",
+            found=", ".join(f"{name} {list(np.shape(outputs[name]))}" for name in value_names(site)),
+            advice="The file was edited after it was baked: bake the patch into the base again.",
+        )
+    return values
+
+
+def _gathered(model: ir.Model, site: PatchedSite, outputs: dict[str, Array]) -> SiteValues:
     P = np.asarray(outputs[site.map], np.float64)
     sizes = {"h": P.shape[1], "w": site.parts or 1}
 

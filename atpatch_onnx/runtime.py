@@ -113,10 +113,7 @@ class Session:
             batch = self.filled({name: np.ascontiguousarray(array[part]) for name, array in inputs.items()})
             results = self.run({**batch, **(constants or {})}, outputs)
             if fixed and count < size:
-                results = {
-                    name: array[:count] if array.ndim and len(array) == size else array
-                    for name, array in results.items()
-                }
+                results = {name: _cut_off(array, count, size) for name, array in results.items()}
             yield part, results
             progress(stage, part.stop, samples)
 
@@ -183,6 +180,21 @@ class FileSession:
             self.session = ort.InferenceSession(os.fspath(path), options, providers=list(providers))
         except Exception as error:  # onnxruntime raises a dozen types without a common base
             raise _refused(os.fspath(path), "a model that onnxruntime loads", error) from error
+
+
+def tensors(output: object) -> tuple[Array, ...]:
+    """The tensors that an output holds: itself, or those of a sequence or a map, in order; an absent optional none."""
+    if isinstance(output, Mapping):
+        return tensors([part for pair in output.items() for part in pair])
+    if isinstance(output, list):
+        return tuple(array for part in output for array in tensors(part))
+    return () if output is None else (np.asarray(output),)
+
+
+def _cut_off(output: Array, count: int, size: int) -> Array:
+    """The samples that were asked for, where there is one axis for them."""
+    by_sample = isinstance(output, np.ndarray) and output.ndim and len(output) == size
+    return output[:count] if by_sample else output
 
 
 def _filled_up(array: Array, size: int) -> Array:

@@ -32,7 +32,7 @@ from atpatch_onnx.metadata import PatchedJoint, PatchedLayer, PatchRecord, read_
 from atpatch_onnx.passes import SCOPE, detection_scope
 from atpatch_onnx.patch import LayerEdit
 from atpatch_onnx.repetition import differences
-from atpatch_onnx.runtime import Array, Progress, Session, silent
+from atpatch_onnx.runtime import Array, Progress, Session, silent, tensors
 from atpatch_onnx.strip import strip
 
 TOLERANCE: Mapping[str, float] = {"FLOAT": 1e-5, "FLOAT16": 4e-3}
@@ -258,6 +258,7 @@ class _Tally:
         self.driven = driven
         self.second_pass = 0.0
         self.edited: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}
         self.worst: dict[str, float] = {}
         self.allowed: dict[str, float] = {}
 
@@ -292,7 +293,11 @@ class _Tally:
         for site in record.sites:
             if site.value is None or not np.any(inner[site.flags]):
                 continue
-            values = site_values(patched, site, inner)
+            try:
+                values = site_values(patched, site, inner)
+            except StripError as error:
+                self.unreadable[site.site] = str(error)
+                continue
             reference = values.reference()
             difference, largest = (float(np.abs(a).max()) for a in (values.corrected - reference, reference))
             if not np.isfinite(difference):  # a NaN would pass every comparison below
@@ -342,6 +347,8 @@ class _Tally:
         for layer, fault in self.edited.items():
             said = fault or "edited units agree with the numpy reference, the others bit for bit with the base"
             yield Check(f"hidden layer {layer}, {where}", not fault, said)
+        for site, fault in self.unreadable.items():
+            yield Check(f"site {site}, {where}", False, fault)
         for site, worst in self.worst.items():
             yield Check(
                 f"site {site}, {where}",
@@ -353,13 +360,23 @@ class _Tally:
 
 def _rows_equal(expected: Array, found: Array, flagged: Array) -> Array:
     """Which samples are equal bit for bit; outputs without a sample axis count where nothing is flagged."""
-    if expected.shape != found.shape:
+    sides = tensors(expected), tensors(found)
+    if [_shaped(array) for array in sides[0]] != [_shaped(array) for array in sides[1]]:
         return np.zeros(len(flagged), bool)
-    if expected.ndim == 0 or len(expected) != len(flagged):
-        same = bool(flagged.any()) or expected.tobytes() == found.tobytes()
-        return np.full(len(flagged), same)
+    if not isinstance(expected, np.ndarray) or expected.ndim == 0 or len(expected) != len(flagged):
+        same = [_content(array) for array in sides[0]] == [_content(array) for array in sides[1]]
+        return np.full(len(flagged), bool(flagged.any()) or same)
     pairs: Sequence[tuple[Array, Array]] = list(zip(expected, found, strict=True))
-    return np.array([one.tobytes() == other.tobytes() for one, other in pairs], bool)
+    return np.array([_content(np.asarray(one)) == _content(np.asarray(other)) for one, other in pairs], bool)
+
+
+def _shaped(array: Array) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    return array.dtype, array.shape
+
+
+def _content(array: Array) -> object:
+    """Bits, or texts: numpy holds these by reference."""
+    return array.tolist() if array.dtype.hasobject else array.tobytes()
 
 
 def _dtype(array: Array) -> str:

@@ -15,7 +15,7 @@ from atpatch_onnx.bake import bake
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import DebugSetError, ModelFileError, StripError, VerificationError
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.patch import Joint, Patch
 from atpatch_onnx.verify import Verification, verify
 
 PAIRS = 24
@@ -80,6 +80,42 @@ def test_outputs_without_a_sample_axis():
     patch = replace(fitted(Planted()), base=graphs.fingerprint(model))
     result = verify(model, bake(model, patch), planted.debug(PAIRS), batch_size=10)
     assert result.passed, result.failures
+
+
+def with_odd_outputs(model: ir.Model) -> ir.Model:
+    """Outputs besides: the logits as a sequence, and the predicted class as a text, which numpy holds by reference."""
+    [logits] = model.graph.outputs
+    sequence = ir.Node("", "SequenceConstruct", [logits], name="sequence")
+    best = ir.Node("", "ArgMax", [logits], [ir.AttrInt64("axis", 1), ir.AttrInt64("keepdims", 0)], name="best")
+    texts = ir.Node("", "Cast", [best.outputs[0]], [ir.AttrInt64("to", ir.DataType.STRING)], name="texts")
+    model.graph.extend([sequence, best, texts])
+    types = (ir.SequenceType(ir.TensorType(ir.DataType.FLOAT)), ir.TensorType(ir.DataType.STRING))
+    for node, type_ in zip((sequence, texts), types, strict=True):
+        node.outputs[0].name, node.outputs[0].type = f"{node.name}/value", type_
+        model.graph.outputs.append(node.outputs[0])
+    texts.outputs[0].shape = ir.Shape([logits.shape[0]])
+    return model
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["alone", "joint"])
+@pytest.mark.parametrize("batch", ["batch", 4], ids=["free", "fixed"])
+def test_outputs_that_are_sequences_or_texts(batch, joint):
+    planted = Planted(batch=batch)
+    model = with_odd_outputs(planted.model())
+    patch = replace(fitted(Planted()), base=graphs.fingerprint(model))
+    if joint:
+        patch = replace(patch, joint=Joint(np.ones(1, np.float32), patch.sites[0].detector.threshold))
+    debug, patched = planted.debug(PAIRS), bake(model, patch)
+    result = verify(model, patched, debug, batch_size=10)
+    assert result.passed, result.failures
+    for name in ("sequence", "texts"):
+        changed = graphs.copy(patched)
+        node = next(node for node in changed.graph if node.name == name)
+        negated = ir.Node("", "Neg", [node.inputs[0]], name="negated")
+        changed.graph.insert_before(node, negated)
+        node.replace_input_with(0, negated.outputs[0])
+        names = failed(verify(model, changed, debug, batch_size=10))
+        assert {f"unflagged clean inputs, {level} optimization" for level in ("no", "default")} <= names, name
 
 
 def test_half_precision_has_its_own_tolerance():
@@ -207,6 +243,13 @@ def name_another_site(model: ir.Model) -> None:
     model.metadata_props["atpatch.sites"] = json.dumps(sites)
 
 
+def name_another_output(model: ir.Model) -> None:
+    """A value that is there, of another rank than what a site hands on."""
+    sites = json.loads(model.metadata_props["atpatch.sites"])
+    sites[0]["output"] = sites[0]["margin"]
+    model.metadata_props["atpatch.sites"] = json.dumps(sites)
+
+
 TAMPERINGS: dict[Callable[[ir.Model], None] | str, set[str]] = {
     "change_base_weight": {"strip", "unflagged clean"},
     "change_metadata_base": {"base", "strip"},
@@ -219,6 +262,7 @@ TAMPERINGS: dict[Callable[[ir.Model], None] | str, set[str]] = {
     "busy_else_branch": {"invariants", "unflagged clean"},
     "forget_the_sites": {"loads"},
     "name_another_site": {"loads"},
+    "name_another_output": {"strip", "site layer1.attention, counterfactual"},
 }
 
 WEIGHTS = {
