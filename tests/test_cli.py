@@ -20,9 +20,10 @@ from onnx import helper, numpy_helper
 from planted import Planted, fitted
 
 import atpatch_onnx as atp
-from atpatch_onnx import cli
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.cli import main
+from atpatch_onnx.cli.arguments import TARGETS
+from atpatch_onnx.cli.baking import bake as bake_command
 from atpatch_onnx.demo.walk import WalkResult
 from atpatch_onnx.runtime import Session
 
@@ -172,8 +173,8 @@ def test_sites_import_nothing_that_runs_or_trains_models(place, here):
 
 def test_what_help_names_is_what_there_is():
     """The command line spells these out, so that help needs none of the modules that they live in."""
-    assert tuple(atp.TARGETS) == cli.TARGETS
-    emission = inspect.signature(cli.bake).parameters["emission"].annotation
+    assert tuple(atp.TARGETS) == TARGETS
+    emission = inspect.signature(bake_command).parameters["emission"].annotation
     choices = next(part for part in get_args(get_args(emission)[0]) if part is not type(None))
     assert get_args(choices) == tuple(atp.Emission)
 

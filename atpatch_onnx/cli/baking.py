@@ -1,0 +1,121 @@
+"""Commands that write a model: with a patch, without it, quantized, exported."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+import atpatch_onnx as atp
+from atpatch_onnx.cli.arguments import AsJson, BatchSize, ExternalData, Model, Out, Output, Patched, Patches, Target
+from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.metadata import read_record
+from atpatch_onnx.report import text
+
+
+def bake(
+    model: Model,
+    patch: Patches,
+    out: Out,
+    target: Target = "cpu",
+    emission: Annotated[
+        Literal["conditional", "branchless"] | None,
+        typer.Option(help="The form, if not the target's own.", show_default=False),
+    ] = None,
+    inline: Annotated[
+        bool | None, typer.Option("--inline/--functions", help="Leave no model-local functions, or do.")
+    ] = None,
+    monitor: Annotated[bool, typer.Option(help="Add the outputs atpatch/flagged and atpatch/score.")] = True,
+    site_flags: Annotated[bool, typer.Option("--site-flags", help="Add the flags of every patched site.")] = False,
+    quantizer_settings: Annotated[
+        Path | None,
+        typer.Option(help="Write what quantizers must be told to this JSON file.", show_default=False),
+    ] = None,
+    external: ExternalData = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put PATCH into MODEL's graph."""
+    patched = atp.bake(
+        atp.load(model),
+        [atp.Patch.load(path) for path in patch],
+        target=target,
+        emission=None if emission is None else atp.Emission(emission),
+        inline=inline,
+        monitor=monitor,
+        site_flags=site_flags,
+    )
+    atp.save(patched, out, external=external)
+    record = read_record(patched)
+    shown = {"file": str(out), "patch": record.patch, "base": record.base, "emission": record.emission}
+    names = ", ".join([*(site.site for site in record.sites), *(layer.layer for layer in record.layers)])
+    lines = [f"wrote {out}: patch {record.patch}, {record.emission}, at {names}"]
+    if quantizer_settings is not None:
+        from atpatch_onnx.quantization import write_settings
+
+        write_settings(patched, quantizer_settings)
+        shown["quantizer_settings"] = str(quantizer_settings)
+        lines.append(f"wrote {quantizer_settings}: keyword arguments for onnxruntime's quantizers")
+    show(shown, lines, as_json)
+
+
+def strip(patched: Patched, out: Out, external: ExternalData = None, as_json: AsJson = False) -> None:
+    """Take the patch out of PATCHED again; the fingerprint proves that the base is back."""
+    base = atp.strip(atp.load(patched))
+    atp.save(base, out, external=external)
+    shown = {"file": str(out), "fingerprint": atp.fingerprint(base)}
+    show(shown, [f"wrote {out}: the base, {shown['fingerprint']}"], as_json)
+
+
+def quantize(
+    model: Model,
+    patch: Patches,
+    out: Out,
+    precision: Annotated[Literal["int8", "fp16"], typer.Option(help="What the model computes in.")] = "int8",
+    target: Target = "cpu",
+    data: Annotated[
+        Path | None, typer.Option(help="A debug set that the fit never saw: measure again.", show_default=False)
+    ] = None,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize MODEL with onnxruntime's tools, put PATCH into it, in float32, and measure again what it does."""
+    base, fix = atp.load(model), atp.compose([atp.Patch.load(path) for path in patch])
+    quantized = atp.quantize(base, precision)
+    patched = atp.bake(quantized, atp.rebind(fix, base, quantized), target=target)
+    atp.save(patched, out)
+    shown: dict[str, Any] = {"file": str(out), "precision": precision}
+    lines: list[Any] = [f"wrote {out}: {precision}, patch {fix.id}; strip it for the {precision} base"]
+    if data is not None:
+        debug = atp.DebugSet.load(data)
+        pairs = {"float32": (base, atp.bake(base, fix)), precision: (quantized, patched)}
+        for name, (before, after) in pairs.items():
+            with progress_bars() as progress:
+                found = atp.evaluate(before, after, debug, output=output, batch_size=batch_size, progress=progress)
+            shown[name] = found.to_json()
+            lines += [f"{name}:", text.evaluation_table(found)]
+    show(shown, lines, as_json)
+
+
+def export(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A transformers model, as save_pretrained wrote it.")],
+    inputs: Annotated[Path, typer.Argument(metavar="INPUTS", help="Sample inputs by name, an .npz file.")],
+    out: Out,
+    patch: Annotated[Path | None, typer.Option(help="Bake this patch into the export.", show_default=False)] = None,
+    target: Target = "cpu",
+    dynamic: Annotated[bool, typer.Option(help="Leave batch and sequence axes free.")] = True,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; the exporter's own by default.")] = None,
+) -> None:
+    """Export a transformers model to ONNX, patched if a patch is given."""
+    from atpatch_onnx.exporters import from_pretrained
+
+    exported = from_pretrained(
+        model,
+        inputs,
+        dynamic=dynamic,
+        opset=opset,
+        patch=None if patch is None else atp.Patch.load(patch),
+        target=target,
+    )
+    atp.save(exported, out)
+    what = f"the base, {len(atp.find_sites(exported))} attention sites" if patch is None else "patched"
+    show({}, [f"wrote {out}: {what}"], False)

@@ -1,0 +1,228 @@
+"""Commands that make a patch: look at the model, fit, isolate, repair, or try everything."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+import atpatch_onnx as atp
+from atpatch_onnx.cli.arguments import (
+    AccuracyGoal,
+    AsJson,
+    AsrGoal,
+    BatchSize,
+    Candidates,
+    Data,
+    FlagGoal,
+    FlipGoal,
+    Force,
+    Model,
+    Out,
+    Output,
+    RankedOn,
+    Seed,
+)
+from atpatch_onnx.cli.paths import make_folder, require_folder
+from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.errors import FitError
+from atpatch_onnx.goal import Goal
+from atpatch_onnx.patch import Features
+from atpatch_onnx.report import text
+
+
+def sites(
+    model: Model,
+    why: Annotated[bool, typer.Option("--why", help="Name the values and nodes of each site as well.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the attention sites of a model, what was refused, and its hidden layers."""
+    loaded = atp.load(model)
+    matches, layers = atp.explain(loaded), atp.find_hidden_layers(loaded)
+    tables = [text.sites_table(matches, why), text.near_misses_table(matches), text.layers_table(layers)]
+    show({**matches.to_json(), "hidden_layers": [layer.to_json() for layer in layers]}, tables, as_json)
+
+
+def fit(
+    model: Model,
+    data: Data,
+    out: Out,
+    asr_above_floor: AsrGoal = Goal.asr_above_floor,
+    flip_rate: FlipGoal = Goal.flip_rate,
+    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
+    clean_flag_rate: FlagGoal = Goal.clean_flag_rate,
+    columns_missed: Annotated[
+        float, typer.Option(help="Goal: share of anomalous columns that are not flagged.")
+    ] = Goal.columns_missed,
+    value: Annotated[Literal["neutral", "own"], typer.Option(help="What a flagged token hands over.")] = "neutral",
+    thresholds: Annotated[
+        Literal["balanced", "lowest"], typer.Option(help="Where they lie; lowest: for pairs of an inverted trigger.")
+    ] = "balanced",
+    features: Annotated[
+        Features | None,
+        typer.Option(help="What detectors read of a map; the map's own kind and size decide.", show_default=False),
+    ] = None,
+    redistribute: Annotated[
+        Literal["needed", "all"], typer.Option(help="Which sites do; all: for flip rates that few pairs cannot show.")
+    ] = "needed",
+    decision: Annotated[
+        Literal["alone", "joint"] | None,
+        typer.Option(help="Whether sites decide alone or together; joint where alone misses.", show_default=False),
+    ] = None,
+    site: Annotated[list[str] | None, typer.Option(help="Candidate sites by name; all by default.")] = None,
+    after: Annotated[
+        list[Path] | None,
+        typer.Option(help="A patch of hidden units that is to be baked before this one.", show_default=False),
+    ] = None,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a patch for MODEL on the pairs of DATA."""
+    options = atp.FitOptions(
+        goal=Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate, columns_missed),
+        value=value,
+        thresholds=thresholds,
+        redistribute=redistribute,
+        decisions=(decision,) if decision else atp.FitOptions.decisions,
+        features=features,
+        sites=tuple(site) if site else None,
+        output=output,
+        batch_size=batch_size,
+        seed=seed,
+        force=force,
+    )
+    require_folder(out)
+    with progress_bars() as progress:
+        before = [atp.Patch.load(path) for path in after or []]
+        patch = atp.fit(atp.load(model), atp.DebugSet.load(data), options, after=before, progress=progress)
+    patch.save(out)
+    shown = {"patch": patch.id, "base": patch.base, "file": str(out), "figures": dict(patch.figures)}
+    show(shown, [text.fit_table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
+
+
+def isolate(
+    model: Model,
+    data: Data,
+    out: Out,
+    asr_above_floor: AsrGoal = Goal.asr_above_floor,
+    flip_rate: FlipGoal = Goal.flip_rate,
+    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
+    most: Annotated[int, typer.Option(help="At most so many hidden units are frozen.")] = 20,
+    epsilon: Annotated[float, typer.Option(help="Probability that a slot is drawn from lower ranks.")] = 0.0,
+    candidates: Candidates = 512,
+    inputs: RankedOn = 128,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the guilty hidden units of MODEL and freeze them (IDNN)."""
+    require_folder(out)
+    options = atp.IsolationOptions(
+        goal=Goal(asr_above_floor, flip_rate, accuracy_loss),
+        most=most,
+        epsilon=epsilon,
+        candidates=candidates or None,
+        inputs=inputs,
+        output=output,
+        batch_size=batch_size,
+        seed=seed,
+        force=force,
+    )
+    with progress_bars() as progress:
+        patch = atp.isolate(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+    _save_edits(patch, out, as_json)
+
+
+def repair(
+    model: Model,
+    data: Data,
+    out: Out,
+    asr_above_floor: AsrGoal = Goal.asr_above_floor,
+    flip_rate: FlipGoal = Goal.flip_rate,
+    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
+    units: Annotated[
+        list[int] | None,
+        typer.Option(help="How many hidden units are scaled; several to try. 3 for an attribute, 5 for a backdoor."),
+    ] = None,
+    alpha: Annotated[
+        list[float] | None, typer.Option(help="Weight of the accuracy; several to try. 0.3, 0.1 for a backdoor.")
+    ] = None,
+    optimizer: Annotated[
+        Literal["swarm", "evolution"], typer.Option(help="Particle swarm, or differential evolution.")
+    ] = "swarm",
+    candidates: Candidates = 512,
+    inputs: RankedOn = 128,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the guilty hidden units of MODEL by their causal effect and scale them (CARE)."""
+    require_folder(out)
+    options = atp.RepairOptions(
+        goal=Goal(asr_above_floor, flip_rate, accuracy_loss),
+        units=tuple(units) if units else None,
+        alpha=tuple(alpha) if alpha else None,
+        optimizer=optimizer,
+        candidates=candidates or None,
+        inputs=inputs,
+        output=output,
+        batch_size=batch_size,
+        seed=seed,
+        force=force,
+    )
+    with progress_bars() as progress:
+        patch = atp.repair(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+    _save_edits(patch, out, as_json)
+
+
+def _save_edits(patch: atp.Patch, out: Path, as_json: bool) -> None:
+    patch.save(out)
+    shown = {"patch": patch.id, "base": patch.base, "file": str(out), "figures": dict(patch.figures)}
+    show(shown, [text.edits_table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
+
+
+def debug(
+    model: Model,
+    data: Data,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for all patches.", show_default=False)
+    ] = None,
+    asr_above_floor: AsrGoal = Goal.asr_above_floor,
+    flip_rate: FlipGoal = Goal.flip_rate,
+    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
+    clean_flag_rate: FlagGoal = Goal.clean_flag_rate,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Try every fix for MODEL, measure them on pairs held out of DATA, and recommend one."""
+    goal = Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate)
+    options = atp.FitOptions(goal=goal, output=output, batch_size=batch_size, seed=seed)
+    if out is not None:
+        make_folder(out)
+    with progress_bars() as progress:
+        ladder = atp.debug(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+    shown = ladder.to_json()
+    lines: list[Any] = [text.ladder_table(ladder)]
+    if out is not None:
+        shown["files"] = {fix.name: [_patch_file(out, patch) for patch in fix.patches] for fix in ladder.fixes}
+        lines += [f"{name}: {' '.join(files)}" for name, files in shown["files"].items() if files]
+    show(shown, lines, as_json)
+    if ladder.recommended is None:
+        raise FitError(
+            str(model), expected="at least one fix", found=ladder.reason, advice="See above why there is none."
+        )
+
+
+def _patch_file(folder: Path, patch: atp.Patch) -> str:
+    """Write a patch under its id; its name."""
+    path = folder / f"{patch.figures.get('method', 'attention')}-{patch.id}.safetensors"
+    patch.save(path)
+    return str(path)

@@ -1,0 +1,127 @@
+"""Commands that hold a patched model against its base."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import atpatch_onnx as atp
+from atpatch_onnx.cli.arguments import TARGETS, AsJson, Base, BatchSize, Data, Out, Output, Patched
+from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.errors import VerificationError
+from atpatch_onnx.patch import Features
+from atpatch_onnx.report import text
+
+
+def verify(
+    base: Base,
+    patched: Patched,
+    data: Annotated[
+        Path | None, typer.Argument(metavar="[DATA]", help="A debug set; without it, structure only.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Prove PATCHED against BASE: structure, strip, numbers."""
+    debug = None if data is None else atp.DebugSet.load(data)
+    with progress_bars() as progress:
+        result = atp.verify(base, patched, debug, batch_size=batch_size, progress=progress)
+    show(result.to_json(), [text.verification_table(result)], as_json)
+    if not result.passed:
+        raise VerificationError(
+            str(patched),
+            expected=f"all {len(result.checks)} checks to pass",
+            found=f"{len(result.failures)} that failed: {', '.join(check.name for check in result.failures)}",
+            advice="Do not ship this file: bake the patch into the base again.",
+        )
+
+
+def evaluate(
+    base: Base,
+    patched: Patched,
+    data: Data,
+    target_class: Annotated[int | None, typer.Option(help="The backdoor's class, if DATA does not name it.")] = None,
+    output: Output = None,
+    batch_size: BatchSize = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure BASE and PATCHED on pairs that the fit never saw."""
+    debug = atp.DebugSet.load(data)
+    if target_class is not None:
+        debug = debug.with_target(target_class)
+    with progress_bars() as progress:
+        result = atp.evaluate(base, patched, debug, output=output, batch_size=batch_size, progress=progress)
+    show(result.to_json(), [text.evaluation_table(result)], as_json)
+
+
+def benchmark(
+    base: Base,
+    patched: Annotated[
+        Path | None, typer.Argument(metavar="[PATCHED]", help="The patched file; or --synthetic.", show_default=False)
+    ] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="What would a patch at every site cost?")] = False,
+    decision: Annotated[
+        Literal["alone", "joint"], typer.Option(help="Of a synthetic patch: how sites decide.")
+    ] = "alone",
+    features: Annotated[
+        Features | None, typer.Option(help="Of a synthetic patch: what its detectors read.", show_default=False)
+    ] = None,
+    target: Annotated[str, typer.Option(help=f"Of a synthetic patch: {', '.join(TARGETS)}.")] = "cpu",
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; 1 and 8 by default.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="Numbers of threads; 2 by default.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens, where the model leaves their number free.")] = 128,
+    rounds: Annotated[int, typer.Option(help="How often each form is timed.")] = 40,
+    sessions: Annotated[int, typer.Option(help="How often each form is opened for that.")] = 4,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Time PATCHED, or a synthetic patch, against BASE: clean and flagged inputs, in turns."""
+    if (patched is None) is not synthetic:
+        raise typer.BadParameter("give either PATCHED or --synthetic")
+    with progress_bars() as progress:
+        result = atp.benchmark(
+            base,
+            patched,
+            target=target,
+            features=features,
+            decision=decision,
+            batches=batch or (1, 8),
+            threads=threads or (2,),
+            length=length,
+            rounds=rounds,
+            sessions=sessions,
+            memory=memory,
+            progress=progress,
+        )
+    show(result.to_json(), [text.benchmark_table(result)], as_json)
+
+
+def report(
+    base: Base,
+    patched: Patched,
+    data: Data,
+    out: Out,
+    patch: Annotated[
+        list[Path], typer.Option(help="The patch that was baked; once for each of several.", show_default=False)
+    ],
+    title: Annotated[str, typer.Option(help="The heading.")] = "AtPatch report",
+    output: Output = None,
+    batch_size: BatchSize = 32,
+) -> None:
+    """Write one self-contained HTML file: verdict, pictures, curve, sites, checks."""
+    from atpatch_onnx.examples import gather_examples
+    from atpatch_onnx.report import html
+
+    before, after, debug = atp.load(base), atp.load(patched), atp.DebugSet.load(data)
+    with progress_bars() as progress:
+        evaluation = atp.evaluate(before, after, debug, output=output, batch_size=batch_size, progress=progress)
+        verification = atp.verify(before, after, debug, batch_size=batch_size, progress=progress)
+    page = html.render_html(
+        title=title,
+        patch=atp.compose([atp.Patch.load(path) for path in patch]),
+        evaluation=evaluation,
+        verification=verification,
+        examples=gather_examples(before, after, debug, output=output),
+    )
+    html.write_report(out, page)
+    show({}, [f"wrote {out}"], False)

@@ -1,0 +1,40 @@
+"""What commands print: results for people or for machines, and progress."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+if TYPE_CHECKING:
+    from atpatch_onnx.runtime import Progress
+
+
+def show(shown: Mapping[str, Any], renderables: Sequence[RenderableType], as_json: bool) -> None:
+    """Print a result, for people or for machines."""
+    if as_json:
+        sys.stdout.write(json.dumps(dict(shown), indent=2) + "\n")
+        return
+    console = Console(soft_wrap=False)
+    for renderable in renderables:
+        console.print(renderable, highlight=False)
+
+
+@contextmanager
+def progress_bars() -> "Iterator[Progress]":
+    """Progress bars on stderr, one for each stage; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total or None)
+            bars.update(tasks[stage], completed=done, total=total or None)
+
+        yield progress

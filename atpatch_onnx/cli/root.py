@@ -1,0 +1,46 @@
+"""The root of the command line: all commands in the order of the walk, and the one error handler."""
+
+import sys
+
+import typer
+
+from atpatch_onnx.cli import baking, demo, fitting, measuring, serving
+from atpatch_onnx.errors import AtPatchError
+
+app = typer.Typer(
+    help="Bake a hot-fix for a backdoored or unfair transformer into its own ONNX graph.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (
+    fitting.sites,
+    fitting.fit,
+    fitting.isolate,
+    fitting.repair,
+    fitting.debug,
+    baking.bake,
+    baking.strip,
+    measuring.verify,
+    measuring.evaluate,
+    measuring.benchmark,
+    baking.quantize,
+    measuring.report,
+    baking.export,
+    serving.serve_config,
+    demo.demo,
+):
+    app.command()(command)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit code is 0, 1 after an error, or 2 after wrong usage."""
+    try:
+        app(args=arguments)
+    except AtPatchError as error:
+        sys.stderr.write(f"atpatch: {' '.join(str(error).split())}\n")
+        return 1
+    except SystemExit as exit_:  # how typer ends, well or after wrong usage, whichever click it brings along
+        return exit_.code if isinstance(exit_.code, int) else 0
+    return 0

@@ -1,0 +1,31 @@
+"""The command that writes what serves a model."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import atpatch_onnx as atp
+from atpatch_onnx.cli.arguments import Model
+from atpatch_onnx.cli.printing import show
+
+
+def serve_config(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write to.")],
+    stack: Annotated[Literal["triton", "kserve"], typer.Option(help="What will serve it.")],
+    name: Annotated[str | None, typer.Option(help="Of the model; the file's by default.", show_default=False)] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Requests that are run together at most.", min=1)] = 32,
+    kind: Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="Where instances run.")] = "auto",
+    storage: Annotated[str, typer.Option(help="KServe: URI of the uploaded model repository.")] = "pvc://models",
+) -> None:
+    """Write a Triton model repository for MODEL, or a KServe manifest and the repository it serves."""
+    from atpatch_onnx.serving import KServeOptions, TritonOptions, write_inference_service, write_model_repository
+
+    served, called = atp.load(model), name or model.stem
+    triton = TritonOptions(max_batch_size=max_batch_size, kind=kind)
+    if stack == "triton":
+        wrote = write_model_repository(served, folder, called, triton)
+    else:
+        wrote = write_inference_service(served, folder, called, KServeOptions(storage=storage, triton=triton))
+    show({}, [f"wrote {wrote}"], False)
