@@ -4,7 +4,8 @@ The steps, each on a copy of the base, the base itself left alone:
 
     patches composed to one  ->  refuse what cannot be baked  ->  hidden units edited, layer by layer
     ->  detect and redistribute, site by site or jointly  ->  monitoring outputs  ->  what the file says of itself
-    ->  functions, imported or inlined  ->  the invariants of every patched graph
+    ->  maps of fused nodes only where they are needed  ->  functions, imported or inlined
+    ->  the invariants of every patched graph
 
 Flags are carried along a token axis: a site's flags are its own or those of the earlier patched sites of its axis.
 """
@@ -16,16 +17,17 @@ import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.composition import compose
+from atpatch_onnx.deferral import defer
 from atpatch_onnx.edits import bake_edits
 from atpatch_onnx.emission import Emission, import_functions, inline_functions, require_opset
 from atpatch_onnx.errors import BakeError, PatchMismatchError
 from atpatch_onnx.insertion import Insertion
 from atpatch_onnx.invariants import require_invariants
 from atpatch_onnx.jointly import weave_jointly
-from atpatch_onnx.matching import find_sites, sample_outputs
+from atpatch_onnx.matching import find_sites, known_shapes, sample_outputs
 from atpatch_onnx.metadata import PatchedJoint, PatchedLayer, PatchedSite, describe, is_patched
 from atpatch_onnx.patch import Patch, SitePatch
-from atpatch_onnx.sites import AttentionSite
+from atpatch_onnx.sites import AttentionSite, Form
 from atpatch_onnx.targets import Target, require_target, target_named
 from atpatch_onnx.weave import Controls, Woven, weave
 
@@ -93,6 +95,8 @@ def bake(
         monitors=monitors,
     )
     patched.metadata_props.update(entry)
+    if emission is Emission.CONDITIONAL and any(site.form is Form.ATTENTION for site, _ in entries):
+        defer(patched, known_shapes(model))
     import_functions(patched)
     if inline or patched.ir_version < 8:  # model-local functions came with IR version 8
         inline_functions(patched)

@@ -101,8 +101,9 @@ def open_site(model: ir.Model, site: AttentionSite) -> tuple[Handles, Insertion]
     """The site's values in this graph, and an insertion point right behind its product.
 
     A fused `Attention` in float32 is asked for its map (4th output, `qk_matmul_output_mode=3`), which leaves its Y as
-    it was bit for bit, and, with a past, for the values that meet the map (3rd output). Beside an operator of
-    onnxruntime's own domain, which may not hand out its map, map and values are computed a second time (`shadow`).
+    it was bit for bit, and, with a past, for the values that meet the map (3rd output); `deferral` may move it later.
+    Beside an operator of onnxruntime's own domain, which may not hand out its map, map and values are computed a second
+    time (`shadow`).
     """
     graph = model.graph
     Y = find_value(graph, site.output)
@@ -209,6 +210,21 @@ def _fused_map(product: ir.Node, at: Insertion, *, exact: bool) -> ir.Value:
     second.outputs[3].type = product.outputs[0].type
     at.place(second)
     return second.outputs[3]
+
+
+def asked_before(product: ir.Node) -> list[ir.Attr]:
+    """The attributes of an op `Attention` as they were before it was asked for its map."""
+    mode = product.metadata_props.get(MODE_KEY)
+    stated = [] if mode is None else [ir.AttrInt64(MODE, int(mode))]
+    return [kept for one in product.attributes.values() for kept in (stated if one.name == MODE else [one])]
+
+
+def forget_the_map(product: ir.Node) -> None:
+    """Let a node be asked for its map no more; its further outputs stay."""
+    attributes = {attribute.name: attribute for attribute in asked_before(product)}
+    product.attributes.clear()
+    product.attributes.update(attributes)
+    product.metadata_props.pop(MODE_KEY, None)
 
 
 def _extra_output(product: ir.Node, index: int, at: Insertion, name: str) -> ir.Value:

@@ -83,12 +83,14 @@ class Landmarks:
         self._rows: dict[tuple[str, Dim], ir.Value] = {}
 
     def rows(self, at: Insertion, P: ir.Value, site: AttentionSite) -> ir.Value:
-        """Where the landmark rows of a site are: see `LandmarkRows`."""
+        """Where the landmark rows of a site are, as `LandmarkRows` says."""
         axis = site.token_axis
         if axis not in self._queries:
-            self._queries[axis] = at.call("LandmarkQueries", P, name="landmarks")
+            probes = at.call("ProbedQueries", P, name="probes")
+            rows = rows_of(at, P, probes, "probed_rows")
+            self._queries[axis] = at.call("LandmarkQueries", rows, probes, name="landmarks")
         if (axis, site.heads) not in self._rows:
-            self._rows[axis, site.heads] = at.call("LandmarkRows", P, self._queries[axis], name="landmark_rows")
+            self._rows[axis, site.heads] = at.call("LandmarkRows", P, self._queries[axis], name="landmark_places")
         return self._rows[axis, site.heads]
 
 
@@ -107,10 +109,14 @@ def column_features(
 def _landmark_columns(at: Insertion, P: ir.Value, site: AttentionSite, landmarks: Landmarks) -> ir.Value:
     """Where a map is of one size and nothing is masked, the rows are known now."""
     if not _is_fixed(site):
-        return at.call("LandmarkColumns", P, landmarks.rows(at, P, site), name="features")
+        read = at.call("RowsAt", P, landmarks.rows(at, P, site), name="landmark_rows")
+        return at.call("LandmarkColumns", read, name="features")
     assert isinstance(site.queries, int)
     wanted = np.rint(np.linspace(0, site.queries - 1, LANDMARKS)).astype(np.int64)
-    rows = at.op(
-        "Gather", P, at.constant("landmarks", wanted), name="landmark_rows", attributes=[ir.AttrInt64("axis", 2)]
-    )
+    rows = rows_of(at, P, at.constant("landmarks", wanted), "landmark_rows")
     return at.call("WholeColumns", rows, name="features")
+
+
+def rows_of(at: Insertion, P: ir.Value, queries: ir.Value, name: str) -> ir.Value:
+    """The rows of the same queries in all maps, `[maps, heads, int64 [n], keys]`."""
+    return at.op("Gather", P, queries, name=name, attributes=[ir.AttrInt64("axis", 2)])

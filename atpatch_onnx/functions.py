@@ -129,22 +129,29 @@ def ColumnSummary(P, valid):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
-def LandmarkQueries(P):  # noqa: N802
+def ProbedQueries(X):  # noqa: N802
+    """32 queries, evenly spaced from the first to the last. X [B,H,Q,any] -> int64 [32]."""
+    first = op.Constant(value_int=0)
+    count = op.Constant(value_int=32)
+    step = op.Constant(value_int=1)
+    last = op.Shape(X, start=2, end=3) - op.Constant(value_ints=[1])
+    return op.Range(first, count, step) * last / op.Constant(value_ints=[31])
+
+
+@script(_domain, default_opset=op)
+def LandmarkQueries(R, probes):  # noqa: N802
     """Eight of the queries of self-attention that are tokens, evenly spaced from the first to the last of them.
 
-    P [B,H,Q,K] -> int64 [B,8]. Reading all of a long map costs more than a hundredth of the layer. So a key counts as a
-    token's if any of 32 rows sees it, evenly spaced from the first row to the last. Of these rows, those of padding do
-    not count (see `ValidQueries`). That finds every token under padding masks and causal ones. It misses some where
-    windows are shorter than the 31st part of a sequence.
+    Rows of the probed queries [B,H,32,K], int64 [32] -> int64 [B,8]. Reading all of a long map costs more than a
+    hundredth of the layer. So a key counts as a token's if any of 32 rows sees it, evenly spaced from the first row to
+    the last. Of these rows, those of padding do not count (see `ValidQueries`). That finds every token under padding
+    masks and causal ones. It misses some where windows are shorter than the 31st part of a sequence.
     """
     one = op.Constant(value_ints=[1])
     zero = op.Constant(value_float=0.0)
-    queries = op.Shape(P, start=2, end=3)
-    keys = op.Shape(P, start=3, end=4)
-    probes = (
-        op.Range(op.Constant(value_int=0), op.Constant(value_int=32), op.Constant(value_int=1)) * (queries - one)
-    ) / op.Constant(value_ints=[31])
-    seen = op.ReduceMax(op.Cast(op.Gather(P, probes, axis=2), to=1), one, keepdims=0)
+    queries = op.Slice(probes, op.Constant(value_ints=[31]), op.Constant(value_ints=[32])) + one
+    keys = op.Shape(R, start=3, end=4)
+    seen = op.ReduceMax(op.Cast(R, to=1), one, keepdims=0)
     columns = op.Range(op.Constant(value_int=0), op.Squeeze(keys), op.Constant(value_int=1))
     own = op.Unsqueeze(probes + (keys - queries), one) == op.Unsqueeze(columns, op.Constant(value_ints=[0]))
     key_axis = op.Constant(value_ints=[2])
@@ -167,13 +174,16 @@ def LandmarkQueries(P):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
-def LandmarkRows(P, landmarks):  # noqa: N802
-    """Where the rows of these queries are in the map, all axes but the last one flat. int64 [B,8] -> int64 [B,H*8]."""
+def LandmarkRows(X, landmarks):  # noqa: N802
+    """Where the rows of these queries are in X [B or 1,H,Q,any], all axes but the last one flat.
+
+    int64 [B,8] -> int64 [B,H*8].
+    """
     first = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
-    queries = op.Shape(P, start=2, end=3)
-    heads = op.Shape(P, start=1, end=2)
-    maps = op.Shape(P, start=0, end=1) * heads
+    queries = op.Shape(X, start=2, end=3)
+    heads = op.Shape(X, start=1, end=2)
+    maps = op.Shape(X, start=0, end=1) * heads
     starts = op.Range(first, op.Squeeze(maps), step) * queries
     of_heads = op.Reshape(starts, op.Concat(op.Constant(value_ints=[-1]), heads, op.Constant(value_ints=[1]), axis=0))
     rows = of_heads + op.Unsqueeze(landmarks, op.Constant(value_ints=[1]))
@@ -181,16 +191,25 @@ def LandmarkRows(P, landmarks):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
-def LandmarkColumns(P, rows):  # noqa: N802
-    """Column features from a few rows. P [B,H,Q,K], int64 [B,H*8] -> [B,H*8,K].
+def RowsAt(X, rows):  # noqa: N802
+    """The rows of each sample's landmarks. X [B or 1,H,Q,any], int64 [B,H*8] -> [B,H,8,any], of the type of X."""
+    flat = op.Gather(op.Flatten(X, axis=3), rows, axis=0)
+    heads = op.Shape(X, start=1, end=2)
+    width = op.Shape(X, start=3, end=4)
+    return op.Reshape(flat, op.Concat(op.Constant(value_ints=[0]), heads, op.Constant(value_ints=[-1]), width, axis=0))
 
-    Weights are relative to the row's uniform share, `P_ij * n_i`. The Reshape, to the shape that is there already, is
-    for onnx 1.23: it infers 0 keys for the map of an op `Attention` of free length, and runtimes plan memory by that.
+
+@script(_domain, default_opset=op)
+def LandmarkColumns(R):  # noqa: N802
+    """Column features from a few rows. [B,H,8,K] -> [B,H*8,K].
+
+    Weights are relative to the row's uniform share, `P_ij * n_i`. The Reshape is for onnx 1.23 as well: it infers 0
+    keys for the map of an op `Attention` of free length, and runtimes plan memory by that.
     """
-    weights = op.Cast(op.Gather(op.Flatten(P, axis=3), rows, axis=0), to=1)
+    weights = op.Cast(R, to=1)
     visible = op.Cast(weights > op.Constant(value_float=0.0), to=1)
-    shares = weights * op.ReduceSum(visible, op.Constant(value_ints=[2]), keepdims=1)
-    keys = op.Shape(P, start=3, end=4)
+    shares = weights * op.ReduceSum(visible, op.Constant(value_ints=[3]), keepdims=1)
+    keys = op.Shape(R, start=3, end=4)
     return op.Reshape(shares, op.Concat(op.Constant(value_ints=[0, -1]), keys, axis=0))
 
 
@@ -374,8 +393,10 @@ _ALL = (
     ValidQueries,
     AllQueries,
     ColumnSummary,
+    ProbedQueries,
     LandmarkQueries,
     LandmarkRows,
+    RowsAt,
     LandmarkColumns,
     DetectorMargin,
     Reach,

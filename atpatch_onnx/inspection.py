@@ -8,6 +8,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
+from atpatch_onnx.deferral import recall
 from atpatch_onnx.edits import ARRAYS
 from atpatch_onnx.emission import find_value, graph_values
 from atpatch_onnx.errors import StripError
@@ -25,10 +26,11 @@ from atpatch_onnx.sites import AttentionSite
 def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
     """A copy of `model` with the values of these names as further outputs, in this order.
 
-    Where they lie in the second pass of a joint decision, that is moved out of its `If`.
+    Where they lie inside an `If`, with a deferred map or in the second pass of a joint decision, they are moved out.
     """
     exposed, names = graphs.copy(model), list(dict.fromkeys(names))
     if not {value.name for value in graph_values(exposed.graph)}.issuperset(names):
+        recall(exposed)
         unfold(exposed)
     present = {output.name for output in exposed.graph.outputs}
     for name in names:

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
+from atpatch_onnx.deferral import recalled
 from atpatch_onnx.domain import DOMAIN
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import InvariantError, StripError
@@ -46,6 +47,11 @@ def _ours(model: ir.Model) -> Iterator[ir.Node]:
     return (node for node in model.graph.all_nodes() if SITE_KEY in node.metadata_props)
 
 
+def _as_woven(model: ir.Model) -> ir.Model:
+    """The model before maps were deferred; itself where its graph is broken, of which another rule tells."""
+    return recalled(model) if graphs.undefined_value(model) is None else model
+
+
 def names_are_ours(model: ir.Model, record: PatchRecord) -> Iterator[str]:
     """Every node we add is named under `atpatch/`, and no other node is."""
     for node in model.graph.all_nodes():
@@ -75,6 +81,7 @@ def monitors_come_last(model: ir.Model, record: PatchRecord) -> Iterator[str]:
 
 def outputs_are_corrected(model: ir.Model, record: PatchRecord) -> Iterator[str]:
     """At every redistributing site the base's output feeds our nodes only; what the model hands out is corrected."""
+    model = _as_woven(model)
     values = {value.name: value for node in model.graph for value in node.outputs}
     for site, name in record.outputs.items():
         own, corrected = values.get(f"{graphs.PREFIX}{site}/base"), values.get(name)
@@ -92,7 +99,7 @@ def outputs_are_corrected(model: ir.Model, record: PatchRecord) -> Iterator[str]
 
 def conditionals_are_declared(model: ir.Model, record: PatchRecord) -> Iterator[str]:
     """A branchless patch adds no `If`; a conditional one only those that change nothing where nothing is flagged."""
-    for node in _ours(model):
+    for node in _ours(_as_woven(model)):
         if node.op_type != "If" or node.metadata_props[SITE_KEY] == AGAIN:  # the base's own, once more
             continue
         if record.emission != Emission.CONDITIONAL:

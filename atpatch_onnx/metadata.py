@@ -29,7 +29,7 @@ from atpatch_onnx.passes import SCOPE, output_scope
 from atpatch_onnx.patch import Patch
 
 PREFIX = "atpatch."
-SCHEMA = "5"
+SCHEMA = "6"
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
+from atpatch_onnx.deferral import recall
 from atpatch_onnx.domain import DOMAIN
-from atpatch_onnx.emission import MODE_KEY, OUTPUTS_KEY
+from atpatch_onnx.emission import OUTPUTS_KEY, forget_the_map
 from atpatch_onnx.errors import StripError
 from atpatch_onnx.insertion import SITE_KEY
 from atpatch_onnx.metadata import PREFIX as METADATA_PREFIX
@@ -42,6 +43,10 @@ def _tampered(where: str, expected: str, found: str) -> StripError:
     )
 
 
+def _recall_maps(model: ir.Model, record: PatchRecord) -> None:
+    recall(model)
+
+
 def _remove_monitors(model: ir.Model, record: PatchRecord) -> None:
     kept = [output for output in model.graph.outputs if not (output.name or "").startswith(graphs.PREFIX)]
     model.graph.outputs.clear()
@@ -65,11 +70,7 @@ def _restore_fused_nodes(model: ir.Model, record: PatchRecord) -> None:
     asked = [node for node in model.graph if OUTPUTS_KEY in node.metadata_props]
     for node in asked:
         if len(node.outputs) > 3 and (node.outputs[3].name or "").startswith(graphs.PREFIX):
-            mode = node.metadata_props.pop(MODE_KEY, None)
-            if mode is None:
-                node.attributes.pop("qk_matmul_output_mode", None)
-            else:
-                node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", int(mode))
+            forget_the_map(node)
 
 
 def _remove_nodes(model: ir.Model, record: PatchRecord) -> None:
@@ -106,6 +107,7 @@ def _remove_metadata(model: ir.Model, record: PatchRecord) -> None:
 
 
 _STEPS = (
+    _recall_maps,
     _remove_monitors,
     _restore_outputs,
     _restore_fused_nodes,

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from atpatch_onnx import graph, redistribution
 from atpatch_onnx.bake import bake
+from atpatch_onnx.deferral import recall
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.features import choose_features, feature_count
 from atpatch_onnx.layout import canonical
@@ -280,6 +281,8 @@ def run(model: Any, feed: Mapping[str, np.ndarray], *, optimize: bool = True) ->
 def with_outputs(model: ir.Model, names: Sequence[str], dtype: str = "FLOAT") -> ir.Model:
     """A copy that hands out these values as well; `dtype` for those whose type the graph does not tell."""
     seen = graph.copy(model)
+    if not {value.name for node in seen.graph for value in node.outputs}.issuperset(names):
+        recall(seen)
     values = {value.name: value for node in seen.graph for value in node.outputs}
     values |= {value.name: value for value in (*seen.graph.inputs, *seen.graph.initializers.values())}
     have = {output.name for output in seen.graph.outputs}

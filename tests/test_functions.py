@@ -27,7 +27,7 @@ OPSETS = (15, 17, 18, 23, 24, 26)
 BOOLEAN = ("AnyFlag", "MapFlag", "SampleFlag", "SomeBenign")
 RESULTS = {
     **dict.fromkeys(BOOLEAN, ir.DataType.BOOL),
-    **dict.fromkeys(("LandmarkQueries", "LandmarkRows"), ir.DataType.INT64),
+    **dict.fromkeys(("ProbedQueries", "LandmarkQueries", "LandmarkRows"), ir.DataType.INT64),
 }
 """Types of results that are not float."""
 
@@ -351,6 +351,12 @@ def masked_map(rng: np.random.Generator, visible: np.ndarray, lowest: float) -> 
     return np.nan_to_num(softmax(np.where(visible, scores, lowest).astype(np.float32)))[None]
 
 
+def found_landmarks(engine: str, P: np.ndarray) -> list[list[int]]:
+    probes = ENGINES[engine]("ProbedQueries", 18, P)
+    assert probes.tolist() == [i * (P.shape[2] - 1) // 31 for i in range(32)]
+    return ENGINES[engine]("LandmarkQueries", 18, P[:, :, probes], probes).tolist()
+
+
 @everywhere
 @pytest.mark.parametrize("lowest", [np.finfo(np.float32).min, -np.inf], ids=["uniform rows", "empty rows"])
 @pytest.mark.parametrize("causal", [False, True])
@@ -362,15 +368,14 @@ def test_landmarks_are_spread_over_the_tokens_whatever_the_padding(engine, lowes
     allowed = np.tril(np.ones((length, length), bool)) if causal else np.ones((length, length), bool)
     allowed[:, [position for position in range(length) if position not in tokens]] = False
     P = masked_map(np.random.default_rng(0), allowed, lowest)
-    found = ENGINES[engine]("LandmarkQueries", 18, P)
-    assert found.tolist() == [landmark_queries(tokens)]
+    assert found_landmarks(engine, P) == [landmark_queries(tokens)]
 
 
 @everywhere
 def test_landmarks_of_a_lone_token_and_of_a_step_with_a_past(engine: str) -> None:
-    assert ENGINES[engine]("LandmarkQueries", 18, np.ones((1, 2, 1, 1), np.float32)).tolist() == [[0] * 8]
+    assert found_landmarks(engine, np.ones((1, 2, 1, 1), np.float32)) == [[0] * 8]
     last = masked_map(np.random.default_rng(0), np.ones((1, 12), bool), -np.inf)
-    assert ENGINES[engine]("LandmarkQueries", 18, last).tolist() == [[0] * 8]
+    assert found_landmarks(engine, last) == [[0] * 8]
 
 
 @everywhere
@@ -380,8 +385,10 @@ def test_landmarks_of_a_lone_token_and_of_a_step_with_a_past(engine: str) -> Non
 def test_columns_at_the_landmarks(engine: str, opset: int, d: Draw, seed: int) -> None:
     batch, heads, queries, keys = d.P.shape
     landmarks = np.random.default_rng(seed).integers(queries, size=(batch, functions.LANDMARKS))
-    rows = ENGINES[engine]("LandmarkRows", opset, d.P, landmarks)
-    found = ENGINES[engine]("LandmarkColumns", opset, d.P, rows)
+    places = ENGINES[engine]("LandmarkRows", opset, d.P, landmarks)
+    rows = ENGINES[engine]("RowsAt", opset, d.P, places)
+    np.testing.assert_array_equal(rows, np.stack([d.P[b][:, landmarks[b]] for b in range(batch)]))
+    found = ENGINES[engine]("LandmarkColumns", opset, rows)
     share = d.P.astype(np.float64) * np.count_nonzero(d.P, axis=-1, keepdims=True)
     wanted = np.stack([share[b][:, landmarks[b]].reshape(heads * functions.LANDMARKS, keys) for b in range(batch)])
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)

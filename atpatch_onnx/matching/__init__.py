@@ -3,7 +3,7 @@
 One form of attention a file; `RULES` is the table of contents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -14,9 +14,9 @@ from atpatch_onnx.matching.provenance import Source, factors
 from atpatch_onnx.matching.rules import Candidate, Rule, label
 from atpatch_onnx.matching.unmapped import unmapped
 from atpatch_onnx.matching.view import View, view
-from atpatch_onnx.sites import AttentionSite, Matches, NearMiss
+from atpatch_onnx.sites import AttentionSite, Dim, Matches, NearMiss
 
-__all__ = ["RULES", "explain", "find_sites", "sample_outputs"]
+__all__ = ["RULES", "explain", "find_sites", "known_shapes", "sample_outputs"]
 
 RULES: tuple[Rule, ...] = (softmax.RULE, attention_op.RULE, fused.RULE)
 """In order: the first rule that is anchored at a node's operator answers for it."""
@@ -25,6 +25,11 @@ RULES: tuple[Rule, ...] = (softmax.RULE, attention_op.RULE, fused.RULE)
 def find_sites(model: ir.Model) -> tuple[AttentionSite, ...]:
     """The attention sites of a model in the graph's node order; `explain` also says what was refused and why."""
     return explain(model).sites
+
+
+def known_shapes(model: ir.Model) -> Mapping[str, tuple[Dim, ...]]:
+    """The shapes of a model's values by name, as far as they can be told."""
+    return view(model).inferred.shapes
 
 
 def sample_outputs(model: ir.Model) -> frozenset[str]:
