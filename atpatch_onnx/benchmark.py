@@ -29,7 +29,7 @@ from atpatch_onnx.options import Decision
 from atpatch_onnx.patch import Features, Joint, Patch, SitePatch
 from atpatch_onnx.rehearsal.drawing import NEVER, draw_detector, draw_inputs, draw_redistribution
 from atpatch_onnx.runtime import Array, FileSession, Progress, SessionOptions, silent
-from atpatch_onnx.timing import WARM, Ratio, Run, in_turns, ratio
+from atpatch_onnx.timing import Ratio, Run, in_turns, ratio
 from atpatch_onnx.training import Training
 
 
@@ -55,6 +55,9 @@ class Timing:
 
 RATIOS = ("clean", "flagged", "itself")
 """Of a timing."""
+
+RUNS = 3
+"""Of which the peak of memory is taken: onnxruntime's settles after the second."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +281,7 @@ def _peak(path: Path, weights: Mapping[str, Array], inputs: Mapping[str, Array],
     """In a process of its own: the peak of resident memory over what it was before."""
     before = _peak_so_far()
     session = FileSession(path, weights, options=_options(threads))
-    for _ in range(WARM):
+    for _ in range(RUNS):
         session.session.run(None, dict(inputs))
     return max(_peak_so_far() - before, 1)
 

@@ -17,8 +17,8 @@ from atpatch_onnx.runtime import Progress, silent
 DRAWS = 2_000
 """Of the bootstrap."""
 
-WARM = 3
-"""Runs of each form, each time it is opened, before anything is timed."""
+WARM = 2
+"""Runs of each form, each time it is opened, before anything is timed: onnxruntime plans its memory by the first."""
 
 Run = Callable[[], object]
 """What is timed."""

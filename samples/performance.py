@@ -28,7 +28,8 @@ from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 
 import atpatch_onnx as atp
-from atpatch_onnx.benchmark import Timing, opens, synthetic_patch
+from atpatch_onnx.benchmark import opens, synthetic_patch
+from atpatch_onnx.options import Decision
 from atpatch_onnx.patch import Features
 from atpatch_onnx.rehearsal.drawing import draw_inputs
 from atpatch_onnx.runtime import Array
@@ -68,6 +69,9 @@ class Case:
     whole: bool = True
     """Whether branchless and memory are measured as well."""
 
+    decision: Decision = "alone"
+    """How the sites decide."""
+
 
 CASES = (
     Case("ViT-B/16", "vit", 197, 1),
@@ -81,6 +85,12 @@ CASES = (
     Case("GPT-2 (small)", "gpt2", 1024, 1, Features.LANDMARKS, clean=1.05, whole=False),
 )
 
+JOINT = (
+    Case("ViT-B/16", "vit", 197, 1, decision="joint", whole=False),
+    Case("BERT-base, landmarks", "bert", 128, 1, Features.LANDMARKS, decision="joint", whole=False),
+)
+"""The same where sites decide jointly."""
+
 
 def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict[str, Any]:
     """All figures, JSON types."""
@@ -91,7 +101,7 @@ def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict
             console.print(f"exporting {name}")
             files[name] = export(name, Path(folder), fast=fast)
         rows = []
-        for case in CASES:
+        for case in (*CASES, *JOINT):
             length = min(case.length, 48) if fast else case.length
             rows.append(measured_row(case, files[case.model], length, 0.0 if fast else seconds))
             console.print(rows[-1])
@@ -107,7 +117,8 @@ def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict
     return {
         "machine": _machine(),
         "sessions": SESSIONS,
-        "rows": rows,
+        "rows": rows[: len(CASES)],
+        "joint": rows[len(CASES) :],
         "lengths": lengths,
         "hooks": hooks,
         "seconds": {"bake": baked, "fit": _seconds_to_fit(small.base, small.debug, small.options)},
@@ -143,7 +154,9 @@ def measured_row(case: Case, forms: Mapping[str, Path], length: int, seconds: fl
         "sessions": SESSIONS,
     }
     rounds = _rounds(base, length, case.batch, seconds)
-    found = atp.benchmark(base, features=case.features, rounds=rounds, memory=case.whole, **options)
+    found = atp.benchmark(
+        base, features=case.features, decision=case.decision, rounds=rounds, memory=case.whole, **options
+    )
     [timing] = found.timings
     row: dict[str, Any] = {
         "name": case.name,
@@ -172,13 +185,9 @@ def _interval(found: Any) -> list[float]:
 
 def _rounds(path: Path, length: int, batch: int, seconds: float) -> int:
     """How many rounds of four forms fit into this time; at least 3."""
-    [timing] = _short(path, length, batch)
-    return max(3, int(seconds / (4 * timing.base_ms / 1000)))
-
-
-def _short(path: Path, length: int, batch: int) -> tuple[Timing, ...]:
-    options: dict[str, Any] = {"length": length, "batches": [batch], "threads": [THREADS]}
-    return atp.benchmark(path, rounds=1, memory=False, features=Features.LANDMARKS, **options).timings
+    inputs = benchmark_inputs(path, batch, length)
+    taken = in_turns({"base": opens(path, {}, inputs, THREADS)}, sessions=1, rounds=1)
+    return max(3, int(seconds / (4 * float(taken["base"][0, 0]))))
 
 
 def _forms(forms: Mapping[str, Path], length: int, batch: int, rounds: int) -> dict[str, list[float]]:

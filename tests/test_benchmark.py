@@ -17,6 +17,7 @@ from atpatch_onnx.cli import main
 from atpatch_onnx.errors import BenchmarkError
 from atpatch_onnx.patch import Features
 from atpatch_onnx.runtime import FileSession, SessionOptions
+from atpatch_onnx.timing import WARM
 from atpatch_onnx.training import Training
 
 PLANTED = Planted()
@@ -61,7 +62,7 @@ def test_what_takes_longer_has_a_larger_ratio(files, monkeypatch):
     assert 2.4 < timing.flagged.value < 3.6
     assert 0.8 < timing.itself.value < 1.2
     assert (timing.batch, timing.threads, timing.rounds) == (2, 2, 20)
-    assert len(order) == 4 * (20 + 2 * 3), "three runs to warm up in each session"
+    assert len(order) == 4 * (20 + 2 * WARM), "runs to warm up in each session"
 
 
 def test_every_batch_and_number_of_threads(files):
