@@ -279,6 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     if lacking:
         print(f"Not installed: {'; '.join(lacking)}", file=sys.stderr)
         return 2
+    if options.docs is not None:
+        options.docs.mkdir(parents=True, exist_ok=True)
     console, of, outcomes = Console(), inputs(), list[Outcome]()
     with tempfile.TemporaryDirectory() as folder:
         files = bake_all(options.demo, Path(folder))
