@@ -1,8 +1,9 @@
 """The map of an op `Attention`, written out only where something is flagged.
 
 Asked for its map, the op writes it out beside all that it computes anyway: of a long sequence, a tenth of the memory.
-Where detectors read a few rows, a small `Attention` of these queries gives them as well. So the base's own node moves
-into the branches of the site's `If`: as it was into the one that leaves Y alone, asked for its map into the other one.
+Where detectors read a few rows, a small `Attention` of these queries gives them as well, with one column of V in place
+of all. So the base's own node moves into the branches of the site's `If`: as it was into the one that leaves Y alone,
+asked for its map into the other one.
 
     as woven   Attention -> Y, P       ->  rows of P   ->  flags  ->  If flagged: Y corrected by P, else: Y
     deferred   Attention of rows of Q  ->  their map   ->  flags  ->  If flagged: Attention -> Y, P; Y corrected by P,
@@ -13,6 +14,7 @@ into the branches of the site's `If`: as it was into the one that leaves Y alone
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
@@ -134,7 +136,7 @@ class _Rows:
         if mask is not None:
             mask = self._rows_of_mask(at, reader, mask, f"{name}/mask")
         rows = self._rows_of(at, reader, Q, f"{name}/queries")
-        inputs = [rows, *node.inputs[1:_MASK], mask]
+        inputs = [rows, node.inputs[1], self._few_values(at, node, f"{name}/values"), mask]
         small = ir.Node("", "Attention", inputs, list(node.attributes.values()), num_outputs=4)
         small.name, small.metadata_props[SITE_KEY] = f"{PREFIX}{at.scope}/{name}/attention", at.scope
         for output, own in zip(small.outputs, (f"{small.name}/output", "", "", f"{small.name}/map"), strict=True):
@@ -143,6 +145,15 @@ class _Rows:
         at.place(small)
         ir.convenience.replace_all_uses_with(result, small.outputs[3])
         graph.remove(reader, safe=True)
+
+    def _few_values(self, at: Insertion, node: ir.Node, name: str) -> ir.Value:
+        """One column of each head's V: the op wants some, nobody reads what becomes of it, and all double the cost."""
+        V = node.inputs[2]
+        assert V is not None, "an op Attention has a V"
+        packed = len(self._shape(node.inputs[0])) == 3
+        columns = node.attributes["kv_num_heads"].as_int() if packed else 1
+        limits = [at.constant(f"first_{number}_columns", np.array([number])) for number in (0, columns)]
+        return at.op("Slice", V, *limits, at.constant("last_axis", np.array([-1])), name=name)
 
     def _rows_of_mask(self, at: Insertion, reader: ir.Node, mask: ir.Value, name: str) -> ir.Value:
         where = reader.inputs[1]

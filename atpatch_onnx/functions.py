@@ -177,7 +177,7 @@ def LandmarkQueries(R, probes):  # noqa: N802
 def LandmarkRows(X, landmarks):  # noqa: N802
     """Where the rows of these queries are in X [B or 1,H,Q,any], all axes but the last one flat.
 
-    int64 [B,8] -> int64 [B,H*8].
+    int64 [B,8] -> int64 [B,H,8].
     """
     first = op.Constant(value_int=0)
     step = op.Constant(value_int=1)
@@ -186,17 +186,13 @@ def LandmarkRows(X, landmarks):  # noqa: N802
     maps = op.Shape(X, start=0, end=1) * heads
     starts = op.Range(first, op.Squeeze(maps), step) * queries
     of_heads = op.Reshape(starts, op.Concat(op.Constant(value_ints=[-1]), heads, op.Constant(value_ints=[1]), axis=0))
-    rows = of_heads + op.Unsqueeze(landmarks, op.Constant(value_ints=[1]))
-    return op.Reshape(rows, op.Constant(value_ints=[0, -1]))
+    return of_heads + op.Unsqueeze(landmarks, op.Constant(value_ints=[1]))
 
 
 @script(_domain, default_opset=op)
 def RowsAt(X, rows):  # noqa: N802
-    """The rows of each sample's landmarks. X [B or 1,H,Q,any], int64 [B,H*8] -> [B,H,8,any], of the type of X."""
-    flat = op.Gather(op.Flatten(X, axis=3), rows, axis=0)
-    heads = op.Shape(X, start=1, end=2)
-    width = op.Shape(X, start=3, end=4)
-    return op.Reshape(flat, op.Concat(op.Constant(value_ints=[0]), heads, op.Constant(value_ints=[-1]), width, axis=0))
+    """The rows of each sample's landmarks. X [B or 1,H,Q,any], int64 [B,H,8] -> [B,H,8,any], of the type of X."""
+    return op.Gather(op.Flatten(X, axis=3), rows, axis=0)
 
 
 @script(_domain, default_opset=op)

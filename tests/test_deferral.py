@@ -132,6 +132,17 @@ def test_rows_of_q_give_the_rows_of_the_map(name):
     np.testing.assert_allclose(seen[rows], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", DEFERRED)
+def test_rows_of_the_map_cost_no_product_with_the_values(name):
+    """What the small Attention multiplies its map with is as narrow as the op allows: one column a head."""
+    model, patch, feed = patched(DEFERRED[name])
+    conditional = bake(model, patch, emission=Emission.CONDITIONAL, inline=False)
+    site, small = find_sites(model)[0], f"atpatch/{find_sites(model)[0].name}/landmark_rows"
+    seen = run(with_outputs(conditional, [f"{small}/values", f"{small}/queries"]), feed)
+    packed = seen[f"{small}/queries"].ndim == 3
+    assert seen[f"{small}/values"].shape[-1] == (site.kv_heads if packed else 1)
+
+
 @pytest.mark.parametrize("heads", [1, 2], ids=["one head for all", "its own heads"])
 @pytest.mark.parametrize("batch", [1, "batch"], ids=["one for all samples", "of each sample"])
 def test_masks_of_every_shape(batch, heads):
