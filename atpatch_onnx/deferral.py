@@ -9,6 +9,10 @@ asked for its map into the other one.
     deferred   Attention of rows of Q  ->  their map   ->  flags  ->  If flagged: Attention -> Y, P; Y corrected by P,
                                                                       else: Attention -> Y
 
+Where flags are known before Y is, the node may hold back what flagged tokens say: given zeros for their values, it
+computes what benign ones bring, of which the correction would need a second product. A sample without a flag is given
+its values times one and keeps its bits, so there is nothing to choose between in the end.
+
 `recall` brings the base's node back: whoever looks into a patched graph sees it as it was woven.
 """
 
@@ -24,8 +28,8 @@ from atpatch_onnx.graph import PREFIX
 from atpatch_onnx.insertion import SITE_KEY, Insertion
 from atpatch_onnx.sites import Dim
 
-_MASK = 3
-"""Position among the inputs, behind Q, K and V."""
+_VALUES, _MASK = 2, 3
+"""Positions among the inputs, behind Q and K."""
 
 _PLACES = ("ProbedQueries", "LandmarkRows")
 """Functions that read no more of a map than how many queries it has."""
@@ -49,9 +53,11 @@ def defer(model: ir.Model, shapes: Shapes) -> None:
     for node in [node for node in model.graph if _is_asked(node)]:
         conditional = _conditional(model.graph, node)
         branches = () if conditional is None else tuple(_branches(conditional))
+        nested = [graph for branch in branches for graph in branch.subgraphs()]
         Y, P = node.outputs[0], node.outputs[3]
         readers = [user for user, _ in P.uses() if user.graph is model.graph]
-        within = _used_within(P, model.graph, *branches) and (conditional is None or _used_within(Y, *branches))
+        within = _used_within(P, model.graph, *branches, *nested)
+        within = within and (conditional is None or _used_within(Y, *branches))
         if not within or not all(rows.suffice(node, user) for user in readers):
             continue
         for reader in readers:
@@ -148,7 +154,7 @@ class _Rows:
 
     def _few_values(self, at: Insertion, node: ir.Node, name: str) -> ir.Value:
         """One column of each head's V: the op wants some, nobody reads what becomes of it, and all double the cost."""
-        V = node.inputs[2]
+        V = node.inputs[_VALUES]
         assert V is not None, "an op Attention has a V"
         packed = len(self._shape(node.inputs[0])) == 3
         columns = node.attributes["kv_num_heads"].as_int() if packed else 1
@@ -194,6 +200,29 @@ def _move_into(node: ir.Node, then: ir.Graph, otherwise: ir.Graph) -> None:
     assert node.graph is not None
     node.graph.remove(node)
     then.insert_before(then[0], node)
+    _hold_back(node, then)
+
+
+def _hold_back(node: ir.Node, then: ir.Graph) -> None:
+    """Let the node itself compute what benign values bring, if nothing there needs Y as the base has it.
+
+    Rows that see flagged keys only do, where tokens hand over their own values; tokens that hand over the neutral value
+    leave nothing of it.
+    """
+    ours = {one.op_type: one for one in then if one.domain == DOMAIN}
+    held_back, selected = ours["BenignValues"], ours["SelectFlagged"]
+    repaired, values = selected.inputs[0], held_back.outputs[0]
+    assert repaired is not None, "SelectFlagged reads what it selects from"
+    direct = held_back.inputs[0] is node.inputs[_VALUES] and repaired.producer() is ours["Redistributed"]
+    if not direct or "SomeBenign" in ours:
+        return
+    (product,) = values.consumers()
+    then.remove(held_back)
+    then.insert_before(node, held_back)
+    node.replace_input_with(_VALUES, values)
+    ir.convenience.replace_all_uses_with(product.outputs[0], node.outputs[0])
+    ir.convenience.replace_all_uses_with(selected.outputs[0], repaired, replace_graph_outputs=True)
+    then.remove([product, selected], safe=True)
 
 
 def _exchange(branch: ir.Graph, old: ir.Node, new: ir.Node) -> None:
@@ -215,6 +244,7 @@ def recall(model: ir.Model) -> None:
         moved = next((node for node in then if OUTPUTS_KEY in node.metadata_props), None)
         if moved is None or len(otherwise) != 1 or not _is_twin(otherwise[0], moved):
             continue
+        _hand_out(moved, then)
         then.remove(moved)
         model.graph.insert_before(conditional, moved)
         unchanged = ir.Node("", "Identity", [moved.outputs[0]], name=otherwise[0].name)
@@ -228,15 +258,42 @@ def recalled(model: ir.Model) -> ir.Model:
     return copied
 
 
+def _all_values(moved: ir.Node) -> ir.Value | None:
+    """The values that a node has, whether it holds some back or not: `BenignValues` reads them first, inlined too."""
+    value = moved.inputs[_VALUES]
+    while value is not None:
+        maker = value.producer()
+        if maker is None or maker.graph is not moved.graph or not maker.inputs:
+            break
+        value = maker.inputs[0]
+    return value
+
+
+def _hand_out(moved: ir.Node, then: ir.Graph) -> None:
+    """Give a node that holds values back all of them again, and let one of ours hold them back in the branch."""
+    values = _all_values(moved)
+    if moved.inputs[_VALUES] is values:
+        return
+    ours = ir.Node("", "Attention", moved.inputs, asked_before(moved), num_outputs=1, name=f"{then.name}/benign")
+    ours.metadata_props[SITE_KEY] = then[0].metadata_props[SITE_KEY]
+    ours.outputs[0].name = ours.name
+    then.insert_before(moved, ours)
+    ir.convenience.replace_all_uses_with(moved.outputs[0], ours.outputs[0])
+    moved.replace_input_with(_VALUES, values)
+
+
 def _is_twin(node: ir.Node, moved: ir.Node) -> bool:
-    """Whether a node computes what the other one did before it was asked for its map."""
+    """Whether a node computes what the other one did before it was asked for its map, and may have held values back."""
     try:
         before = {attribute.name: attribute for attribute in asked_before(moved)}
     except ValueError:  # a mode that is no number: the file was edited
         return False
+    inputs = list(moved.inputs)
+    if len(inputs) > _VALUES:
+        inputs[_VALUES] = _all_values(moved)
     return (
         node.op_identifier() == moved.op_identifier()
-        and list(node.inputs) == list(moved.inputs)
+        and list(node.inputs) == inputs
         and {name: attribute.value for name, attribute in node.attributes.items()}
         == {name: attribute.value for name, attribute in before.items()}
     )

@@ -264,26 +264,29 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
         V = canonical_values(into, site, handles)
         P, flags = handles.P, repair.flags
         benign = into.call("Attend", P, into.call("BenignValues", V, flags, name="benign_values"), name="benign")
-        masses = into.call("Attend", P, into.call("MassColumns", flags, name="mass_columns"), name="masses")
-        visible = into.call("VisibleOfSoftmax" if _is_softmax(P) else "Visible", P, name="visible")
-        counts = into.call("Attend", visible, into.call("CountColumns", flags, name="count_columns"), name="counts")
+        r = into.call("Attend", P, into.call("BenignColumn", flags, name="benign_column"), name="benign_mass")
+        columns = into.call("CountColumns", flags, name="count_columns")
         chosen = into.call("MapFlag", flags, name="map_flag")
         if repair.neutral is not None:
+            counts = _counts(into, P, columns, emission)
             handed = into.call("NeutralHanded", P, flags, repair.neutral, name="handed")
         else:
+            visible = _visible(into, P)
+            counts = into.call("Attend", visible, columns, name="counts")
             flagged = into.call("FlaggedValues", V, flags, name="flagged_values")
             own = into.call("Attend", visible, flagged, name="own_values")
             handed = into.call("OwnHanded", own, counts, name="handed")
-            rows = into.call("SomeBenign", masses, name="some_benign")
+            rows = into.call("SomeBenign", r, name="some_benign")
             chosen = into.op("And", rows, chosen, name="flagged_rows")
-        repaired = into.call("Redistributed", benign, masses, counts, repair.beta, handed, name="repaired")
+        mass = into.call(*(("MassOfSoftmax", counts) if _is_softmax(P) else ("Mass", P)), name="mass")
+        repaired = into.call("Redistributed", benign, mass, r, counts, repair.beta, handed, name="repaired")
         return _selected(into, site, repaired, Y, chosen)
 
     if emission is Emission.BRANCHLESS:
         result = corrected(at)
     else:
         any_flag = at.call("AnyFlag", repair.flags, name="any_flag")
-        result = _if(at, any_flag, corrected, lambda into: into.op("Identity", Y, name="unchanged"))
+        result = _if(at, any_flag, corrected, lambda into: into.op("Identity", Y, name="unchanged"), "if_flagged")
     take_place(at, Y, result)
 
 
@@ -301,6 +304,23 @@ def take_place(at: Insertion, value: ir.Value, result: ir.Value) -> None:
             outputs[index] = result
     value.name = f"{PREFIX}{at.scope}/base"
     result.name = name
+
+
+def _visible(at: Insertion, P: ir.Value) -> ir.Value:
+    return at.call("VisibleOfSoftmax" if _is_softmax(P) else "Visible", P, name="visible")
+
+
+def _counts(at: Insertion, P: ir.Value, columns: ir.Value, emission: Emission) -> ir.Value:
+    """How many keys a query sees, all and flagged ones; where every query sees every key there is nothing to count."""
+
+    def counted(into: Insertion) -> ir.Value:
+        return into.call("Attend", _visible(into, P), columns, name="counts")
+
+    if emission is Emission.BRANCHLESS:
+        return counted(at)
+    hidden = at.call("SomeHidden", P, name="some_hidden")
+    every = at.call("CountAll", columns, name="count_all")
+    return _if(at, hidden, counted, lambda into: into.op("Identity", every, name="counts"), "if_hidden")
 
 
 def _is_softmax(P: ir.Value) -> bool:
@@ -328,6 +348,7 @@ def _if(
     condition: ir.Value,
     then: Callable[[Insertion], ir.Value],
     otherwise: Callable[[Insertion], ir.Value],
+    name: str,
 ) -> ir.Value:
     """An `If` whose branches are written by `then` and `otherwise`."""
 
@@ -341,7 +362,7 @@ def _if(
         ir.AttrGraph("then_branch", branch("then", then)),
         ir.AttrGraph("else_branch", branch("else", otherwise)),
     ]
-    return at.op("If", condition, name="if_flagged", attributes=attributes)
+    return at.op("If", condition, name=name, attributes=attributes)
 
 
 def _inside(node: ir.Node | None) -> Iterator[ir.Node]:

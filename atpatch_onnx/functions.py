@@ -260,11 +260,35 @@ def CountColumns(M):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
-def MassColumns(M):  # noqa: N802
-    """What a map is multiplied with to sum weights, all of them and benign ones. M bool [B,K] -> float [B,1,K,2]."""
-    m = op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 3])), to=1)
-    one = op.Constant(value_float=1.0)
-    return op.Concat(op.Max(m, one), one - m, axis=3)
+def SomeHidden(P):  # noqa: N802
+    """Whether any query does not see a key. P [B,H,Q,K] -> bool scalar."""
+    smallest = op.ReduceMin(op.Cast(P, to=1), op.Constant(value_ints=[3]), keepdims=1)  # of rows first: it is quicker
+    return op.ReduceMin(smallest, op.Constant(value_ints=[0, 1, 2, 3]), keepdims=0) <= op.Constant(value_float=0.0)
+
+
+@script(_domain, default_opset=op)
+def CountAll(columns):  # noqa: N802
+    """The counts of a query that sees every key, from `CountColumns`. [B,1,K,2] -> [B,1,1,2]."""
+    return op.ReduceSum(columns, op.Constant(value_ints=[2]), keepdims=1)
+
+
+@script(_domain, default_opset=op)
+def Mass(P):  # noqa: N802
+    """The mass of each row. P [B,H,Q,K] -> float [B,H,Q,1]."""
+    return op.ReduceSum(op.Cast(P, to=1), op.Constant(value_ints=[3]), keepdims=1)
+
+
+@script(_domain, default_opset=op)
+def MassOfSoftmax(counts):  # noqa: N802
+    """As `Mass`, up to rounding, where a softmax made the map: 1 if a query sees any key. [...,2] -> float [...,1]."""
+    visible, _ = op.Split(counts, op.Constant(value_ints=[1, 1]), axis=3)
+    return op.Min(visible, op.Constant(value=_ONE))
+
+
+@script(_domain, default_opset=op)
+def BenignColumn(M):  # noqa: N802
+    """What a map is multiplied with to sum the weights of benign keys. M bool [B,K] -> float [B,1,K,1]."""
+    return op.Constant(value_float=1.0) - op.Cast(op.Unsqueeze(M, op.Constant(value_ints=[1, 3])), to=1)
 
 
 @script(_domain, default_opset=op)
@@ -294,7 +318,10 @@ def Attend(P, V):  # noqa: N802
 
 @script(_domain, default_opset=op)
 def NeutralHanded(P, M, neutral):  # noqa: N802
-    """What flagged tokens hand over: the neutral value. P [B,H,Q,K], M bool [B,K], neutral [1,Hv,1,D] -> [B,H,1,D]."""
+    """What flagged tokens hand over: the neutral value. P [B,H,Q,K], M bool [B,K], neutral [1,Hv,1,D] -> [B,H,1,D].
+
+    0 where none is flagged.
+    """
     count = op.ReduceSum(op.Cast(M, to=1), op.Constant(value_ints=[1]), keepdims=0)
     zero = op.Constant(value_float=0.0)
     some = op.Unsqueeze(count, op.Constant(value_ints=[1, 2, 3])) > zero
@@ -318,29 +345,28 @@ def OwnHanded(flagged, counts):  # noqa: N802
 
 
 @script(_domain, default_opset=op)
-def Redistributed(benign, masses, counts, beta, handed):  # noqa: N802
+def Redistributed(benign, mass, r, counts, beta, handed):  # noqa: N802
     """Y' = P' V' of design section 5, from sums over keys: no map of its size is written.
 
     With s the mass of a row, r its benign mass, R V what benign keys bring, and t = beta * flagged / visible keys,
-    `Y' = s ((1 - t) R V / r + t handed)`. benign = `P @ BenignValues` [B,H,Q,D], masses = `P @ MassColumns` [B,H,Q,2],
-    counts = `Visible @ CountColumns` [B,H,Q,2], beta broadcasts to [B,H,Q,1], handed to [B,H,Q,D] -> float [B,H,Q,D].
-    A row that sees flagged keys only keeps its weights, so all that it gets is handed; tokens that hand over their own
-    values need `SomeBenign` there.
+    `Y' = s ((1 - t) R V / r + t handed)`. benign = `P @ BenignValues` [B,H,Q,D], r = `P @ BenignColumn` [B,H,Q,1],
+    counts = `Visible @ CountColumns` [B,H,Q,2] or `CountAll` [B,1,1,2], mass = `Mass` or `MassOfSoftmax`, mass and beta
+    broadcast to [B,H,Q,1], handed to [B,H,Q,D] -> float [B,H,Q,D]. A row that sees flagged keys only keeps its weights,
+    so all that it gets is handed; tokens that hand over their own values need `SomeBenign` there. A row that sees none
+    gets what benign keys bring, bit for bit: times 1, minus 0, which changes no number, while -0 plus 0 is 0.
     """
     zero = op.Constant(value=_ZERO)
     one = op.Constant(value=_ONE)
-    each = op.Constant(value_ints=[1, 1])
-    mass, r = op.Split(masses, each, axis=3)
-    visible, flagged = op.Split(counts, each, axis=3)
+    visible, count = op.Split(counts, op.Constant(value_ints=[1, 1]), axis=3)
     some = r > op.Constant(value=_TINY)
-    t = op.Where(some, flagged / op.Max(visible, one) * op.Where(some, beta, zero), one)
-    return benign * (mass * (one - t) / op.Where(some, r, one)) + handed * (mass * t)
+    t = op.Where(some, count / op.Max(visible, one) * op.Where(some, beta, zero), one)
+    kept = op.Where(count > zero, mass * (one - t) / op.Where(some, r, one), one)
+    return benign * kept - handed * (zero - mass * t)
 
 
 @script(_domain, default_opset=op)
-def SomeBenign(masses):  # noqa: N802
-    """Which rows see a benign key, from `P @ MassColumns`. [B,H,Q,2] -> bool [B,H,Q,1]."""
-    _, r = op.Split(masses, op.Constant(value_ints=[1, 1]), axis=3)
+def SomeBenign(r):  # noqa: N802
+    """Which rows see a benign key, from `P @ BenignColumn`. [B,H,Q,1] -> bool [B,H,Q,1]."""
     return r > op.Constant(value=_TINY)
 
 
@@ -399,7 +425,11 @@ _ALL = (
     Visible,
     VisibleOfSoftmax,
     CountColumns,
-    MassColumns,
+    SomeHidden,
+    CountAll,
+    Mass,
+    MassOfSoftmax,
+    BenignColumn,
     BenignValues,
     FlaggedValues,
     Attend,
@@ -435,13 +465,13 @@ def local_functions(opset_version: int) -> dict[str, ir.Function]:
 
 
 def _axes_as_attribute(function: ir.Function) -> None:
-    """Before opset 18, ReduceMax and ReduceL2 took their axes as an attribute."""
+    """Before opset 18, reductions other than ReduceSum took their axes as an attribute."""
     for node in list(function):
-        if node.op_type not in ("ReduceMax", "ReduceL2"):
+        if node.op_type not in ("ReduceMax", "ReduceMin", "ReduceL2"):
             continue
         axes = node.inputs[1]
         constant = axes.producer() if axes is not None else None
-        assert constant is not None, "our own functions give ReduceMax constant axes"
+        assert constant is not None, "our own functions give reductions constant axes"
         node.attributes.add(ir.AttrInt64s("axes", constant.attributes["value_ints"].as_ints()))
         node.resize_inputs(1)
         if not constant.outputs[0].uses():

@@ -32,6 +32,8 @@ DEFERRED = {
     "Y is used inside an If": Net(opset=23, form="attention", y_in_if=True),
 }
 
+HELD_BACK = sorted(set(DEFERRED) - {"fixed, packed, grouped"})
+
 AT_ONCE = {
     "decomposed": Net(opset=23),
     "causal by itself": Net(opset=23, form="attention", causal=True),
@@ -51,10 +53,10 @@ def asked(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if "atpatch.outputs" in node.metadata_props]
 
 
-def patched(net: Net, **options: object) -> tuple[ir.Model, Patch, dict[str, np.ndarray]]:
+def patched(net: Net, share: float = 0.01, **options: object) -> tuple[ir.Model, Patch, dict[str, np.ndarray]]:
     model = net.model()
     feed = net.feed(np.random.default_rng(0), tokens=11)
-    return model, fire_on_some(model, draw_patch(model, 1, features=LANDMARKS, **options), feed, 0.01), feed
+    return model, fire_on_some(model, draw_patch(model, 1, features=LANDMARKS, **options), feed, share), feed
 
 
 @pytest.mark.parametrize("name", DEFERRED)
@@ -64,6 +66,8 @@ def test_the_map_is_written_out_where_something_is_flagged_only(name):
     assert asked(conditional) == []
     assert branches(conditional, "Attention") == [1, 1] * len(patch.sites)
     assert branches(conditional, "Identity") == [0, 0] * len(patch.sites)
+    assert branches(conditional, "BenignValues") == [1, 0] * len(patch.sites)
+    assert branches(conditional, "SelectFlagged") == [name not in HELD_BACK, 0] * len(patch.sites)
     assert len(asked(branchless)) == len(patch.sites)
     for optimize in (False, True):
         found, expected = (run(one, feed, optimize=optimize) for one in (conditional, branchless))
@@ -80,6 +84,28 @@ def test_what_is_not_flagged_keeps_its_bits(name, inline):
     for optimize in (False, True):
         expected, found = (run(one, feed, optimize=optimize) for one in (model, silent))
         assert all(same_bits(array, found[output]) for output, array in expected.items())
+
+
+@pytest.mark.parametrize("name", DEFERRED)
+@pytest.mark.parametrize("neutral", [True, False], ids=["neutral", "own"])
+def test_samples_beside_a_flagged_one_keep_their_bits(name, neutral):
+    """What they take through the branch is the base's own node, given their values times one."""
+    model, patch, feed = patched(DEFERRED[name], 0.001, neutral=neutral)
+    conditional = bake(model, patch, emission=Emission.CONDITIONAL)
+    for optimize in (False, True):
+        expected, found = (run(one, feed, optimize=optimize) for one in (model, conditional))
+        quiet = ~found["atpatch/flagged"][:, 0]
+        assert 0 < quiet.sum() < len(quiet)
+        assert all(same_bits(array[quiet], found[output][quiet]) for output, array in expected.items())
+
+
+@pytest.mark.parametrize("name", HELD_BACK)
+def test_benign_values_meet_the_map_once(name):
+    """In the base's own node; what is left to multiply with it is one column. Values of their own need all of Y."""
+    for neutral, products in ((True, 1), (False, 4)):
+        model, patch, _ = patched(DEFERRED[name], neutral=neutral)
+        file = bake(model, patch, emission=Emission.CONDITIONAL, inline=False)
+        assert branches(file, "Attend")[::2] == [products] * len(patch.sites)
 
 
 @pytest.mark.parametrize("name", AT_ONCE)
@@ -185,7 +211,7 @@ def test_the_base_comes_back_node_for_node(name, inline):
     before = graphs.to_bytes(conditional)
     woven = recalled(conditional)
     assert len(asked(woven)) == len(patch.sites)
-    assert branches(woven, "Attention") == [0, 0] * len(patch.sites)
+    assert branches(woven, "Attention") == [name != "fixed, packed, grouped", 0] * len(patch.sites)
     assert branches(woven, "Identity")[1::2] == [1] * len(patch.sites)
     assert graphs.to_bytes(conditional) == before
     assert graphs.fingerprint(strip(conditional)) == graphs.fingerprint(model)

@@ -24,7 +24,7 @@ from atpatch_onnx.weave import folded
 OPSETS = (15, 17, 18, 23, 24, 26)
 """26 is the last that onnxruntime 1.31 accepts."""
 
-BOOLEAN = ("AnyFlag", "MapFlag", "SampleFlag", "SomeBenign")
+BOOLEAN = ("AnyFlag", "MapFlag", "SampleFlag", "SomeBenign", "SomeHidden")
 RESULTS = {
     **dict.fromkeys(BOOLEAN, ir.DataType.BOOL),
     **dict.fromkeys(("ProbedQueries", "LandmarkQueries", "LandmarkRows"), ir.DataType.INT64),
@@ -123,18 +123,34 @@ def repaired(engine: str, opset: int, d: Draw, *, own: bool = False) -> np.ndarr
     assert np.array_equal(chosen.reshape(-1), d.M.any(-1))
     assert chosen.shape == (len(d.M), 1, 1, 1)
     benign = call("Attend", opset, d.P, call("BenignValues", opset, d.V, d.M))
-    masses = call("Attend", opset, d.P, call("MassColumns", opset, d.M))
+    mass, r = call("Mass", opset, d.P), call("Attend", opset, d.P, call("BenignColumn", opset, d.M))
     visible = call("Visible", opset, d.P)
     if d.P.max() <= 1:
         assert np.array_equal(visible, call("VisibleOfSoftmax", opset, d.P))
-    counts = call("Attend", opset, visible, call("CountColumns", opset, d.M))
+    columns = call("CountColumns", opset, d.M)
+    counts = call("Attend", opset, visible, columns)
+    hidden = call("SomeHidden", opset, d.P)
+    assert hidden.shape == ()
+    assert hidden == (d.P == 0).any()
+    if not hidden:
+        every = call("CountAll", opset, columns)
+        assert np.array_equal(np.broadcast_to(every, counts.shape), counts)
+        counts = every if not own else counts
+    gated = not np.allclose(d.P.sum(-1), (d.P > 0).any(-1))
+    if not gated:
+        np.testing.assert_allclose(call("MassOfSoftmax", opset, counts) + np.zeros_like(mass), mass, atol=1e-6)
+        mass = call("MassOfSoftmax", opset, counts)
     if own:
         flagged = call("Attend", opset, visible, call("FlaggedValues", opset, d.V, d.M))
         handed = call("OwnHanded", opset, flagged, counts)
-        chosen = chosen & call("SomeBenign", opset, masses)
+        chosen = chosen & call("SomeBenign", opset, r)
     else:
         handed = call("NeutralHanded", opset, d.P, d.M, d.neutral[None, :, None])
-    return call("SelectFlagged", opset, call("Redistributed", opset, benign, masses, counts, d.beta, handed), Y, chosen)
+    found = call("Redistributed", opset, benign, mass, r, counts, d.beta, handed)
+    if not own and not gated:  # benign itself, bit for bit, in rows that see no flagged key
+        quiet = ~((d.P > 0) & d.M[:, None, None]).any(-1)
+        assert found[quiet].tobytes() == benign[quiet].tobytes()
+    return call("SelectFlagged", opset, found, Y, chosen)
 
 
 @everywhere
@@ -165,6 +181,21 @@ def test_benign_mass_that_has_all_but_vanished_divides_well(engine: str, opset: 
         neutral=np.array([[4]], np.float32),
     )
     np.testing.assert_allclose(repaired(engine, opset, d).item(), 0.2 * 4 + 0.2 * 1 + 0.6 * 2, rtol=0, atol=TOLERANCE)
+
+
+@everywhere
+@at_every_opset
+def test_what_benign_values_bring_keeps_its_bits_where_nothing_is_flagged(engine: str, opset: int) -> None:
+    """Minus zero and infinity as well, which adding zero or choosing by a product would change."""
+    call = ENGINES[engine]
+    benign = np.array([-0.0, 0.0, -np.inf, 1e-45], np.float32).reshape(1, 1, 1, 4)
+    M = np.zeros((1, 5), bool)
+    P = np.full((1, 1, 1, 5), 0.2, np.float32)
+    handed = call("NeutralHanded", opset, P, M, np.array([-3, 3, 3, np.inf], np.float32).reshape(1, 1, 1, 4))
+    rows = np.full((1, 1, 1, 1), 0.999, np.float32)
+    counts, beta = np.array([5, 0], np.float32).reshape(1, 1, 1, 2), np.ones((1, 1, 1), np.float32)
+    found = call("Redistributed", opset, benign, rows, rows / 3, counts, beta, handed)
+    assert found.tobytes() == benign.tobytes()
 
 
 @everywhere
