@@ -103,11 +103,15 @@ def _is_gather(reader: ir.Node) -> bool:
 
 
 class _Rows:
-    """Readers of maps, and the rows of Q and of masks that they are given instead; sites share those of a mask."""
+    """Readers of maps, and the rows of Q and of masks that they are given instead.
+
+    Sites share the rows of a mask, and the few values that nobody reads.
+    """
 
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = shapes
         self._masks: dict[tuple[ir.Value, ir.Value], ir.Value] = {}
+        self._values: dict[tuple[Dim, ...], ir.Value] = {}
 
     def suffice(self, node: ir.Node, reader: ir.Node) -> bool:
         """Whether a reader of the map would find the same in the map of some rows of Q."""
@@ -153,13 +157,19 @@ class _Rows:
         graph.remove(reader, safe=True)
 
     def _few_values(self, at: Insertion, node: ir.Node, name: str) -> ir.Value:
-        """One column of each head's V: the op wants some, nobody reads what becomes of it, and all double the cost."""
+        """One column of each head's V, or that of another V of its shape.
+
+        The op wants some, nobody reads what becomes of it, and all double the cost.
+        """
         V = node.inputs[_VALUES]
         assert V is not None, "an op Attention has a V"
         packed = len(self._shape(node.inputs[0])) == 3
         columns = node.attributes["kv_num_heads"].as_int() if packed else 1
-        limits = [at.constant(f"first_{number}_columns", np.array([number])) for number in (0, columns)]
-        return at.op("Slice", V, *limits, at.constant("last_axis", np.array([-1])), name=name)
+        shape = (*self._shape(V)[:-1], columns)
+        if len(shape) == 1 or None in shape or shape not in self._values:
+            limits = [at.constant(f"first_{number}_columns", np.array([number])) for number in (0, columns)]
+            self._values[shape] = at.op("Slice", V, *limits, at.constant("last_axis", np.array([-1])), name=name)
+        return self._values[shape]
 
     def _rows_of_mask(self, at: Insertion, reader: ir.Node, mask: ir.Value, name: str) -> ir.Value:
         where = reader.inputs[1]
