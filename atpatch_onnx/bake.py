@@ -84,7 +84,8 @@ def bake(
     monitors = _add_monitors(patched, woven) if monitor and woven else []
     if site_flags:
         monitors += [_add_output(patched, step.flags, f"{step.site.name}/flags", [None, None]) for step in woven]
-    if emission is Emission.CONDITIONAL and any(site.form is Form.ATTENTION for site, _ in entries):
+    alone = joint is None or emission is Emission.CONDITIONAL
+    if alone and any(site.form is Form.ATTENTION for site, _ in entries):
         defer(patched, known_shapes(model))
     edited = {edit.layer: len(edit.units) for edit in patch.edits}
     entry = describe(

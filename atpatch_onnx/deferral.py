@@ -1,4 +1,4 @@
-"""The map of an op `Attention`, written out only where something is flagged.
+"""The map of an op `Attention`, written out only where something is flagged, and flagged values held back from it.
 
 Asked for its map, the op writes it out beside all that it computes anyway: of a long sequence, a tenth of the memory.
 Where detectors read a few rows, a small `Attention` of these queries gives them as well, with one column of V in place
@@ -11,12 +11,14 @@ asked for its map into the other one.
 
 Where flags are known before Y is, the node may hold back what flagged tokens say: given zeros for their values, it
 computes what benign ones bring, of which the correction would need a second product. A sample without a flag is given
-its values times one and keeps its bits, so there is nothing to choose between in the end.
+its values times one and keeps its bits, so there is nothing to choose between in the end. This is done in branchless
+emission as well, where the map is always written out.
 
 `recall` brings the base's node back: whoever looks into a patched graph sees it as it was woven.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +36,11 @@ _VALUES, _MASK = 2, 3
 _PLACES = ("ProbedQueries", "LandmarkRows")
 """Functions that read no more of a map than how many queries it has."""
 
+_CORRECTION = ("Attend", "VisibleOfSoftmax", "NeutralHanded")
+"""Functions that read a map once flags are known."""
+
+_BENIGN = "benign_values"
+"""Last part of the name of what a node is given that holds values back."""
 
 Shapes = Mapping[str, tuple[Dim, ...]]
 """Of the base's values, by name."""
@@ -46,12 +53,16 @@ def defer(model: ir.Model, shapes: Shapes) -> None:
     map: there is no past, the op itself is not causal, and the mask has a row for each query.
 
     Args:
-        model: A patched model in conditional emission, its functions not inlined yet.
+        model: A patched model whose sites decide alone or in conditional emission, its functions not inlined yet.
         shapes: What is known of the base.
     """
     rows = _Rows(shapes)
     for node in [node for node in model.graph if _is_asked(node)]:
         conditional = _conditional(model.graph, node)
+        correction = _Correction.of(model.graph, node) if conditional is None else None
+        if correction is not None:
+            _hold_back_at_once(node, correction, rows)
+            continue
         branches = () if conditional is None else tuple(_branches(conditional))
         nested = [graph for branch in branches for graph in branch.subgraphs()]
         Y, P = node.outputs[0], node.outputs[3]
@@ -82,6 +93,19 @@ def _conditional(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     """The `If` that corrects this node's output."""
     name = f"{(node.outputs[3].name or '').removesuffix('map')}if_flagged"
     return next((one for one in graph if one.op_type == "If" and one.name == name), None)
+
+
+def _hold_back_at_once(node: ir.Node, correction: "_Correction", rows: "_Rows") -> None:
+    """Let a node hold values back in the main graph, behind the flags, if its map is read for them as rows only."""
+    Y, P = node.outputs[0], node.outputs[3]
+    before = [user for user, _ in P.uses() if user.op_type not in _CORRECTION]
+    within = all(_used_within(value, correction.graph) for value in (Y, P)) and list(Y.consumers()) == [
+        correction.selected
+    ]
+    if within and correction.leaves_nothing(node) and all(rows.suffice(node, user) for user in before):
+        for reader in before:
+            rows.read(reader, node)
+        correction.hold_back(node)
 
 
 def _used_within(value: ir.Value, *within: ir.Graph) -> bool:
@@ -210,29 +234,55 @@ def _move_into(node: ir.Node, then: ir.Graph, otherwise: ir.Graph) -> None:
     assert node.graph is not None
     node.graph.remove(node)
     then.insert_before(then[0], node)
-    _hold_back(node, then)
+    correction = _Correction.of(then, node)
+    if correction is not None and correction.leaves_nothing(node):
+        correction.hold_back(node)
 
 
-def _hold_back(node: ir.Node, then: ir.Graph) -> None:
-    """Let the node itself compute what benign values bring, if nothing there needs Y as the base has it.
+@dataclass(frozen=True)
+class _Correction:
+    """The nodes of one site's correction that a node makes superfluous where it holds values back itself."""
 
-    Rows that see flagged keys only do, where tokens hand over their own values; tokens that hand over the neutral value
-    leave nothing of it.
-    """
-    ours = {one.op_type: one for one in then if one.domain == DOMAIN}
-    held_back, selected = ours["BenignValues"], ours["SelectFlagged"]
-    repaired, values = selected.inputs[0], held_back.outputs[0]
-    assert repaired is not None, "SelectFlagged reads what it selects from"
-    direct = held_back.inputs[0] is node.inputs[_VALUES] and repaired.producer() is ours["Redistributed"]
-    if not direct or "SomeBenign" in ours:
-        return
-    (product,) = values.consumers()
-    then.remove(held_back)
-    then.insert_before(node, held_back)
-    node.replace_input_with(_VALUES, values)
-    ir.convenience.replace_all_uses_with(product.outputs[0], node.outputs[0])
-    ir.convenience.replace_all_uses_with(selected.outputs[0], repaired, replace_graph_outputs=True)
-    then.remove([product, selected], safe=True)
+    graph: ir.Graph
+    benign_values: ir.Node
+    selected: ir.Node
+    ours: frozenset[str]
+    """The functions that it calls."""
+
+    @classmethod
+    def of(cls, graph: ir.Graph, node: ir.Node) -> "_Correction | None":
+        """The correction of a node's output in this graph."""
+        P = node.outputs[3]
+        scopes = {user.metadata_props[SITE_KEY] for user, _ in P.uses() if user.graph is graph}
+        ours = {one.op_type: one for one in graph if one.domain == DOMAIN and one.metadata_props[SITE_KEY] in scopes}
+        if "SelectFlagged" not in ours:
+            return None
+        return cls(graph, ours["BenignValues"], ours["SelectFlagged"], frozenset(ours))
+
+    def leaves_nothing(self, node: ir.Node) -> bool:
+        """Whether nothing of a flagged map's Y is left, nor moved between what it reads and writes and the node.
+
+        Where tokens hand over their own values, rows that see flagged keys only keep theirs.
+        """
+        repaired = self.selected.inputs[0]
+        maker = None if repaired is None else repaired.producer()
+        moved = self.benign_values.inputs[0] is not node.inputs[_VALUES]
+        return not moved and maker is not None and maker.op_type == "Redistributed" and "SomeBenign" not in self.ours
+
+    def hold_back(self, node: ir.Node) -> None:
+        """Give the node benign values; it comes behind them, and in place of their product and of the choice."""
+        values, (repaired, *_) = self.benign_values.outputs[0], self.selected.inputs
+        assert repaired is not None, "SelectFlagged reads what it selects from"
+        (product,) = values.consumers()
+        assert node.graph is not None, "the node is in a graph"
+        node.graph.remove(node)
+        self.graph.insert_after(self.benign_values, node)
+        node.replace_input_with(_VALUES, values)
+        ir.convenience.replace_all_uses_with(product.outputs[0], node.outputs[0])
+        result = self.selected.outputs[0]
+        ir.convenience.replace_all_uses_with(result, repaired, replace_graph_outputs=True)
+        repaired.name, repaired.shape, repaired.type = result.name, result.shape, result.type
+        self.graph.remove([product, self.selected], safe=True)
 
 
 def _exchange(branch: ir.Graph, old: ir.Node, new: ir.Node) -> None:
@@ -254,11 +304,13 @@ def recall(model: ir.Model) -> None:
         moved = next((node for node in then if OUTPUTS_KEY in node.metadata_props), None)
         if moved is None or len(otherwise) != 1 or not _is_twin(otherwise[0], moved):
             continue
-        _hand_out(moved, then)
+        _hand_out(moved)
         then.remove(moved)
         model.graph.insert_before(conditional, moved)
         unchanged = ir.Node("", "Identity", [moved.outputs[0]], name=otherwise[0].name)
         _exchange(otherwise, otherwise[0], unchanged)
+    for node in [node for node in model.graph if OUTPUTS_KEY in node.metadata_props]:
+        _hand_out(node)
 
 
 def recalled(model: ir.Model) -> ir.Model:
@@ -270,24 +322,31 @@ def recalled(model: ir.Model) -> ir.Model:
 
 def _all_values(moved: ir.Node) -> ir.Value | None:
     """The values that a node has, whether it holds some back or not: `BenignValues` reads them first, inlined too."""
-    value = moved.inputs[_VALUES]
-    while value is not None:
-        maker = value.producer()
-        if maker is None or maker.graph is not moved.graph or not maker.inputs:
-            break
-        value = maker.inputs[0]
+    value = moved.inputs[_VALUES] if len(moved.inputs) > _VALUES else None
+    if value is None or not (value.name or "").endswith(f"/{_BENIGN}"):
+        return value
+    maker = value.producer()
+    scope = None if maker is None else maker.metadata_props.get(SITE_KEY)
+    while scope and value and (maker := value.producer()) and maker.metadata_props.get(SITE_KEY) == scope:
+        value = maker.inputs[0] if maker.inputs else None
     return value
 
 
-def _hand_out(moved: ir.Node, then: ir.Graph) -> None:
-    """Give a node that holds values back all of them again, and let one of ours hold them back in the branch."""
+def _hand_out(moved: ir.Node) -> None:
+    """Give a node that holds values back all of them again, and let one of ours hold them back in its place."""
     values = _all_values(moved)
-    if moved.inputs[_VALUES] is values:
+    if values is None or moved.inputs[_VALUES] is values:
         return
-    ours = ir.Node("", "Attention", moved.inputs, asked_before(moved), num_outputs=1, name=f"{then.name}/benign")
-    ours.metadata_props[SITE_KEY] = then[0].metadata_props[SITE_KEY]
+    held_back, graph = moved.inputs[_VALUES], moved.graph
+    assert held_back is not None
+    assert isinstance(graph, ir.Graph)
+    maker = held_back.producer()
+    assert maker is not None, "benign values are computed"
+    name = (held_back.name or "").removesuffix("_values")
+    ours = ir.Node("", "Attention", moved.inputs, asked_before(moved), num_outputs=1, name=name)
+    ours.metadata_props[SITE_KEY] = maker.metadata_props[SITE_KEY]
     ours.outputs[0].name = ours.name
-    then.insert_before(moved, ours)
+    graph.insert_before(moved, ours)
     ir.convenience.replace_all_uses_with(moved.outputs[0], ours.outputs[0])
     moved.replace_input_with(_VALUES, values)
 
@@ -298,9 +357,8 @@ def _is_twin(node: ir.Node, moved: ir.Node) -> bool:
         before = {attribute.name: attribute for attribute in asked_before(moved)}
     except ValueError:  # a mode that is no number: the file was edited
         return False
-    inputs = list(moved.inputs)
-    if len(inputs) > _VALUES:
-        inputs[_VALUES] = _all_values(moved)
+    inputs = [*moved.inputs]
+    inputs[_VALUES:_MASK] = [_all_values(moved)]
     return (
         node.op_identifier() == moved.op_identifier()
         and list(node.inputs) == inputs

@@ -272,7 +272,7 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
             handed = into.call("NeutralHanded", P, flags, repair.neutral, name="handed")
         else:
             visible = _visible(into, P)
-            counts = into.call("Attend", visible, columns, name="counts")
+            counts = into.op("MatMul", visible, columns, name="counts")
             flagged = into.call("FlaggedValues", V, flags, name="flagged_values")
             own = into.call("Attend", visible, flagged, name="own_values")
             handed = into.call("OwnHanded", own, counts, name="handed")
@@ -311,10 +311,13 @@ def _visible(at: Insertion, P: ir.Value) -> ir.Value:
 
 
 def _counts(at: Insertion, P: ir.Value, columns: ir.Value, emission: Emission) -> ir.Value:
-    """How many keys a query sees, all and flagged ones; where every query sees every key there is nothing to count."""
+    """How many keys a query sees, all and flagged ones; where every query sees every key there is nothing to count.
+
+    A branch in a branch calls no function that its surroundings call: onnxruntime, inlining both, names values twice.
+    """
 
     def counted(into: Insertion) -> ir.Value:
-        return into.call("Attend", _visible(into, P), columns, name="counts")
+        return into.op("MatMul", _visible(into, P), columns, name="counts")
 
     if emission is Emission.BRANCHLESS:
         return counted(at)

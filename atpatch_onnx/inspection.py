@@ -29,8 +29,8 @@ def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
     Where they lie inside an `If`, with a deferred map or in the second pass of a joint decision, they are moved out.
     """
     exposed, names = graphs.copy(model), list(dict.fromkeys(names))
+    recall(exposed)
     if not {value.name for value in graph_values(exposed.graph)}.issuperset(names):
-        recall(exposed)
         unfold(exposed)
     present = {output.name for output in exposed.graph.outputs}
     for name in names:

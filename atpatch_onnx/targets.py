@@ -55,10 +55,12 @@ TARGETS: Mapping[str, Target] = {
     "cuda": Target(
         Emission.BRANCHLESS,
         inline=False,
-        why="reading the condition of an If makes the device wait, and CUDA graphs cannot capture one",
-        evidence="microsoft/onnxruntime#9978",
+        why="reading the condition of an If makes the device wait, and CUDA graphs cannot capture one; of the op "
+        "Attention, scores are handed out, not their softmax",
+        evidence="microsoft/onnxruntime#9978, #28351",
         opset=26,
         ir_version=13,
+        without=frozenset({"Attention"}),
     ),
     "tensorrt": Target(
         Emission.BRANCHLESS,

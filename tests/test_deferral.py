@@ -13,8 +13,10 @@ from atpatch_onnx.bake import bake
 from atpatch_onnx.deferral import recalled
 from atpatch_onnx.emission import Emission
 from atpatch_onnx.errors import StripError
+from atpatch_onnx.inspection import expose, site_values, value_names
 from atpatch_onnx.invariants import violations
 from atpatch_onnx.matching import find_sites
+from atpatch_onnx.metadata import read_record
 from atpatch_onnx.patch import Features, Patch
 from atpatch_onnx.strip import strip
 from atpatch_onnx.verify import verify
@@ -88,24 +90,53 @@ def test_what_is_not_flagged_keeps_its_bits(name, inline):
 
 @pytest.mark.parametrize("name", DEFERRED)
 @pytest.mark.parametrize("neutral", [True, False], ids=["neutral", "own"])
-def test_samples_beside_a_flagged_one_keep_their_bits(name, neutral):
-    """What they take through the branch is the base's own node, given their values times one."""
+@pytest.mark.parametrize("emission", Emission)
+def test_samples_beside_a_flagged_one_keep_their_bits(name, neutral, emission):
+    """What they take through the correction is the base's own node, given their values times one."""
     model, patch, feed = patched(DEFERRED[name], 0.001, neutral=neutral)
-    conditional = bake(model, patch, emission=Emission.CONDITIONAL)
+    file = bake(model, patch, emission=emission)
     for optimize in (False, True):
-        expected, found = (run(one, feed, optimize=optimize) for one in (model, conditional))
+        expected, found = (run(one, feed, optimize=optimize) for one in (model, file))
         quiet = ~found["atpatch/flagged"][:, 0]
         assert 0 < quiet.sum() < len(quiet)
         assert all(same_bits(array[quiet], found[output][quiet]) for output, array in expected.items())
 
 
+@pytest.mark.parametrize("name", DEFERRED)
+@pytest.mark.parametrize("neutral", [True, False], ids=["neutral", "own"])
+@pytest.mark.parametrize("emission", Emission)
+def test_samples_with_a_flag_get_what_the_oracle_says(name, neutral, emission):
+    model, patch, feed = patched(DEFERRED[name], 0.001, neutral=neutral)
+    file = bake(model, patch, emission=emission)
+    site = read_record(file).sites[0]
+    seen = run(expose(file, value_names(site)), feed)
+    values = site_values(file, site, seen)
+    assert values.flags.any()
+    assert np.abs(values.reference() - values.Y).max() > 0.01
+    np.testing.assert_allclose(values.corrected, values.reference(), atol=1e-5)
+
+
+def products_with_map(file: ir.Model) -> int:
+    """Of the correction, whether it is in a branch or not."""
+    return sum(node.op_type == "Attend" for node in file.graph.all_nodes())
+
+
 @pytest.mark.parametrize("name", HELD_BACK)
-def test_benign_values_meet_the_map_once(name):
+@pytest.mark.parametrize("emission", Emission)
+def test_benign_values_meet_the_map_once(name, emission):
     """In the base's own node; what is left to multiply with it is one column. Values of their own need all of Y."""
-    for neutral, products in ((True, 1), (False, 4)):
+    for neutral, products in ((True, 1), (False, 3)):
         model, patch, _ = patched(DEFERRED[name], neutral=neutral)
-        file = bake(model, patch, emission=Emission.CONDITIONAL, inline=False)
-        assert branches(file, "Attend")[::2] == [products] * len(patch.sites)
+        file = bake(model, patch, emission=emission, inline=False)
+        assert products_with_map(file) == products * len(patch.sites)
+        assert graphs.fingerprint(strip(file)) == graphs.fingerprint(model)
+
+
+def test_a_map_that_is_read_as_a_whole_comes_before_the_flags():
+    """So its node cannot wait for them, and holds nothing back."""
+    model = Net(opset=23, form="attention").model()
+    file = bake(model, draw_patch(model, features=Features.SUMMARY), emission=Emission.BRANCHLESS, inline=False)
+    assert products_with_map(file) == 2 * 2
 
 
 @pytest.mark.parametrize("name", AT_ONCE)

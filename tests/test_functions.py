@@ -128,7 +128,7 @@ def repaired(engine: str, opset: int, d: Draw, *, own: bool = False) -> np.ndarr
     if d.P.max() <= 1:
         assert np.array_equal(visible, call("VisibleOfSoftmax", opset, d.P))
     columns = call("CountColumns", opset, d.M)
-    counts = call("Attend", opset, visible, columns)
+    counts = visible @ columns
     hidden = call("SomeHidden", opset, d.P)
     assert hidden.shape == ()
     assert hidden == (d.P == 0).any()

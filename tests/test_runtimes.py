@@ -102,6 +102,7 @@ def test_the_limits_of_onnxruntime_are_as_stated():
         ("portable", {"opset": 19}, "opset 19, it takes 18 at most"),
         ("portable", {"ir_version": 11}, "IR version 11, it takes 10 at most"),
         ("portable", {"form": "attention"}, "the operator Attention"),
+        ("cuda", {"form": "attention"}, "the operator Attention"),
         ("portable", {"domain": "com.microsoft"}, r"operators that are not ONNX's own \(com.microsoft.Gelu\)"),
         ("openvino", {"function": True}, "the model-local function Twice"),
     ],
