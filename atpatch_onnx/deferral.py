@@ -59,7 +59,7 @@ def defer(model: ir.Model, shapes: Shapes) -> None:
     rows = _Rows(shapes)
     for node in [node for node in model.graph if _is_asked(node)]:
         conditional = _conditional(model.graph, node)
-        correction = _Correction.of(model.graph, node) if conditional is None else None
+        correction = _Correction.of(model.graph, _scope(node))
         if correction is not None:
             _hold_back_at_once(node, correction, rows)
             continue
@@ -89,9 +89,14 @@ def _is_asked(node: ir.Node) -> bool:
     return named == [True, False, False, True] and not causal and not past
 
 
+def _scope(node: ir.Node) -> str:
+    """What is ours of a node's site is marked with this."""
+    return (node.outputs[3].name or "").removeprefix(PREFIX).removesuffix("/map")
+
+
 def _conditional(graph: ir.Graph, node: ir.Node) -> ir.Node | None:
     """The `If` that corrects this node's output."""
-    name = f"{(node.outputs[3].name or '').removesuffix('map')}if_flagged"
+    name = f"{PREFIX}{_scope(node)}/if_flagged"
     return next((one for one in graph if one.op_type == "If" and one.name == name), None)
 
 
@@ -99,10 +104,9 @@ def _hold_back_at_once(node: ir.Node, correction: "_Correction", rows: "_Rows") 
     """Let a node hold values back in the main graph, behind the flags, if its map is read for them as rows only."""
     Y, P = node.outputs[0], node.outputs[3]
     before = [user for user, _ in P.uses() if user.op_type not in _CORRECTION]
-    within = all(_used_within(value, correction.graph) for value in (Y, P)) and list(Y.consumers()) == [
-        correction.selected
-    ]
-    if within and correction.leaves_nothing(node) and all(rows.suffice(node, user) for user in before):
+    within = all(_used_within(value, correction.graph) for value in (Y, P))
+    corrected_only = set(Y.consumers()) == {correction.selected} and correction.leaves_nothing(node)
+    if within and corrected_only and all(rows.suffice(node, user) for user in before):
         for reader in before:
             rows.read(reader, node)
         correction.hold_back(node)
@@ -234,7 +238,7 @@ def _move_into(node: ir.Node, then: ir.Graph, otherwise: ir.Graph) -> None:
     assert node.graph is not None
     node.graph.remove(node)
     then.insert_before(then[0], node)
-    correction = _Correction.of(then, node)
+    correction = _Correction.of(then, f"{_scope(node)}/then")
     if correction is not None and correction.leaves_nothing(node):
         correction.hold_back(node)
 
@@ -250,11 +254,10 @@ class _Correction:
     """The functions that it calls."""
 
     @classmethod
-    def of(cls, graph: ir.Graph, node: ir.Node) -> "_Correction | None":
-        """The correction of a node's output in this graph."""
-        P = node.outputs[3]
-        scopes = {user.metadata_props[SITE_KEY] for user, _ in P.uses() if user.graph is graph}
-        ours = {one.op_type: one for one in graph if one.domain == DOMAIN and one.metadata_props[SITE_KEY] in scopes}
+    def of(cls, graph: ir.Graph, scope: str) -> "_Correction | None":
+        """The correction that is written in this graph, in this scope, if any is."""
+        of_scope = (one for one in graph if one.metadata_props.get(SITE_KEY) == scope)
+        ours = {one.op_type: one for one in of_scope if one.domain == DOMAIN}
         if "SelectFlagged" not in ours:
             return None
         return cls(graph, ours["BenignValues"], ours["SelectFlagged"], frozenset(ours))
