@@ -278,7 +278,8 @@ def repair_output(at: Insertion, site: AttentionSite, handles: Handles, repair: 
             handed = into.call("OwnHanded", own, counts, name="handed")
             rows = into.call("SomeBenign", r, name="some_benign")
             chosen = into.op("And", rows, chosen, name="flagged_rows")
-        mass = into.call(*(("MassOfSoftmax", counts) if _is_softmax(P) else ("Mass", P)), name="mass")
+        exact = site.dtype == ir.DataType.FLOAT.name  # rows of halves sum to one in two or three digits
+        mass = into.call(*(("MassOfSoftmax", counts) if exact and _is_softmax(P) else ("Mass", P)), name="mass")
         repaired = into.call("Redistributed", benign, mass, r, counts, repair.beta, handed, name="repaired")
         return _selected(into, site, repaired, Y, chosen)
 

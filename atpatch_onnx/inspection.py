@@ -26,7 +26,8 @@ from atpatch_onnx.sites import AttentionSite
 def expose(model: ir.Model, names: Iterable[str]) -> ir.Model:
     """A copy of `model` with the values of these names as further outputs, in this order.
 
-    Where they lie inside an `If`, with a deferred map or in the second pass of a joint decision, they are moved out.
+    Where they lie inside an `If`, with a deferred map or in the second pass of a joint decision, they are moved out; a
+    site's own output is the base's, also where its node holds values back.
     """
     exposed, names = graphs.copy(model), list(dict.fromkeys(names))
     recall(exposed)

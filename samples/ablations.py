@@ -247,13 +247,12 @@ _domain = Opset(DOMAIN, DOMAIN_VERSION)
 
 
 @script(_domain, default_opset=op)
-def Redistributed(benign, masses, counts, beta, handed):  # type: ignore[no-untyped-def]  # noqa: N802
+def Redistributed(benign, mass, r, counts, beta, handed):  # type: ignore[no-untyped-def]  # noqa: N802
     """As the function of this name in `atpatch_onnx.functions`, but what is not flagged keeps its weight."""
     start = op.Constant(value_ints=[0])
     end = op.Constant(value_ints=[9223372036854775807])
     last = op.Constant(value_ints=[-1])
     axis = op.Constant(value_ints=[3])
-    mass = op.Slice(masses, start, last, axis)
     n = op.Max(op.Slice(counts, start, last, axis), op.Constant(value_float=1.0))
     return benign + handed * (mass * beta * op.Slice(counts, last, end, axis) / n)
 

@@ -72,10 +72,10 @@ def test_without_rescaling_rows_lose_what_was_taken_away():
     M[0, 1] = M[1, 2:4] = True
     beta = np.full((1, 1, 1), 0.5, np.float32)
     m = np.broadcast_to(M[:, None, :, None], (2, 1, 5, 1)).astype(np.float32)
-    benign, masses = P @ (np.eye(5, dtype=np.float32) * (1 - m)), P @ np.concatenate([np.ones_like(m), 1 - m], axis=3)
+    benign, mass, r = P @ (np.eye(5, dtype=np.float32) * (1 - m)), P.sum(-1, keepdims=True), P @ (1 - m)
     counts = np.broadcast_to(np.stack([np.full(2, 5), M.sum(1)], 1)[:, None, None], (2, 3, 4, 2)).astype(np.float32)
     handed = (M / M.sum(1, keepdims=True)).astype(np.float32)[:, None, None]
-    given = (benign, masses, counts, beta, np.ascontiguousarray(handed))
+    given = (benign, mass, r, counts, beta, np.ascontiguousarray(handed))
     unscaled, scaled = (
         called(one, *given) for one in (ablations.unscaled(version), local_functions(version)["Redistributed"])
     )

@@ -38,7 +38,7 @@ def test_the_demo_on_every_runtime(runtime: Runtime, files):
         has_functions = not TARGETS[target].inline
         if has_functions and runtime.name in REFUSES_FUNCTIONS:
             assert not outcome.works
-            assert "MapFlag" in outcome.detail or "WholeColumns" in outcome.detail
+            assert "atpatch.Attend" in outcome.detail or "WholeColumns" in outcome.detail
         else:
             assert outcome.works, outcome
 
