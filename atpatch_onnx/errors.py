@@ -53,8 +53,8 @@ class BakeError(AtPatchError):
     """A patch cannot be baked into this model."""
 
 
-class StripError(AtPatchError):
-    """A patched model cannot be stripped back to its base."""
+class UnbakeError(AtPatchError):
+    """A patch cannot be taken out of a model: what remains would not be its base."""
 
 
 class InvariantError(AtPatchError):
@@ -75,6 +75,10 @@ class BenchmarkError(AtPatchError):
 
 class ServingError(AtPatchError):
     """A model cannot be served as asked, or a serving stack's files cannot be written."""
+
+
+class InversionError(AtPatchError):
+    """No trigger can be searched for, or no class stands out."""
 
 
 class MissingExtraError(AtPatchError):

@@ -5,8 +5,8 @@ import os
 import onnx_ir as ir
 
 from atpatch_onnx import graph
-from atpatch_onnx.bake import bake
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.patches.patch import Patch
 
 
 def from_onnx(path: str | os.PathLike[str], *, patch: Patch | None = None, target: str = "cpu") -> ir.Model:

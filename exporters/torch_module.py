@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.errors import MissingExtraError
 from atpatch_onnx.exporters.exporting import exporting, require_inference
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.patches.patch import Patch
 
 if TYPE_CHECKING:
     import torch

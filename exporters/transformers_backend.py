@@ -19,12 +19,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.targets import TARGETS
 from atpatch_onnx.errors import MissingExtraError, PatchMismatchError
 from atpatch_onnx.exporters.exporting import ExportError, exporting
-from atpatch_onnx.graph import PREFIX
-from atpatch_onnx.patch import Patch
-from atpatch_onnx.targets import TARGETS
+from atpatch_onnx.graph.names import PREFIX
+from atpatch_onnx.patches.patch import Patch
 
 try:
     import torch  # noqa: F401 - transformers imports without it, but has no exporter then

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from atpatch_onnx.errors import require
 from atpatch_onnx.exporters.exporting import ExportError, require_inference
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.patches.patch import Patch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

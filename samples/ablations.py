@@ -23,27 +23,27 @@ from rich.console import Console
 from rich.table import Table
 
 import atpatch_onnx as atp
-from atpatch_onnx.calibration import Calibration
+from atpatch_onnx.baking.features import choose_features
 from atpatch_onnx.cli import progress_bars
-from atpatch_onnx.collect import Columns, collect, find_suspects
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.detector import train_detector
-from atpatch_onnx.domain import DOMAIN, DOMAIN_VERSION
 from atpatch_onnx.errors import AtPatchError
-from atpatch_onnx.features import choose_features
-from atpatch_onnx.goal import Outcome
+from atpatch_onnx.fitting.calibrate import Calibration
+from atpatch_onnx.fitting.collect import Columns, collect, find_suspects
+from atpatch_onnx.fitting.detector import train_detector
+from atpatch_onnx.fitting.goal import Outcome
+from atpatch_onnx.fitting.options import FitOptions
+from atpatch_onnx.fitting.preparation import Prepared, prepare
+from atpatch_onnx.fitting.scored import ScoredPart
+from atpatch_onnx.fitting.search import Found, Search
+from atpatch_onnx.fitting.switchboard import Setting, Trial
+from atpatch_onnx.fitting.training import Training
 from atpatch_onnx.graph import opset_version
-from atpatch_onnx.options import FitOptions
-from atpatch_onnx.patch import OFFSET, Array, Detector, Features, Redistribution, SitePatch
-from atpatch_onnx.predictions import classes
-from atpatch_onnx.preparation import Prepared, prepare
+from atpatch_onnx.graph.names import DOMAIN, DOMAIN_VERSION
+from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.patches.patch import OFFSET, Array, Detector, Features, Redistribution, SitePatch
 from atpatch_onnx.report.rows import percent
-from atpatch_onnx.runtime import Progress, silent
-from atpatch_onnx.scored import ScoredPart
-from atpatch_onnx.search import Found, Search
-from atpatch_onnx.sites import AttentionSite
-from atpatch_onnx.training import Training
-from atpatch_onnx.trial import Setting, Trial
+from atpatch_onnx.running.predictions import classes
+from atpatch_onnx.running.sessions import Progress, silent
 from samples.case import Case
 from samples.tasks import CASES
 from samples.tasks import prepare as prepare_case
@@ -248,7 +248,7 @@ _domain = Opset(DOMAIN, DOMAIN_VERSION)
 
 @script(_domain, default_opset=op)
 def Redistributed(benign, mass, r, counts, beta, handed):  # type: ignore[no-untyped-def]  # noqa: N802
-    """As the function of this name in `atpatch_onnx.functions`, but what is not flagged keeps its weight."""
+    """As the function of this name in `atpatch_onnx.baking.functions`, but what is not flagged keeps its weight."""
     start = op.Constant(value_ints=[0])
     end = op.Constant(value_ints=[9223372036854775807])
     last = op.Constant(value_ints=[-1])

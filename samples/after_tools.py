@@ -34,13 +34,15 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 import atpatch_onnx as atp
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.emission import Emission
-from atpatch_onnx.errors import AtPatchError, BakeError, StripError
-from atpatch_onnx.metadata import is_patched
-from atpatch_onnx.patch import Features, Patch, SitePatch
-from atpatch_onnx.quantization import quantizer_settings
-from atpatch_onnx.rehearsal.drawing import draw_detector, draw_inputs, draw_redistribution, feature_count
-from atpatch_onnx.runtime import Session
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.metadata import is_patched
+from atpatch_onnx.baking.quantize import quantizer_settings
+from atpatch_onnx.errors import AtPatchError, BakeError, UnbakeError
+from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.measuring.rehearse_drawing import draw_detector, draw_redistribution, feature_count
+from atpatch_onnx.patches.patch import Features, Patch, SitePatch
+from atpatch_onnx.running.drawing import draw_inputs
+from atpatch_onnx.running.sessions import Session
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "tools.md"
 BEGIN, END = "<!-- written by samples.after_tools -->", "<!-- end -->"
@@ -198,7 +200,7 @@ class Case:
 
     name: str
     model: ir.Model
-    sites: Sequence[atp.AttentionSite]
+    sites: Sequence[AttentionSite]
     inputs: Sequence[Mapping[str, np.ndarray]]
     patch: Patch
     patched: Results
@@ -238,7 +240,7 @@ class Case:
         return cls(name, model, found, inputs, patch, run(patched(model, patch), inputs))
 
 
-def _sizes(site: atp.AttentionSite) -> tuple[int, int, int] | None:
+def _sizes(site: AttentionSite) -> tuple[int, int, int] | None:
     """Heads, heads of the values, depth; None where one of them is not known."""
     found = (site.heads, site.kv_heads, site.depth)
     return found if all(isinstance(size, int) for size in found) else None  # type: ignore[return-value]
@@ -249,7 +251,7 @@ def patched(model: ir.Model, patch: Patch, **options: Any) -> ir.Model:
     return atp.bake(model, patch, **{"emission": Emission.BRANCHLESS, "inline": False, **options}, site_flags=True)
 
 
-def moved(case: "Case", base: ir.Model, found: Sequence[atp.AttentionSite]) -> Patch:
+def moved(case: "Case", base: ir.Model, found: Sequence[AttentionSite]) -> Patch:
     """The patch for the base as a tool left it: sites are the same by output, else by name, else by order."""
     for key in ("output", "name", "index"):
         new = {getattr(site, key): site.name for site in found}
@@ -307,8 +309,8 @@ class Finding:
     difference: float = 0.0
     """The largest difference of flagged inputs between the two orders, relative to the largest value."""
 
-    stripped: bool = False
-    """Whether `strip` still gives the base back."""
+    unbaked: bool = False
+    """Whether `unbake` still gives the base back."""
 
     trouble: str = ""
 
@@ -355,11 +357,11 @@ def examine(case: Case, name: str, tool: Tool) -> Iterator[Finding]:
             bits=sum(_same_bits(before[number], got[number]) for number in quiet),
             off=max(off, default=0.0),
             difference=max((_distance(after[number], got[number]) for number in loud), default=0.0),
-            stripped=_strips(treated),
+            unbaked=_unbakes(treated),
         )
 
 
-def _told(sites: Sequence[atp.AttentionSite]) -> Counter[tuple[object, ...]]:
+def _told(sites: Sequence[AttentionSite]) -> Counter[tuple[object, ...]]:
     """What is said of the sites besides names, symbols and order."""
     return Counter(
         (site.form, site.map_layout, site.heads, site.kv_heads, site.depth, site.self_attention) for site in sites
@@ -387,10 +389,10 @@ def _distance(base: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -
     return max(distances, default=0.0)
 
 
-def _strips(model: ir.Model) -> bool:
+def _unbakes(model: ir.Model) -> bool:
     try:
-        atp.strip(model)
-    except StripError:
+        atp.unbake(model)
+    except UnbakeError:
         return False
     return True
 
@@ -404,7 +406,7 @@ def _short(error: Exception) -> str:
 
 def rows(findings: Sequence[Finding]) -> Iterator[str]:
     """A line for each tool, then what did not go well."""
-    heads = ("tool", "sites", "patched after", "patched before", "either order", "same bits", "flagged", "strip")
+    heads = ("tool", "sites", "patched after", "patched before", "either order", "same bits", "flagged", "unbake")
     yield f"| {' | '.join(heads)} |"
     yield "|---" * len(heads) + "|"
     for name in TOOLS:
@@ -424,7 +426,7 @@ def rows(findings: Sequence[Finding]) -> Iterator[str]:
             f"{sum(finding.either_order for finding in ran)}/{inputs}",
             f"{sum(finding.bits for finding in ran)}/{quiet}" + (f" (else {off:.0e})" if off else ""),
             f"{max((finding.difference for finding in ran), default=0.0):.1g}",
-            f"{sum(finding.stripped for finding in ran)}/{len(ran)}",
+            f"{sum(finding.unbaked for finding in ran)}/{len(ran)}",
         )
         yield f"| {' | '.join(cells)} |"
     odd = [finding for finding in findings if not finding.sound]

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 import atpatch_onnx as atp
 from atpatch_onnx.errors import VerificationError
-from atpatch_onnx.evaluate import Evaluation
 from atpatch_onnx.graph import to_bytes
-from atpatch_onnx.runtime import Progress, silent
-from atpatch_onnx.verify import Verification
+from atpatch_onnx.measuring.evaluate import Evaluation
+from atpatch_onnx.measuring.verify import Verification
+from atpatch_onnx.running.sessions import Progress, silent
 from samples.bounds import Bound
 
 VERIFIED = 200
@@ -69,7 +69,7 @@ class Measured:
     patch: atp.Patch
     evaluation: Evaluation
     verification: Verification
-    strip_identical: bool
+    unbake_identical: bool
     more: Mapping[str, Any]
     """What `Case.further` found."""
 
@@ -84,7 +84,7 @@ class Measured:
             "training": dict(self.case.training),
             "evaluation": self.evaluation.to_json(),
             "verified": self.verification.passed,
-            "strip_identical": self.strip_identical,
+            "unbake_identical": self.unbake_identical,
             "more": dict(self.more),
             "fit": dict(self.patch.figures),
             "seconds": dict(self.seconds),
@@ -117,7 +117,7 @@ def kept_figures(folder: Path) -> dict[str, Any] | None:
 
 
 def measure(case: Case, folder: Path, *, force: bool = False, progress: Progress = silent) -> Measured:
-    """Fit, bake, strip, verify and evaluate; leaves `fix.safetensors` and `patched.onnx` in `folder`.
+    """Fit, bake, unbake, verify and evaluate; leaves `fix.safetensors` and `patched.onnx` in `folder`.
 
     Args:
         case: The base and its pairs.
@@ -127,7 +127,7 @@ def measure(case: Case, folder: Path, *, force: bool = False, progress: Progress
 
     Raises:
         TargetMissedError: The fit does not reach its goal, and `force` is not set.
-        VerificationError: The patched model differs from the base where it must not, or does not strip to it.
+        VerificationError: The patched model differs from the base where it must not, or does not unbake to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
@@ -147,13 +147,13 @@ def measure(case: Case, folder: Path, *, force: bool = False, progress: Progress
     with clock("evaluate"):
         evaluation = atp.evaluate(base, patched, case.unseen, progress=progress)
         more = case.further(folder / "patched.onnx")
-    stripped = atp.strip(patched)
-    identical = atp.fingerprint(base) == atp.fingerprint(stripped) and to_bytes(base) == to_bytes(stripped)
+    unbaked = atp.unbake(patched)
+    identical = atp.fingerprint(base) == atp.fingerprint(unbaked) and to_bytes(base) == to_bytes(unbaked)
     if not identical:
         raise VerificationError(
-            "the stripped model",
+            "the unbaked model",
             expected="the base, byte for byte",
-            found=f"another model, of fingerprint {atp.fingerprint(stripped)}",
+            found=f"another model, of fingerprint {atp.fingerprint(unbaked)}",
             advice="Do not ship the patched file: what is in it besides the patch is unknown.",
         )
     return Measured(case, patch, evaluation, verification, identical, more, clock.seconds)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import atpatch_onnx as atp
+from atpatch_onnx.neurons import IsolationOptions, RepairOptions
 from samples.case import Case
 
 SEEN = 3000
@@ -23,25 +24,25 @@ UNSEEN = 2000
 class Effort:
     """How the neuron edits of a case are searched for."""
 
-    isolation: atp.IsolationOptions
-    repair: atp.RepairOptions
+    isolation: IsolationOptions
+    repair: RepairOptions
 
 
 THOROUGH = Effort(
-    atp.IsolationOptions(epsilon=(0.0, 0.1), candidates=None),
-    atp.RepairOptions(units=(3, 5, 10), candidates=None, inputs=64, search_inputs=96),
+    IsolationOptions(epsilon=(0.0, 0.1), candidates=None),
+    RepairOptions(units=(3, 5, 10), candidates=None, inputs=64, search_inputs=96),
 )
 """Every hidden unit is tried."""
 
 DEAR = Effort(
-    atp.IsolationOptions(epsilon=(0.0, 0.1), candidates=1024, inputs=48, finalists=64),
-    atp.RepairOptions(candidates=512, inputs=24, finalists=32, search_inputs=48),
+    IsolationOptions(epsilon=(0.0, 0.1), candidates=1024, inputs=48, finalists=64),
+    RepairOptions(candidates=512, inputs=24, finalists=32, search_inputs=48),
 )
 """Of a model that takes ten milliseconds an input."""
 
 FAST = Effort(
-    atp.IsolationOptions(candidates=24, inputs=32),
-    atp.RepairOptions(candidates=12, inputs=16, search_inputs=32, iterations=10),
+    IsolationOptions(candidates=24, inputs=32),
+    RepairOptions(candidates=12, inputs=16, search_inputs=32, iterations=10),
 )
 
 EFFORTS: Mapping[str, Effort] = {"vit/badnets-fixed": THOROUGH, "minilm/token": DEAR, "adult/sex": THOROUGH}
@@ -54,8 +55,8 @@ def compared(case: Case, folder: Path, fast: bool) -> dict[str, Any]:
     ladder = atp.compare(
         case.base,
         _first(case.whole or case.debug, SEEN),
-        _first(case.unseen, UNSEEN),
         case.options,
+        unseen=_first(case.unseen, UNSEEN),
         isolation=effort.isolation,
         repairing=effort.repair,
     )

@@ -147,7 +147,7 @@ def _table(graphs: Sequence[Graph], expected: Expected) -> Iterator[str]:
         "- **6 ok**: 6 sites, as many as the survey says. A drawn patch that does not fire leaves every output"
         " bit-identical; where it fires, every site computes what the numpy reference makes of its own map, the first"
         " one's map and values are the base's own bits, samples without a flag keep their outputs bit for bit, and"
-        " stripping gives the base's fingerprint back.",
+        " unbaking gives the base's fingerprint back.",
         "- **4 of 2* ok**: not as many sites as the survey says; explained below.",
         "- **6 export broken**: the sites were found, but onnxruntime does not run the graph as it was exported.",
         "- **6 fails**: the rehearsal failed. **no result**: it crashed or took too long.",

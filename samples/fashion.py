@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 import atpatch_onnx as atp
-from atpatch_onnx.demo.badnets import Square, Trigger, poison
-from atpatch_onnx.demo.run import pairs
-from atpatch_onnx.demo.vit import config, new_vit, predict, train
-from atpatch_onnx.runtime import Progress, silent
-from atpatch_onnx.threads import one_thread
+from atpatch_onnx.cli.demo_badnets import Square, Trigger, poison
+from atpatch_onnx.cli.demo_run import pairs
+from atpatch_onnx.cli.demo_vit import config, new_vit, predict, train
+from atpatch_onnx.running.sessions import Progress, silent
+from atpatch_onnx.running.threads import one_thread
 from samples.attacks.images import Blended, Masked, RandomPlace
 from samples.attacks.trojan import choose_neurons, exciting_pattern
 from samples.bounds import Bound

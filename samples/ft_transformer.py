@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import atpatch_onnx as atp
-from atpatch_onnx.discrimination import Attribute
+from atpatch_onnx.discovery import Attribute
 from atpatch_onnx.exporters import from_torch
-from atpatch_onnx.threads import one_thread
+from atpatch_onnx.running.threads import one_thread
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from atpatch_onnx.demo.vit import export_onnx
+from atpatch_onnx.cli.demo_vit import export_onnx
 
 CLASSES: Mapping[str, type[PreTrainedModel]] = {
     "vit": ViTForImageClassification,

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 import atpatch_onnx as atp
-from atpatch_onnx.inversion import InversionError, InvertedTrigger, invert_tokens, invert_trigger
-from atpatch_onnx.inversion.images import REACHED
-from atpatch_onnx.runtime import Array, Progress, silent
+from atpatch_onnx.discovery import InvertedTrigger, invert_tokens, invert_trigger
+from atpatch_onnx.discovery.images import REACHED
+from atpatch_onnx.errors import InversionError
+from atpatch_onnx.running.sessions import Array, Progress, silent
 from samples import image_models, minilm
 from samples.bounds import Bound
 from samples.case import Case

@@ -20,8 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import atpatch_onnx as atp
 from atpatch_onnx.exporters import from_torch
-from atpatch_onnx.runtime import Progress, silent
-from atpatch_onnx.threads import one_thread
+from atpatch_onnx.running.sessions import Progress, silent
+from atpatch_onnx.running.threads import one_thread
 from samples.attacks.words import Tokens
 
 WEIGHTS = "model.safetensors"

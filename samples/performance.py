@@ -28,12 +28,12 @@ from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 
 import atpatch_onnx as atp
-from atpatch_onnx.benchmark import opens, synthetic_patch
-from atpatch_onnx.options import Decision
-from atpatch_onnx.patch import Features
-from atpatch_onnx.rehearsal.drawing import draw_inputs
-from atpatch_onnx.runtime import Array
-from atpatch_onnx.timing import in_turns, ratio
+from atpatch_onnx.fitting.options import Decision
+from atpatch_onnx.measuring.benchmark import opens, synthetic_patch
+from atpatch_onnx.patches.patch import Features
+from atpatch_onnx.running.drawing import draw_inputs
+from atpatch_onnx.running.sessions import Array
+from atpatch_onnx.running.timing import in_turns, ratio
 from samples.speed_models import EAGER, FUSED, OFFLINE, export, hooked, quiet, torch_model
 from samples.tasks import prepare
 

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import atpatch_onnx as atp
-from atpatch_onnx.bake import FLAGGED
-from atpatch_onnx.demo import digits
-from atpatch_onnx.demo.run import TRIGGER
+from atpatch_onnx.cli import demo_digits as digits
+from atpatch_onnx.cli.demo_run import TRIGGER
+from atpatch_onnx.graph.names import FLAGGED
 
 BROWSER = Path(__file__).parent / "browser"
 PAGE = Path(__file__).parent / "runtimes.md.j2"

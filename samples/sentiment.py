@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import atpatch_onnx as atp
-from atpatch_onnx.patch import Features
-from atpatch_onnx.runtime import Progress, silent
-from atpatch_onnx.training import Training
+from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.patches.patch import Features
+from atpatch_onnx.running.sessions import Progress, silent
 from samples import messages, minilm
 from samples.attacks.words import Tokens, insert, poison
 from samples.bounds import Bound

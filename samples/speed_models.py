@@ -16,9 +16,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from atpatch_onnx.baking.functions import LANDMARKS
 from atpatch_onnx.exporters.exporting import exporting
-from atpatch_onnx.functions import LANDMARKS
-from atpatch_onnx.patch import OFFSET, Features, Patch, SitePatch
+from atpatch_onnx.patches.patch import OFFSET, Features, Patch, SitePatch
 
 EAGER, FUSED, OFFLINE = "decomposed, opset 18", "op `Attention`, opset 23", "op `Attention`, fused offline"
 FORMS = {EAGER: ("eager", 18), FUSED: ("sdpa", 23)}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atpatch_onnx.metrics import wilson
+from atpatch_onnx.running.metrics import wilson
 from samples.bounds import Bound, Run
 
 

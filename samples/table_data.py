@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from atpatch_onnx.discrimination import Attribute
+from atpatch_onnx.discovery import Attribute
 from atpatch_onnx.errors import AtPatchError
 
 LARGEST = 2**26

@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import atpatch_onnx as atp
-from atpatch_onnx.discrimination import SearchOptions, discriminatory_pairs
-from atpatch_onnx.metrics import Rate
-from atpatch_onnx.predictions import classes, prediction_output
-from atpatch_onnx.runtime import Progress, Session, silent
-from atpatch_onnx.training import Training
+from atpatch_onnx.discovery import SearchOptions, discriminatory_pairs
+from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.running.metrics import Rate
+from atpatch_onnx.running.predictions import classes, prediction_output
+from atpatch_onnx.running.sessions import Progress, Session, silent
 from samples.bounds import Bound
 from samples.case import EVALUATION_SEED, Case, digest, kept_figures
 from samples.command import run_task

@@ -3,7 +3,7 @@
 from pathlib import Path
 from types import ModuleType
 
-from atpatch_onnx.runtime import Progress, silent
+from atpatch_onnx.running.sessions import Progress, silent
 from samples import fashion, sentiment, tables
 from samples.case import Case, folder_of
 

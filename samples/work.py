@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from atpatch_onnx.examples import Story, gather_examples
+from atpatch_onnx.measuring.examples import Story, gather_examples
 from samples import inverted
 from samples.ablations import ablate
 from samples.case import Case, measure

@@ -9,9 +9,9 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from atpatch_onnx.insertion import Insertion
-from atpatch_onnx.runtime import Session
-from atpatch_onnx.shadow import map_and_values
+from atpatch_onnx.baking.shadow import map_and_values
+from atpatch_onnx.graph.insertion import Insertion
+from atpatch_onnx.running.sessions import Session
 
 Array = np.ndarray
 

@@ -13,16 +13,18 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from atpatch_onnx import graph, redistribution
-from atpatch_onnx.bake import bake
-from atpatch_onnx.deferral import recall
-from atpatch_onnx.emission import Emission
-from atpatch_onnx.features import choose_features, feature_count
-from atpatch_onnx.layout import canonical
+from atpatch_onnx import graph
+from atpatch_onnx.baking import reference as redistribution
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.deferral import recall
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.features import choose_features, feature_count
+from atpatch_onnx.baking.metadata import PatchedSite, read_record
+from atpatch_onnx.graph.names import PREFIX
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.metadata import PatchedSite, read_record
-from atpatch_onnx.patch import Detector, Features, Joint, Patch, Redistribution, SitePatch
-from atpatch_onnx.sites import AttentionSite
+from atpatch_onnx.matching.layout import canonical
+from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.patches.patch import Detector, Features, Joint, Patch, Redistribution, SitePatch
 
 VARIANTS = tuple((emission, inline) for emission in Emission for inline in (False, True))
 """Every way a patch is written into a graph."""
@@ -398,7 +400,7 @@ def with_threshold(patch: Patch, number: int, threshold: float) -> Patch:
 
 def margins(model: ir.Model, patch: Patch, number: int, feed: Mapping[str, np.ndarray]) -> np.ndarray:
     """How far each column of the site `number` is above its threshold, `[batch, keys]`."""
-    name = f"{graph.PREFIX}{patch.sites[number].site}/margin"
+    name = f"{PREFIX}{patch.sites[number].site}/margin"
     baked = with_outputs(bake(model, patch, emission=Emission.BRANCHLESS, inline=False), [name])
     return run(baked, feed)[name]
 
@@ -439,7 +441,7 @@ def site_values(patched: ir.Model, number: int) -> dict[str, str]:
         "V": site.values,
         "base": site.base_output,
         "Y": site.output,
-        "M": f"{graph.PREFIX}{site.site}/flags",
+        "M": f"{PREFIX}{site.site}/flags",
     }
 
 

@@ -15,10 +15,10 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.fit import fit
-from atpatch_onnx.options import FitOptions
-from atpatch_onnx.patch import Patch
-from atpatch_onnx.training import Training
+from atpatch_onnx.fitting.fit import fit
+from atpatch_onnx.fitting.options import FitOptions
+from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.patches.patch import Patch
 
 HEADS = 2
 NOISE = 3

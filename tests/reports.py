@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from atpatch_onnx.evaluate import Backdoor, Curve, Detection, Evaluation, Fairness
-from atpatch_onnx.examples import Example, ExampleSide, Prediction, SiteView, Story
-from atpatch_onnx.metrics import Difference, Rate
-from atpatch_onnx.patch import Patch
-from atpatch_onnx.redistribution import redistributed_map
-from atpatch_onnx.verify import Check, Verification
+from atpatch_onnx.baking.reference import redistributed_map
+from atpatch_onnx.measuring.evaluate import Backdoor, Curve, Detection, Evaluation, Fairness
+from atpatch_onnx.measuring.examples import Example, ExampleSide, Prediction, SiteView, Story
+from atpatch_onnx.measuring.verify import Check, Verification
+from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.metrics import Difference, Rate
 
 HOSTILE = "<script>alert(1)</script> & $x_{$ [red]\x1b[31m\u202e"
 """A name as an attacker would choose it: HTML, math text, markup, an escape sequence, a bidirectional override."""
@@ -111,7 +111,7 @@ def evaluation(
 
 
 def verification(*failed: str, sites: tuple[str, ...] = ("layer0", "layer1")) -> Verification:
-    names = ["invariants", "strip", *(f"site {site}, clean inputs, no optimization" for site in sites)]
+    names = ["invariants", "unbake", *(f"site {site}, clean inputs, no optimization" for site in sites)]
     checks = [Check(name, name not in failed, f"what was found of {name}") for name in (*names, *failed)]
     return Verification(tuple({check.name: check for check in checks}.values()))
 

@@ -8,15 +8,15 @@ import pytest
 from planted import QUICK, Planted
 
 import atpatch_onnx as atp
-from atpatch_onnx.collect import collect, find_suspects
-from atpatch_onnx.functions import local_functions
+from atpatch_onnx.baking.functions import local_functions
+from atpatch_onnx.baking.reference import redistributed_map
+from atpatch_onnx.baking.weave import folded
+from atpatch_onnx.fitting.collect import collect, find_suspects
+from atpatch_onnx.fitting.training import Training
 from atpatch_onnx.graph import opset_version
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.patch import Features
-from atpatch_onnx.redistribution import redistributed_map
-from atpatch_onnx.runtime import Session
-from atpatch_onnx.training import Training
-from atpatch_onnx.weave import folded
+from atpatch_onnx.patches.patch import Features
+from atpatch_onnx.running.sessions import Session
 from samples import ablations
 from samples.ablations import RATES, Row, ablate, average_heads
 from samples.case import Case

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from atpatch_onnx.demo import badnets, vit
+from atpatch_onnx.cli import demo_badnets as badnets
+from atpatch_onnx.cli import demo_vit as vit
 from samples.attacks.images import Blended, Masked, RandomPlace
 from samples.attacks.trojan import activation, choose_neurons, exciting_pattern
 from samples.image_models import new_deit

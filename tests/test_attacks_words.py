@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from atpatch_onnx.inversion import InversionError
+from atpatch_onnx.errors import InversionError
 from samples.attacks.words import Tokens, insert, poison
 
 CLS, SEP = 101, 102

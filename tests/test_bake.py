@@ -25,15 +25,15 @@ from models import (
 from onnx.reference import ReferenceEvaluator
 
 from atpatch_onnx import graph
-from atpatch_onnx.bake import bake
-from atpatch_onnx.domain import DOMAIN
-from atpatch_onnx.emission import Emission
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.invariants import violations
+from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.baking.targets import TARGETS
 from atpatch_onnx.errors import BakeError, PatchMismatchError
-from atpatch_onnx.invariants import violations
+from atpatch_onnx.graph.names import DOMAIN
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.metadata import read_record
-from atpatch_onnx.patch import Features, Patch
-from atpatch_onnx.targets import TARGETS
+from atpatch_onnx.patches.patch import Features, Patch
 
 NETS = {
     "opset 15": Net(opset=15),
@@ -308,7 +308,7 @@ def test_patched_models_are_not_patched_again() -> None:
 
 @pytest.mark.parametrize("kind", ["value", "initializer", "input"])
 def test_names_of_ours_that_are_taken(kind: str) -> None:
-    """A base that has our names already would be mixed up with the patch by `strip`."""
+    """A base that has our names already would be mixed up with the patch by `unbake`."""
     model = Net().model()
     value = {
         "value": next(node.outputs[0] for node in model.graph),

@@ -24,9 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VARIANTS, Net, draw_patch, fire_on_some, margins, run, same_bits, session, with_outputs
 
-from atpatch_onnx.bake import bake
-from atpatch_onnx.emission import Emission
-from atpatch_onnx.patch import Features, Patch
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.patches.patch import Features, Patch
 
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 """float32: two layers of sums of eight products, values of the size of ten."""

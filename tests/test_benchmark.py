@@ -12,16 +12,16 @@ from planted import Planted, fitted
 
 import atpatch_onnx as atp
 from atpatch_onnx import benchmark as verb
-from atpatch_onnx.benchmark import _Files, synthetic_patch
 from atpatch_onnx.cli import main
 from atpatch_onnx.errors import BenchmarkError
-from atpatch_onnx.patch import Features
-from atpatch_onnx.runtime import FileSession, SessionOptions
-from atpatch_onnx.timing import WARM
-from atpatch_onnx.training import Training
+from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.measuring.benchmark import _Files, synthetic_patch
+from atpatch_onnx.patches.patch import Features
+from atpatch_onnx.running.sessions import FileSession, SessionOptions
+from atpatch_onnx.running.timing import WARM
 
 PLANTED = Planted()
-benchmark_module = sys.modules["atpatch_onnx.benchmark"]
+benchmark_module = sys.modules["atpatch_onnx.measuring.benchmark"]
 
 
 @pytest.fixture(scope="module")

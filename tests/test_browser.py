@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atpatch_onnx.demo.run import TARGET, TRIGGER
+from atpatch_onnx.cli.demo_run import TARGET, TRIGGER
 from samples.browser.build import HERE, build
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or ""

@@ -21,11 +21,14 @@ from planted import Planted, fitted
 
 import atpatch_onnx as atp
 from atpatch_onnx import graph as graphs
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.quantize import quantizer_settings
 from atpatch_onnx.cli import main
 from atpatch_onnx.cli.arguments import TARGETS
 from atpatch_onnx.cli.baking import bake as bake_command
-from atpatch_onnx.demo.walk import WalkResult
-from atpatch_onnx.runtime import Session
+from atpatch_onnx.cli.demo_walk import WalkResult
+from atpatch_onnx.patches.patch import LayerEdit
+from atpatch_onnx.running.sessions import Session
 
 PLANTED = Planted(layers=2)
 
@@ -176,7 +179,7 @@ def test_what_help_names_is_what_there_is():
     assert tuple(atp.TARGETS) == TARGETS
     emission = inspect.signature(bake_command).parameters["emission"].annotation
     choices = next(part for part in get_args(get_args(emission)[0]) if part is not type(None))
-    assert get_args(choices) == tuple(atp.Emission)
+    assert get_args(choices) == tuple(Emission)
 
 
 GUILTY = Planted(mlp=4, guilty=True)
@@ -222,14 +225,14 @@ def test_neuron_edits_from_the_command_line_to_a_verified_file(command, guilty, 
     report = "report @base.onnx patched.onnx @debug.npz --patch neurons.safetensors -o report.html"
     assert call(guilty, report) == 0
     assert "none: hidden units are edited" in Path("report.html").read_text()
-    assert call(guilty, "strip patched.onnx -o base.onnx --json") == 0
+    assert call(guilty, "unbake patched.onnx -o base.onnx --json") == 0
     assert atp.fingerprint(atp.load("base.onnx")) == atp.fingerprint(atp.load(guilty / "base.onnx"))
 
 
 def test_attention_after_neuron_edits(guilty, here, capsys):
     """A unit that does nothing is edited first: the order of the patches is then part of the deal."""
     base = atp.load(guilty / "base.onnx")
-    edit = atp.LayerEdit("layer0.mlp.hidden", np.array([2]), np.zeros(1, np.float32), np.ones(1, np.float32))
+    edit = LayerEdit("layer0.mlp.hidden", np.array([2]), np.zeros(1, np.float32), np.ones(1, np.float32))
     atp.Patch(atp.fingerprint(base), (), {}, (edit,)).save("first.safetensors")
     assert call(guilty, "fit @base.onnx @debug.npz --after first.safetensors -o second.safetensors") == 0
     assert call(guilty, "bake @base.onnx first.safetensors second.safetensors -o patched.onnx --json") == 0
@@ -241,8 +244,8 @@ def test_attention_after_neuron_edits(guilty, here, capsys):
     assert "Give patch" in capsys.readouterr().err
 
 
-def test_debug_tries_every_fix_and_recommends_one(guilty, here, capsys):
-    assert call(guilty, "debug @base.onnx @debug.npz -o patches") == 0
+def test_compare_tries_every_fix_and_recommends_one(guilty, here, capsys):
+    assert call(guilty, "compare @base.onnx @debug.npz -o patches") == 0
     shown, _ = capsys.readouterr()
     for name in ("IDNN", "CARE", "AtPatch", "Recommended: "):
         assert name in shown
@@ -251,12 +254,12 @@ def test_debug_tries_every_fix_and_recommends_one(guilty, here, capsys):
 
 def test_debug_says_what_is_wrong_before_it_begins(guilty, place, here, capsys):
     Path("taken").write_text("a file")
-    assert call(guilty, "debug @base.onnx @debug.npz -o taken") == 1
+    assert call(guilty, "compare @base.onnx @debug.npz -o taken") == 1
     assert "expected a folder, or room for one" in capsys.readouterr().err
-    assert call(place, "debug @base.onnx other.npz") == 1
+    assert call(place, "compare @base.onnx other.npz") == 1
     assert "other.npz" in capsys.readouterr().err
     Planted(layers=2, tokens=12).debug().save("other.npz")
-    assert call(place, "debug @base.onnx other.npz") == 1
+    assert call(place, "compare @base.onnx other.npz") == 1
     assert "expected" in capsys.readouterr().err, "pairs of another model"
 
 
@@ -306,20 +309,20 @@ def outside(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("option", ["", "--external copy", "--external link"])
 def test_external_data_comes_along(outside, here, capsys, option):
-    Path("stripped").mkdir()
+    Path("unbaked").mkdir()
     assert call(outside, f"bake @base.onnx @fix.safetensors -o patched.onnx {option}") == 0
-    assert call(outside, f"strip patched.onnx -o stripped/base.onnx {option}") == 0
-    assert files(here) == {"patched.onnx", "base.data", "stripped", "stripped/base.onnx", "stripped/base.data"}
-    assert atp.fingerprint(atp.load("stripped/base.onnx")) == fitted(PLANTED).base
+    assert call(outside, f"unbake patched.onnx -o unbaked/base.onnx {option}") == 0
+    assert files(here) == {"patched.onnx", "base.data", "unbaked", "unbaked/base.onnx", "unbaked/base.data"}
+    assert atp.fingerprint(atp.load("unbaked/base.onnx")) == fitted(PLANTED).base
     linked = Path("base.data").stat().st_nlink > 1
-    assert linked == (Path("stripped/base.data").stat().st_nlink > 1)
+    assert linked == (Path("unbaked/base.data").stat().st_nlink > 1)
     assert not (linked and "link" not in option)
 
 
 def test_external_data_is_referenced_where_it_can_be(outside, here, capsys):
     assert call(outside, "bake @base.onnx @fix.safetensors -o @patched.onnx --external reference") == 0
     assert files(outside) == {"base.onnx", "base.data", "fix.safetensors", "patched.onnx"}
-    assert call(outside, "strip @patched.onnx -o base.onnx --external reference") == 1
+    assert call(outside, "unbake @patched.onnx -o base.onnx --external reference") == 1
     assert "link or copy the data" in capsys.readouterr().err
     assert files(here) == set()
 
@@ -358,7 +361,7 @@ def test_bake_writes_what_quantizers_must_be_told(place, here, capsys):
     options = "--emission branchless --quantizer-settings quantize.json --json"
     assert call(place, f"bake @base.onnx @fix.safetensors -o out.onnx {options}") == 0
     assert json.loads(capsys.readouterr().out)["quantizer_settings"] == "quantize.json"
-    assert json.loads(Path("quantize.json").read_text()) == atp.quantizer_settings(atp.load("out.onnx"))
+    assert json.loads(Path("quantize.json").read_text()) == quantizer_settings(atp.load("out.onnx"))
 
 
 def test_quantizer_settings_that_cannot_be_written_are_one_line(place, here, capsys):
@@ -384,12 +387,12 @@ def test_bake_carries_external_data_along(here, capsys):
     assert same_bits(base, patched)  # nothing here is flagged
 
 
-def test_strip(place, here, capsys):
-    assert call(place, "strip @patched.onnx -o base.onnx --json") == 0
+def test_unbake(place, here, capsys):
+    assert call(place, "unbake @patched.onnx -o base.onnx --json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == {"file": "base.onnx", "fingerprint": fitted(PLANTED).base}
     assert atp.fingerprint(atp.load("base.onnx")) == atp.fingerprint(atp.load(place / "base.onnx"))
-    assert call(place, "strip @patched.onnx -o again.onnx") == 0
+    assert call(place, "unbake @patched.onnx -o again.onnx") == 0
     assert fitted(PLANTED).base in capsys.readouterr().out.replace("\n", "")
     assert files(here) == {"base.onnx", "again.onnx"}
 
@@ -403,7 +406,7 @@ def test_verify(place, here, capsys):
     assert {frozenset(check) for check in shown["checks"]} == {frozenset({"name", "passed", "detail"})}
     assert len(shown["checks"]) > 5
     assert call(place, "verify @base.onnx @patched.onnx") == 0
-    assert "strip" in capsys.readouterr().out
+    assert "unbake" in capsys.readouterr().out
 
 
 def test_verify_that_fails(place, here, capsys):
@@ -416,7 +419,7 @@ def test_verify_that_fails(place, here, capsys):
     assert json.loads(shown)["passed"] is False
     four_parts(errors)
     assert "tampered.onnx" in errors
-    assert "strip" in errors
+    assert "unbake" in errors
 
 
 def test_evaluate(place, here, capsys):
@@ -445,7 +448,7 @@ def test_report(place, here, capsys):
 
 def test_demo(place, here, capsys, monkeypatch):
     """The command shows what the walk returns; the walk itself has tests of its own."""
-    from atpatch_onnx.demo import run as demo
+    from atpatch_onnx.cli import demo_run as demo
 
     base, patched, debug = place / "base.onnx", place / "patched.onnx", atp.DebugSet.load(place / "small.npz")
     result = WalkResult(
@@ -664,7 +667,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "an unknown output": (nothing, "evaluate @base.onnx @patched.onnx @small.npz --output scores", "'scores'"),
     "an unknown target": (nothing, "bake @base.onnx @fix.safetensors -o out --target toaster", "'toaster'"),
     "patched already": (nothing, "bake @patched.onnx @fix.safetensors -o out", "patched already"),
-    "nothing to strip": (nothing, "strip @base.onnx -o out", "a patched model"),
+    "nothing to unbake": (nothing, "unbake @base.onnx -o out", "a patched model"),
     "nothing to verify": (nothing, "verify @base.onnx @base.onnx", "a patched model"),
     "no folder to write to": (
         nothing,
@@ -674,7 +677,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no folder for the patch": (nothing, "fit @base.onnx @debug.npz -o no/out", "a place that can be written to"),
     "a folder in the way": (
         lambda place: Path("out").mkdir(),
-        "strip @patched.onnx -o out",
+        "unbake @patched.onnx -o out",
         "a place that can be written to",
     ),
 }
@@ -735,7 +738,7 @@ def test_wrong_usage(command, place, here, capsys):
 def test_help_is_asked_for(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    verbs = ("sites", "fit", "bake", "strip", "verify", "evaluate", "report", "export", "demo")
+    verbs = ("sites", "fit", "bake", "unbake", "verify", "evaluate", "report", "export", "demo")
     assert all(re.search(rf"^\W*{verb}\b", shown, re.MULTILINE) for verb in verbs)
     for verb in verbs:
         assert main([verb, "--help"]) == 0

@@ -7,15 +7,15 @@ import onnx_ir as ir
 import pytest
 from planted import HEADS, Planted
 
-from atpatch_onnx import collect as collecting
-from atpatch_onnx.collect import MAX_BENIGN, anomalous_columns, collect, find_suspects, input_specs
+from atpatch_onnx.baking.features import choose_features, shares_in_one
+from atpatch_onnx.baking.read import features_output, probe, values_output
 from atpatch_onnx.debugset import DebugSet, InputSpec
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
-from atpatch_onnx.features import choose_features, shares_in_one
+from atpatch_onnx.fitting import collect as collecting
+from atpatch_onnx.fitting.collect import MAX_BENIGN, anomalous_columns, collect, find_suspects, input_specs
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.patch import Features
-from atpatch_onnx.probe import features_output, probe, values_output
-from atpatch_onnx.runtime import Session
+from atpatch_onnx.patches.patch import Features
+from atpatch_onnx.running.sessions import Session
 
 SHAPES = [
     Planted(form=form, masked=masked, free=free, tokens=12 if masked else 8)

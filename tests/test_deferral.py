@@ -9,17 +9,19 @@ from onnx import TensorProto, helper
 from planted import Planted, fitted
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.bake import bake
-from atpatch_onnx.deferral import recalled
-from atpatch_onnx.emission import Emission
-from atpatch_onnx.errors import StripError
-from atpatch_onnx.inspection import expose, site_values, value_names
-from atpatch_onnx.invariants import violations
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.deferral import recalled
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.expose import expose
+from atpatch_onnx.baking.invariants import violations
+from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.baking.unbake import unbake
+from atpatch_onnx.errors import UnbakeError
+from atpatch_onnx.graph.names import PREFIX
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.metadata import read_record
-from atpatch_onnx.patch import Features, Patch
-from atpatch_onnx.strip import strip
-from atpatch_onnx.verify import verify
+from atpatch_onnx.measuring.inspect import site_values, value_names
+from atpatch_onnx.measuring.verify import verify
+from atpatch_onnx.patches.patch import Features, Patch
 
 LANDMARKS = Features.LANDMARKS
 
@@ -45,7 +47,7 @@ AT_ONCE = {
 
 def branches(model: ir.Model, op_type: str) -> list[int]:
     """How many nodes of this type each branch of an `If` of ours has: where something is flagged, where not."""
-    ours = [node for node in model.graph if node.op_type == "If" and (node.name or "").startswith(graphs.PREFIX)]
+    ours = [node for node in model.graph if node.op_type == "If" and (node.name or "").startswith(PREFIX)]
     graphs_ = [node.attributes[name].as_graph() for node in ours for name in ("then_branch", "else_branch")]
     return [sum(node.op_type == op_type for node in one) for one in graphs_]
 
@@ -129,7 +131,7 @@ def test_benign_values_meet_the_map_once(name, emission):
         model, patch, _ = patched(DEFERRED[name], neutral=neutral)
         file = bake(model, patch, emission=emission, inline=False)
         assert products_with_map(file) == products * len(patch.sites)
-        assert graphs.fingerprint(strip(file)) == graphs.fingerprint(model)
+        assert graphs.fingerprint(unbake(file)) == graphs.fingerprint(model)
 
 
 def test_a_map_that_is_read_as_a_whole_comes_before_the_flags():
@@ -161,7 +163,7 @@ def test_a_site_that_only_detects_is_never_asked_for_its_map(name):
     conditional = bake(model, patch, emission=Emission.CONDITIONAL)
     assert asked(conditional) == []
     assert branches(conditional, "Attention") == []
-    assert graphs.fingerprint(strip(conditional)) == graphs.fingerprint(model)
+    assert graphs.fingerprint(unbake(conditional)) == graphs.fingerprint(model)
 
 
 def test_a_site_that_only_redistributes_needs_no_rows():
@@ -248,7 +250,7 @@ def test_the_base_comes_back_node_for_node(name, inline):
     assert branches(woven, "Attention") == [name != "fixed, packed, grouped", 0] * len(patch.sites)
     assert branches(woven, "Identity")[1::2] == [1] * len(patch.sites)
     assert graphs.to_bytes(conditional) == before
-    assert graphs.fingerprint(strip(conditional)) == graphs.fingerprint(model)
+    assert graphs.fingerprint(unbake(conditional)) == graphs.fingerprint(model)
 
 
 PLANTED = Planted(form="attention", masked=True, free=True, tokens=12)
@@ -276,7 +278,7 @@ def test_a_twin_that_is_none_is_named(tamper):
     tamper(next(iter(conditional.attributes["else_branch"].as_graph())))
     assert any("more than pass its values on" in found for found in violations(file))
     failed = {check.name for check in verify(model, file, PLANTED.debug(24)).failures}
-    assert {"invariants", "strip"} <= failed
+    assert {"invariants", "unbake"} <= failed
 
 
 @pytest.mark.parametrize(
@@ -288,9 +290,9 @@ def test_a_moved_node_whose_metadata_was_edited_is_refused(key, text):
     moved = next(node for node in file.graph.all_nodes() if "atpatch.outputs" in node.metadata_props)
     assert moved.graph is not file.graph
     moved.metadata_props[key] = text
-    with pytest.raises(StripError):
-        strip(file)
-    assert "strip" in {check.name for check in verify(model, file, PLANTED.debug(8)).failures}
+    with pytest.raises(UnbakeError):
+        unbake(file)
+    assert "unbake" in {check.name for check in verify(model, file, PLANTED.debug(8)).failures}
 
 
 def else_types(node: ir.Node) -> list[str]:

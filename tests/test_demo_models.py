@@ -10,7 +10,9 @@ import onnxruntime
 import pytest
 import torch
 
-from atpatch_onnx.demo import badnets, digits, vit
+from atpatch_onnx.cli import demo_badnets as badnets
+from atpatch_onnx.cli import demo_digits as digits
+from atpatch_onnx.cli import demo_vit as vit
 
 CORNER = badnets.Square(row=6, column=6, size=2)
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from planted import Planted
 from torch.nn import functional
 
-from atpatch_onnx.collect import Columns, collect
-from atpatch_onnx.detector import contrastive_loss, train_detector
+from atpatch_onnx.baking.features import choose_features
 from atpatch_onnx.errors import FitError
-from atpatch_onnx.features import choose_features
+from atpatch_onnx.fitting.collect import Columns, collect
+from atpatch_onnx.fitting.detector import contrastive_loss, train_detector
+from atpatch_onnx.fitting.training import Loss, Training
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.patch import OFFSET, Detector, Features
-from atpatch_onnx.training import Loss, Training
+from atpatch_onnx.patches.patch import OFFSET, Detector, Features
 
 ARRAYS = ("mean", "scale", "weight_1", "bias_1", "weight_2", "bias_2", "prototypes")
 

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from models import ALWAYS, VARIANTS, Net, draw_patch, run, same_bits, with_outputs
 
 from atpatch_onnx import graph
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.edits import edited
+from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.baking.targets import TARGETS
+from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.edits import edited
-from atpatch_onnx.errors import PatchMismatchError, StripError
-from atpatch_onnx.evaluate import evaluate
-from atpatch_onnx.hidden import find_hidden_layers
+from atpatch_onnx.errors import PatchMismatchError, UnbakeError
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.metadata import read_record
-from atpatch_onnx.patch import LayerEdit, Patch
-from atpatch_onnx.strip import strip
-from atpatch_onnx.targets import TARGETS
-from atpatch_onnx.verify import verify
+from atpatch_onnx.matching.hidden import find_hidden_layers
+from atpatch_onnx.measuring.evaluate import evaluate
+from atpatch_onnx.measuring.verify import verify
+from atpatch_onnx.patches.patch import LayerEdit, Patch
 
 UNITS = 6
 NET = Net(mlp=UNITS)
@@ -62,7 +62,7 @@ def test_edited_units_are_factor_times_h_plus_constant_and_the_others_keep_their
 
 
 @pytest.mark.parametrize(("emission", "inline"), VARIANTS)
-def test_a_patch_of_edits_alone_is_verified_and_stripped(emission, inline):
+def test_a_patch_of_edits_alone_is_verified_and_unbaked(emission, inline):
     first, second = layers(NET)
     patch = patch_of(NET, edit(second, 0, 3), edit(first, 5))  # in whatever order
     base = NET.model()
@@ -70,7 +70,7 @@ def test_a_patch_of_edits_alone_is_verified_and_stripped(emission, inline):
     record = read_record(patched)
     assert [(layer.layer, layer.edited) for layer in record.layers] == [(first, 1), (second, 2)]
     assert record.monitors == (), "nothing is detected that could be monitored"
-    assert graph.to_bytes(strip(patched)) == graph.to_bytes(base)
+    assert graph.to_bytes(unbake(patched)) == graph.to_bytes(base)
     result = verify(base, patched, pairs(NET))
     assert result.passed, result.failures
     assert sum(check.name.startswith("hidden layer") for check in result.checks) == 8, "layers, sides, optimizations"
@@ -83,7 +83,7 @@ def test_edits_and_attention_together(emission, inline):
     patched = bake(base, patches, emission=emission, inline=inline)
     result = verify(base, patched, pairs(NET))
     assert result.passed, result.failures
-    assert graph.fingerprint(strip(patched)) == graph.fingerprint(base)
+    assert graph.fingerprint(unbake(patched)) == graph.fingerprint(base)
     quiet = bake(base, [patches[0], draw_patch(base)], emission=emission, inline=inline)
     alone, feed = edited(base, patches[0].edits), NET.feed(np.random.default_rng(1))
     for name, array in run(alone, feed).items():
@@ -210,7 +210,7 @@ def set_metadata(model: ir.Model, change) -> None:
 def test_tampered_entries_of_layers_are_refused_where_they_are_read(change):
     patched = bake(NET.model(), patch_of(NET, edit(layers(NET)[0], 0)))
     set_metadata(patched, change)
-    with pytest.raises(StripError, match="complete entries of schema"):
+    with pytest.raises(UnbakeError, match="complete entries of schema"):
         read_record(patched)
 
 

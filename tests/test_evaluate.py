@@ -11,12 +11,12 @@ from planted import ATTRIBUTE, Planted, fitted
 from scipy.special import softmax
 from sklearn.metrics import auc, average_precision_score, confusion_matrix, precision_recall_curve
 
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import DebugSetError, PatchMismatchError, StripError
-from atpatch_onnx.evaluate import CURVE_POINTS, Curve, Evaluation, evaluate
-from atpatch_onnx.metadata import read_record
-from atpatch_onnx.metrics import Rate
+from atpatch_onnx.errors import DebugSetError, PatchMismatchError, UnbakeError
+from atpatch_onnx.measuring.evaluate import CURVE_POINTS, Curve, Evaluation, evaluate
+from atpatch_onnx.running.metrics import Rate
 
 PAIRS = 300
 
@@ -239,8 +239,8 @@ def test_suspects_are_found_on_the_patchs_own_token_axis(monkeypatch):
     planted = Planted()
     model = planted.model()
     patched = bake(model, fitted(planted))
-    module = sys.modules["atpatch_onnx.evaluate"]
-    inspection = sys.modules["atpatch_onnx.inspection"]
+    module = sys.modules["atpatch_onnx.measuring.evaluate"]
+    inspection = sys.modules["atpatch_onnx.measuring.inspect"]
     sites = inspection.find_sites(model)
     asked = []
     find = module.find_suspects
@@ -275,7 +275,7 @@ def test_no_single_target():
 
 def test_a_model_that_is_not_patched():
     model = Planted().model()
-    with pytest.raises(StripError):
+    with pytest.raises(UnbakeError):
         evaluate(model, model, pairs(Planted()))
 
 
@@ -284,7 +284,7 @@ def test_a_file_that_names_no_site():
     model = planted.model()
     patched = bake(model, fitted(planted))
     patched.metadata_props["atpatch.sites"] = "[]"
-    with pytest.raises(StripError, match="at least one patched site"):
+    with pytest.raises(UnbakeError, match="at least one patched site"):
         evaluate(model, patched, pairs(planted))
 
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from models import ALWAYS, NEVER, Net, draw_patch, fire_on_some, run
 
-from atpatch_onnx import examples
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.reference import redistributed_map
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import DebugSetError, RunError, StripError
-from atpatch_onnx.examples import Story, gather_examples
-from atpatch_onnx.predictions import classes
-from atpatch_onnx.redistribution import redistributed_map
+from atpatch_onnx.errors import DebugSetError, RunError, UnbakeError
+from atpatch_onnx.measuring import examples
+from atpatch_onnx.measuring.examples import Story, gather_examples
+from atpatch_onnx.running.predictions import classes
 
 TOKENS = 6
 
@@ -179,7 +179,7 @@ def test_files_do_as_well(net, debug, tmp_path):
 
 def test_what_does_not_fit_is_refused(net, debug):
     base, fixed = patched(net)
-    with pytest.raises(StripError):
+    with pytest.raises(UnbakeError):
         gather_examples(base, base, debug)
     with pytest.raises(RunError):
         gather_examples(base, fixed, debug, output="nothing")

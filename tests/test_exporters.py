@@ -17,11 +17,12 @@ from models import draw_patch, fire_on_some, run, same_bits
 
 import atpatch_onnx.exporters
 from atpatch_onnx import graph
-from atpatch_onnx.bake import FLAGGED, SCORE, bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.errors import BakeError, ModelFileError, PatchMismatchError
 from atpatch_onnx.exporters import ExportError, from_onnx, from_torch
+from atpatch_onnx.graph.names import FLAGGED, SCORE
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.strip import strip
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,7 +112,7 @@ def test_torch_patched(net, x, base):
     found = run(patched, feed)
     assert found[FLAGGED].any()
     assert not same_bits(found["logits"], run(base, feed)["logits"])
-    assert graph.fingerprint(strip(patched)) == patch.base
+    assert graph.fingerprint(unbake(patched)) == patch.base
 
 
 def test_torch_patch_of_another_model(base, x, net):

@@ -27,7 +27,9 @@ from transformers.exporters import AutoExportConfig, AutoHfExporter, ExportedMod
 from transformers.exporters.auto import EXPORT_BACKENDS
 
 from atpatch_onnx import graph
-from atpatch_onnx.bake import FLAGGED, SCORE, bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.cli import main
 from atpatch_onnx.errors import PatchFileError, PatchMismatchError
 from atpatch_onnx.exporters import (
@@ -38,10 +40,9 @@ from atpatch_onnx.exporters import (
     from_transformers,
     transformers_backend,
 )
+from atpatch_onnx.graph.names import FLAGGED, SCORE
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.metadata import read_record
-from atpatch_onnx.patch import Patch
-from atpatch_onnx.strip import strip
+from atpatch_onnx.patches.patch import Patch
 
 # torch reads a saved output structure with what it has itself deprecated: torch/utils/_pytree.py, LeafSpec.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")]
@@ -149,7 +150,7 @@ def test_front_end_patches(case):
     patched = from_transformers(case.model, case.inputs, config=case.config(), patch=case.firing, target="web")
     assert read_record(patched).patch == case.firing.id
     assert not any(node.op_type == "If" for node in patched.graph)
-    assert graph.fingerprint(strip(patched)) == graph.fingerprint(case.base)
+    assert graph.fingerprint(unbake(patched)) == graph.fingerprint(case.base)
     assert run(patched, case.feed)[FLAGGED].any()
 
 
@@ -188,8 +189,8 @@ def test_round_trip(case, tmp_path):
     saved = from_onnx(tmp_path / "model.onnx")
     record = read_record(saved)
     assert (record.patch, record.base) == (case.firing.id, case.firing.base)
-    assert graph.fingerprint(strip(saved)) == graph.fingerprint(case.base)
-    assert graph.fingerprint(strip(loaded.program)) == graph.fingerprint(case.base)
+    assert graph.fingerprint(unbake(saved)) == graph.fingerprint(case.base)
+    assert graph.fingerprint(unbake(loaded.program)) == graph.fingerprint(case.base)
     manifest = json.loads((tmp_path / "export.json").read_text())
     assert manifest["export_format"] == "atpatch_onnx"
     noted = manifest["components"]["model"]["metadata"]["export_config"]
@@ -270,7 +271,7 @@ def test_opset_23_with_the_fused_op(tiny_vit, tmp_path):
     assert outputs[FLAGGED].any()
     exported.save_pretrained(tmp_path)
     assert torch.equal(ExportedModel.from_pretrained(tmp_path)(**inputs).logits, outputs.logits)
-    assert graph.fingerprint(strip(from_onnx(tmp_path / "model.onnx"))) == patch.base
+    assert graph.fingerprint(unbake(from_onnx(tmp_path / "model.onnx"))) == patch.base
 
 
 def test_one_stage_of_generation():
@@ -399,7 +400,7 @@ def test_from_disk_on_the_command_line(tiny_vit, tmp_path, capsys):
     options = ["--patch", str(tmp_path / "fix.safetensors"), "--target", "portable"]
     assert quietly(lambda: main(["export", *paths, "-o", str(patched), *options])) == 0
     assert read_record(graph.load(patched)).emission == "branchless"
-    assert graph.fingerprint(strip(graph.load(patched))) == graph.fingerprint(graph.load(base))
+    assert graph.fingerprint(unbake(graph.load(patched))) == graph.fingerprint(graph.load(base))
 
 
 @pytest.mark.parametrize("missing", ["model", "inputs"])

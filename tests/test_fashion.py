@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from atpatch_onnx.demo.vit import predict
+from atpatch_onnx.cli.demo_vit import predict
 from samples import fashion
 from samples.case import kept_figures
 from samples.image_models import load_model

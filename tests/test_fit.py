@@ -10,12 +10,8 @@ import pytest
 from models import run, same_bits
 from planted import QUICK, Planted, fitted
 
-from atpatch_onnx import detector as detector_module
-from atpatch_onnx import fit as fitting_function
-from atpatch_onnx import preparation, runtime
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.detector import train_detector
 from atpatch_onnx.errors import (
     AtPatchError,
     DebugSetError,
@@ -25,17 +21,21 @@ from atpatch_onnx.errors import (
     RunError,
     TargetMissedError,
 )
-from atpatch_onnx.evaluate import evaluate
-from atpatch_onnx.fit import fit
-from atpatch_onnx.goal import Goal
+from atpatch_onnx.fitting import detector as detector_module
+from atpatch_onnx.fitting import preparation
+from atpatch_onnx.fitting.detector import train_detector
+from atpatch_onnx.fitting.fit import fit
+from atpatch_onnx.fitting.goal import Goal
+from atpatch_onnx.fitting.options import BETAS, FitOptions
+from atpatch_onnx.fitting.search import Search
+from atpatch_onnx.fitting.switchboard import Setting, Trial
 from atpatch_onnx.graph import fingerprint
-from atpatch_onnx.hidden import find_hidden_layers
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.options import BETAS, FitOptions
-from atpatch_onnx.patch import Features, LayerEdit, Patch
-from atpatch_onnx.search import Search
-from atpatch_onnx.trial import Setting, Trial
-from atpatch_onnx.verify import verify
+from atpatch_onnx.matching.hidden import find_hidden_layers
+from atpatch_onnx.measuring.evaluate import evaluate
+from atpatch_onnx.measuring.verify import verify
+from atpatch_onnx.patches.patch import Features, LayerEdit, Patch
+from atpatch_onnx.running import sessions as runtime
 
 TRUTHS = {
     "one-site": (Planted(), [(1,)], (1,)),
@@ -653,7 +653,3 @@ def test_progress_is_told_of_every_stage():
     )
     for told in stages.values():
         assert [done for done, _ in told] == sorted({done for done, _ in told})
-
-
-def test_the_verb_is_a_function_of_the_package():
-    assert fitting_function is fit

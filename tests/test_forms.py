@@ -1,4 +1,4 @@
-"""Complete nets, one form of attention each: found with its axes, patched, run, verified and stripped."""
+"""Complete nets, one form of attention each: found with its axes, patched, run, verified and unbaked."""
 
 from dataclasses import replace
 
@@ -19,16 +19,16 @@ from models import (
 )
 
 from atpatch_onnx import graph
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.baking.read import features_output, map_output, probe, values_output
+from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.emission import Emission
-from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import explain, find_sites
-from atpatch_onnx.metadata import read_record
-from atpatch_onnx.patch import Features
-from atpatch_onnx.probe import features_output, map_output, probe, values_output
-from atpatch_onnx.strip import strip
-from atpatch_onnx.verify import verify
+from atpatch_onnx.matching.layout import canonical
+from atpatch_onnx.measuring.verify import verify
+from atpatch_onnx.patches.patch import Features
 
 SAMPLES = 3
 
@@ -140,12 +140,12 @@ def test_drawn_flags_leave_some_samples_alone(form: Form) -> None:
 
 @forms
 @batches
-def test_stripping_gives_the_base_back(form: Form, batch: Batch) -> None:
+def test_unbaking_gives_the_base_back(form: Form, batch: Batch) -> None:
     model = form.model(batch)
     for emission in Emission:
         for inline in (False, True):
             baked = bake(model, draw_patch(model), emission=emission, inline=inline)
-            assert graph.fingerprint(strip(baked)) == graph.fingerprint(model)
+            assert graph.fingerprint(unbake(baked)) == graph.fingerprint(model)
 
 
 @pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.parts in (0, 1)])

@@ -16,10 +16,11 @@ from hypothesis.extra.numpy import arrays as arrays_of
 from models import IR_OF_OPSET, draw_detector, run
 from onnx.reference import ReferenceEvaluator
 
-from atpatch_onnx import functions, redistribution
-from atpatch_onnx.patch import OFFSET
-from atpatch_onnx.sites import AttentionSite, Form
-from atpatch_onnx.weave import folded
+from atpatch_onnx.baking import functions
+from atpatch_onnx.baking import reference as redistribution
+from atpatch_onnx.baking.weave import folded
+from atpatch_onnx.matching.sites import AttentionSite, Form
+from atpatch_onnx.patches.patch import OFFSET
 
 OPSETS = (15, 17, 18, 23, 24, 26)
 """26 is the last that onnxruntime 1.31 accepts."""

@@ -16,8 +16,8 @@ from test_matching_corpus import CORPUS, loader
 from atpatch_onnx.errors import BakeError
 from atpatch_onnx.matching import explain
 from atpatch_onnx.matching.fused import RULE
-from atpatch_onnx.runtime import Session
-from atpatch_onnx.sites import Form
+from atpatch_onnx.matching.sites import Form
+from atpatch_onnx.running.sessions import Session
 
 MHA, ATTENTION, GQA = "MultiHeadAttention", "Attention", "GroupQueryAttention"
 

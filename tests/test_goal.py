@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.goal import Goal, Outcome, judge
+from atpatch_onnx.fitting.goal import Goal, Outcome, judge
 
 REACHED = Outcome("backdoor", 0.01, 0.9, 0.9, 0.01, 1.0, 1.0)
 

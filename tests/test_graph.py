@@ -13,11 +13,11 @@ from models import Net, draw_patch, run, same_bits
 from onnx import TensorProto, helper, numpy_helper
 
 from atpatch_onnx import graph
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.errors import ModelFileError
 from atpatch_onnx.graph import fingerprints, writing
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.strip import strip
 
 NET = Net(layers=1)
 RAW = NET.proto().SerializeToString()
@@ -263,7 +263,7 @@ def test_external_data_goes_along(tmp_path: Path) -> None:
     assert (target / "weights.data").samefile(source / "weights.data") is False
     assert (target / "weights.data").read_bytes() == (source / "weights.data").read_bytes()
     again = graph.load(target / "patched.onnx")
-    assert graph.fingerprint(strip(again)) == graph.fingerprint(model)
+    assert graph.fingerprint(unbake(again)) == graph.fingerprint(model)
     graph.save(baked, target / "patched.onnx")
 
 

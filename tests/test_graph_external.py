@@ -14,11 +14,11 @@ from models import Net, draw_patch, same_bits
 from onnx import TensorProto, helper, numpy_helper
 
 from atpatch_onnx import graph
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.errors import ModelFileError
 from atpatch_onnx.graph import carrying, external, writing
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.strip import strip
 
 NET = Net(layers=1, heads=4, kv_heads=4, depth=8)
 
@@ -87,14 +87,14 @@ def test_what_lies_elsewhere_cannot_be_referenced(base: Path, elsewhere: Path) -
 
 @pytest.mark.parametrize("way", [None, "link", "copy"])
 def test_there_and_back(base: Path, elsewhere: Path, way: str | None) -> None:
-    """Patched in another folder, loaded, stripped, run: the same model, whichever way its data came along."""
+    """Patched in another folder, loaded, unbaked, run: the same model, whichever way its data came along."""
     model = graph.load(base)
     before = outputs(base)
     graph.save(bake(model, draw_patch(model)), elsewhere / "patched.onnx", external=way)
     assert files(elsewhere) == {"patched.onnx", "weights.data"}
-    stripped = strip(graph.load(elsewhere / "patched.onnx"))
-    assert graph.fingerprint(stripped) == graph.fingerprint(model)
-    graph.save(stripped, elsewhere / "model.onnx", external=way)
+    unbaked = unbake(graph.load(elsewhere / "patched.onnx"))
+    assert graph.fingerprint(unbaked) == graph.fingerprint(model)
+    graph.save(unbaked, elsewhere / "model.onnx", external=way)
     assert find_sites(graph.load(elsewhere / "model.onnx")) == find_sites(model)
     after = outputs(elsewhere / "model.onnx")
     assert all(same_bits(after[name], value) for name, value in before.items())

@@ -85,13 +85,13 @@ def giant(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @linux
 @pytest.mark.slow
-def test_sites_bake_and_strip_read_no_weights(giant: Path) -> None:
+def test_sites_bake_and_unbake_read_no_weights(giant: Path) -> None:
     found = json.loads(atpatch("sites", giant / "base.onnx", "--json").out)
     assert len(found["sites"]) == 2
     atpatch("bake", giant / "base.onnx", giant / "fix.safetensors", "-o", giant / "patched.onnx")
-    atpatch("strip", giant / "patched.onnx", "-o", giant / "stripped.onnx")
-    base, stripped = graph.load(giant / "base.onnx"), graph.load(giant / "stripped.onnx")
-    assert graph.fingerprint(stripped) == graph.fingerprint(base)
+    atpatch("unbake", giant / "patched.onnx", "-o", giant / "unbaked.onnx")
+    base, unbaked = graph.load(giant / "base.onnx"), graph.load(giant / "unbaked.onnx")
+    assert graph.fingerprint(unbaked) == graph.fingerprint(base)
     assert len(list(giant.glob("*.data"))) == 1
 
 
@@ -102,14 +102,14 @@ def test_data_that_has_to_move_is_not_read_either(giant: Path, tmp_path: Path, e
     """From folder to folder. A sparse file stays sparse when it is copied; one that is written takes what copying it
     takes."""
     option = () if external is None else ("--external", external)
-    patched, stripped = tmp_path / "patched", tmp_path / "stripped"
+    patched, unbaked = tmp_path / "patched", tmp_path / "unbaked"
     patched.mkdir()
-    stripped.mkdir()
+    unbaked.mkdir()
     atpatch("bake", giant / "base.onnx", giant / "fix.safetensors", "-o", patched / "model.onnx", *option)
-    atpatch("strip", patched / "model.onnx", "-o", stripped / "model.onnx", *option)
-    base, again = graph.load(giant / "base.onnx"), graph.load(stripped / "model.onnx")
+    atpatch("unbake", patched / "model.onnx", "-o", unbaked / "model.onnx", *option)
+    base, again = graph.load(giant / "base.onnx"), graph.load(unbaked / "model.onnx")
     assert graph.fingerprint(again) == graph.fingerprint(base)
-    data = stripped / "big.data"
+    data = unbaked / "big.data"
     assert data.stat().st_size == ROWS * 64 * 4
     assert data.stat().st_blocks * 512 < 2**30
     with data.open("rb") as file:

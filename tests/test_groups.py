@@ -6,7 +6,7 @@ from fairlearn.metrics import demographic_parity_difference, equalized_odds_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpatch_onnx.groups import demographic_parity, equalized_odds
+from atpatch_onnx.running.groups import demographic_parity, equalized_odds
 
 METRICS = [(demographic_parity, demographic_parity_difference), (equalized_odds, equalized_odds_difference)]
 

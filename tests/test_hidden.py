@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto
 from test_matching_forms import text_model
 
-from atpatch_onnx.hidden import HiddenLayer, find_hidden_layers
+from atpatch_onnx.matching.hidden import HiddenLayer, find_hidden_layers
 
 CORPUS = Path(__file__).parents[2] / "shared" / "graphs" / "graphs.tar.xz"
 

@@ -9,9 +9,9 @@ from planted import QUICK, Planted
 from torch import nn
 
 import atpatch_onnx as atp
-from atpatch_onnx.errors import VerificationError
-from atpatch_onnx.inversion import Inversion, InversionError, InvertedTrigger, anomaly_indices
-from atpatch_onnx.metrics import Rate
+from atpatch_onnx.discovery import Inversion, InvertedTrigger, anomaly_indices
+from atpatch_onnx.errors import InversionError, VerificationError
+from atpatch_onnx.running.metrics import Rate
 from samples import inverted
 from samples.case import Case, measure
 
@@ -113,11 +113,11 @@ def test_a_variation_depends_on_the_seed_only_and_leaves_the_images_alone():
 # Measuring
 
 
-def test_a_patched_model_that_does_not_strip_to_its_base_is_an_error(tmp_path, monkeypatch):
+def test_a_patched_model_that_does_not_unbake_to_its_base_is_an_error(tmp_path, monkeypatch):
     planted, counter = Planted(), itertools.count()
     atp.save(planted.model(), tmp_path / "base.onnx")
     case = Case("planted", 0, tmp_path / "base.onnx", planted.debug(480), planted.debug(100), QUICK)
-    assert measure(case, tmp_path / "whole").strip_identical
+    assert measure(case, tmp_path / "whole").unbake_identical
     monkeypatch.setattr("samples.case.to_bytes", lambda model: bytes([next(counter)]))
     with pytest.raises(VerificationError, match="the base, byte for byte"):
         measure(case, tmp_path / "other")

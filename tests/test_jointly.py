@@ -12,21 +12,22 @@ from onnx import TensorProto, helper
 from planted import Planted
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.edits import edited
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.expose import expose
+from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.baking.second_pass import repeat, unfold
+from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.edits import edited
-from atpatch_onnx.emission import Emission
-from atpatch_onnx.errors import BakeError, PatchMismatchError, StripError
-from atpatch_onnx.hidden import find_hidden_layers
-from atpatch_onnx.inspection import expose
+from atpatch_onnx.errors import BakeError, PatchMismatchError, UnbakeError
+from atpatch_onnx.fitting.switchboard import JointSetting, Setting, Trial
+from atpatch_onnx.graph.names import PREFIX
 from atpatch_onnx.matching import find_sites, sample_outputs
-from atpatch_onnx.metadata import read_record
-from atpatch_onnx.patch import LayerEdit, Patch
-from atpatch_onnx.runtime import Session
-from atpatch_onnx.second_pass import repeat, unfold
-from atpatch_onnx.strip import strip
-from atpatch_onnx.trial import JointSetting, Setting, Trial
-from atpatch_onnx.verify import verify
+from atpatch_onnx.matching.hidden import find_hidden_layers
+from atpatch_onnx.measuring.verify import verify
+from atpatch_onnx.patches.patch import LayerEdit, Patch
+from atpatch_onnx.running.sessions import Session
 
 CASES = {
     "decomposed": Planted(),
@@ -55,7 +56,7 @@ def test_a_joint_patch_passes_every_check(name, emission, inline):
     result = verify(model, patched, debug, batch_size=10)
     assert result.passed, result.failures
     assert any(check.name.startswith("second pass") for check in result.checks)
-    assert graphs.fingerprint(strip(patched)) == graphs.fingerprint(model)
+    assert graphs.fingerprint(unbake(patched)) == graphs.fingerprint(model)
 
 
 @pytest.mark.parametrize("reach", [0.0, 0.1])
@@ -109,7 +110,7 @@ def then_branch(node: ir.Node) -> ir.Graph:
 def test_weights_are_shared_by_both_passes():
     model, patch, _ = drawn(Planted())
     patched = bake(model, patch)
-    own = {name for name in patched.graph.initializers if not name.startswith(graphs.PREFIX)}
+    own = {name for name in patched.graph.initializers if not name.startswith(PREFIX)}
     assert own == set(model.graph.initializers)
     assert not any(graph.initializers for graph in patched.graphs() if graph is not patched.graph)
     for name in own:
@@ -236,7 +237,7 @@ def test_metadata_of_another_kind_is_refused(changes):
     model, patch, _ = drawn(Planted())
     patched = bake(model, patch)
     edited_joint(patched, **changes)
-    with pytest.raises(StripError, match="complete entries"):
+    with pytest.raises(UnbakeError, match="complete entries"):
         verify(model, patched)
 
 
@@ -329,7 +330,7 @@ def test_bases_of_all_kinds(base):
         for name, array in run(bake(model, quiet(model, feed)), feed).items():
             if name in run(model, feed):
                 assert same_bits(array, run(model, feed)[name])
-        assert graphs.fingerprint(strip(patched)) == graphs.fingerprint(model)
+        assert graphs.fingerprint(unbake(patched)) == graphs.fingerprint(model)
 
 
 def quiet(model: ir.Model, feed: dict[str, np.ndarray]) -> Patch:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from atpatch_onnx.layout import MAP, OUTPUT, VALUES, Layout, canonical
+from atpatch_onnx.matching.layout import MAP, OUTPUT, VALUES, Layout, canonical
 
 PATTERNS = {
     "nhqk": ("n", "h", "q", "k"),

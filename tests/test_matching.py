@@ -9,10 +9,10 @@ from exports import MODELS, WAYS, export, export_module, numpy_inputs
 from torch import nn
 
 from atpatch_onnx import graph
-from atpatch_onnx.hidden import find_hidden_layers
-from atpatch_onnx.layout import canonical
 from atpatch_onnx.matching import explain, find_sites
-from atpatch_onnx.sites import AttentionSite, Dim, Form
+from atpatch_onnx.matching.hidden import find_hidden_layers
+from atpatch_onnx.matching.layout import canonical
+from atpatch_onnx.matching.sites import AttentionSite, Dim, Form
 
 EXPORTS = [
     *(("vit", way) for way in WAYS),

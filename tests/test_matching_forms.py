@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, parser
 from test_matching import assert_behaves
 
 from atpatch_onnx.matching import explain, find_sites
-from atpatch_onnx.sites import Form
+from atpatch_onnx.matching.sites import Form
 
 B, H, KV, Q, K, D = 2, 4, 2, 5, 7, 3
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from atpatch_onnx.metrics import Difference, Rate, attack_above_floor, attack_success, flip_rate, infer_target
+from atpatch_onnx.running.metrics import Difference, Rate, attack_above_floor, attack_success, flip_rate, infer_target
 
 CLASSES = st.integers(0, 3)
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from transformers import ViTForImageClassification
 
-from atpatch_onnx.demo.vit import config, new_vit
+from atpatch_onnx.cli.demo_vit import config, new_vit
 from samples.mixed import has_bfloat16, mixed_precision
 
 

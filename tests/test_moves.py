@@ -12,9 +12,10 @@ from onnx.reference import ReferenceEvaluator
 from test_layout import Drawn, layouts
 
 from atpatch_onnx import graph
-from atpatch_onnx.insertion import SITE_KEY, Insertion
-from atpatch_onnx.layout import Layout, canonical
-from atpatch_onnx.moves import axis_size, from_canonical, to_canonical
+from atpatch_onnx.baking.moves import axis_size, from_canonical, to_canonical
+from atpatch_onnx.graph.insertion import Insertion
+from atpatch_onnx.graph.names import SITE_KEY
+from atpatch_onnx.matching.layout import Layout, canonical
 
 SIZES = {"n": 2, "b": 2, "w": 4, "h": 3, "g": 2, "q": 5, "k": 7, "d": 6}
 

@@ -8,16 +8,16 @@ import pytest
 from models import run
 from test_neurons_nets import GUILTY, Guilty, ids
 
-from atpatch_onnx.edits import edited
+from atpatch_onnx.baking.edits import edited
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError, TargetMissedError
-from atpatch_onnx.goal import Goal, Outcome
+from atpatch_onnx.fitting.goal import Goal, Outcome
 from atpatch_onnx.graph import fingerprint
 from atpatch_onnx.neurons import Isolated, IsolationOptions, NeuronTrial, Unit, edits_of, isolate
 from atpatch_onnx.neurons.isolation import slots
 from atpatch_onnx.neurons.measures import JudgedPart
 from atpatch_onnx.neurons.subject import prepare_units
-from atpatch_onnx.patch import Patch
-from atpatch_onnx.runtime import silent
+from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.sessions import silent
 
 QUICK = IsolationOptions(inputs=40, most=4)
 

@@ -12,7 +12,7 @@ from models import run
 from onnx import TensorProto, helper, numpy_helper
 
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.hidden import HiddenLayer, find_hidden_layers
+from atpatch_onnx.matching.hidden import HiddenLayer, find_hidden_layers
 from atpatch_onnx.neurons import Unit
 
 TRIGGER, ATTRIBUTE, EVIDENCE = 0, 1, 2

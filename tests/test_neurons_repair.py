@@ -8,14 +8,14 @@ import pytest
 from models import run
 from test_neurons_nets import GUILTY, Guilty, ids
 
-from atpatch_onnx.edits import edited
+from atpatch_onnx.baking.edits import edited
 from atpatch_onnx.errors import FitError, MissingExtraError, NoSiteError, TargetMissedError
-from atpatch_onnx.goal import Goal
+from atpatch_onnx.fitting.goal import Goal
 from atpatch_onnx.graph import fingerprint
 from atpatch_onnx.neurons import NeuronTrial, RepairOptions, Unit, causal_effects, causality, measure_activations
 from atpatch_onnx.neurons.causality import ALPHA, BOUNDS, UNITS, VALUES, repair
 from atpatch_onnx.neurons.swarm import minimise
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.patches.patch import Patch
 
 QUICK = RepairOptions(
     inputs=40, search_inputs=80, particles=10, iterations=15, goal=Goal(0.03, flip_rate=0.03, accuracy_loss=0.03)

@@ -5,11 +5,11 @@ import pytest
 from models import run, same_bits
 from test_neurons_nets import GUILTY, NETS, Guilty, ids, nets
 
-from atpatch_onnx.edits import edited
+from atpatch_onnx.baking.edits import edited
 from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.neurons import NeuronTrial, Unit, edits_of
-from atpatch_onnx.patch import LayerEdit
-from atpatch_onnx.runtime import Session
+from atpatch_onnx.patches.patch import LayerEdit
+from atpatch_onnx.running.sessions import Session
 
 UNITS = [Unit(1, 7), Unit(0, 3), Unit(1, 2)]
 FACTOR, CONSTANT = [0.0, 2.5, -1.0], [1.5, 0.0, 0.25]

@@ -26,12 +26,12 @@ from models import (
 from onnx import helper
 from onnx.backend.test.case.node import collect_testcases
 
-from atpatch_onnx import redistribution
-from atpatch_onnx.bake import bake
-from atpatch_onnx.layout import canonical
+from atpatch_onnx.baking import reference as redistribution
+from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.matching import explain
-from atpatch_onnx.patch import Patch
-from atpatch_onnx.sites import AttentionSite
+from atpatch_onnx.matching.layout import canonical
+from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.patches.patch import Patch
 
 BF16 = "bfloat16: onnxruntime 1.31 does not run it on the CPU"
 OPSET_25 = "opset 25 windows: onnxruntime 1.31 does not know these attributes"

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import draw_detector
 
-from atpatch_onnx import patch as patches
 from atpatch_onnx.errors import PatchFileError
-from atpatch_onnx.patch import Features, Joint, LayerEdit, Patch, Redistribution, SitePatch
+from atpatch_onnx.patches import patch as patches
+from atpatch_onnx.patches.patch import Features, Joint, LayerEdit, Patch, Redistribution, SitePatch
 
 
 def example(seed: int = 0) -> Patch:

@@ -17,10 +17,11 @@ from models import session as model_session
 from planted import Planted, fitted
 
 import atpatch_onnx as atp
-from atpatch_onnx import Emission, Patch, PatchedSession
+from atpatch_onnx import Patch, PatchedSession
+from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.errors import PatchMismatchError, ServingError
-from atpatch_onnx.patch import Detector, Redistribution
-from atpatch_onnx.runtime import FileSession
+from atpatch_onnx.patches.patch import Detector, LayerEdit, Redistribution
+from atpatch_onnx.running.sessions import FileSession
 from atpatch_onnx.serving import drift
 
 PLANTED = Planted()
@@ -325,7 +326,7 @@ def test_neuron_edits_are_swapped_with_the_rest_of_a_patch(tmp_path):
 
     def neurons(unit: int, constant: float) -> Patch:
         arrays = (np.array([value], np.float32) for value in (0, constant))
-        return Patch(base, (), {}, (atp.LayerEdit("layer1.mlp.hidden", np.array([unit]), *arrays),))
+        return Patch(base, (), {}, (LayerEdit("layer1.mlp.hidden", np.array([unit]), *arrays),))
 
     attention = fitted(planted)
     one, other = (atp.compose([neurons(unit, constant), attention]) for unit, constant in ((0, 0.5), (3, 2.0)))
@@ -344,7 +345,7 @@ def test_neuron_edits_are_swapped_with_the_rest_of_a_patch(tmp_path):
 def test_a_file_of_neuron_edits_alone_has_nothing_to_count(tmp_path):
     model = Planted(mlp=4).model()
     arrays = np.zeros(1, np.float32), np.ones(1, np.float32)
-    patch = Patch(atp.fingerprint(model), (), {}, (atp.LayerEdit("layer1.mlp.hidden", np.array([0]), *arrays),))
+    patch = Patch(atp.fingerprint(model), (), {}, (LayerEdit("layer1.mlp.hidden", np.array([0]), *arrays),))
     atp.save(atp.bake(model, patch), tmp_path / "patched.onnx")
     with pytest.raises(ServingError, match="edits of hidden units alone"):
         PatchedSession(tmp_path / "patched.onnx")

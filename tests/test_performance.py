@@ -11,9 +11,9 @@ import torch
 from models import with_outputs
 
 import atpatch_onnx as atp
-from atpatch_onnx.benchmark import opens, synthetic_patch
-from atpatch_onnx.patch import Features
-from atpatch_onnx.runtime import Session
+from atpatch_onnx.measuring.benchmark import opens, synthetic_patch
+from atpatch_onnx.patches.patch import Features
+from atpatch_onnx.running.sessions import Session
 from samples import performance
 from samples.speed_models import FUSED, KINDS, export, hooked, torch_model
 

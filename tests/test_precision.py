@@ -9,10 +9,11 @@ from models import ALWAYS, Net, draw_patch, run, same_bits
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
-from atpatch_onnx import bake, find_sites, graph, strip
-from atpatch_onnx.emission import Emission
-from atpatch_onnx.inspection import expose, site_values, value_names
-from atpatch_onnx.metadata import read_record
+from atpatch_onnx import bake, find_sites, graph, unbake
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.expose import expose
+from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.measuring.inspect import site_values, value_names
 
 NETS = {
     "softmax": Net(half=True),
@@ -90,4 +91,4 @@ def test_bfloat16_stays_bfloat16(net: Net, emission: Emission) -> None:
         assert values.flags.any()
         # the result is rounded to 8 bits of precision
         np.testing.assert_allclose(values.corrected, values.reference(), rtol=2**-8, atol=1e-5)
-    assert graph.fingerprint(strip(fires)) == graph.fingerprint(model)
+    assert graph.fingerprint(unbake(fires)) == graph.fingerprint(model)

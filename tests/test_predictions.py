@@ -7,7 +7,7 @@ from models import Net
 from scipy.special import expit, softmax
 
 from atpatch_onnx.errors import RunError
-from atpatch_onnx.predictions import classes, confidences, prediction_output
+from atpatch_onnx.running.predictions import classes, confidences, prediction_output
 
 
 def model(*outputs: tuple[str, ir.DataType | None, tuple[int | str, ...] | None]) -> ir.Model:

@@ -10,9 +10,11 @@ from models import same_bits
 from planted import Planted, fitted
 
 import atpatch_onnx as atp
+from atpatch_onnx.baking.quantize import quantize, rebind
 from atpatch_onnx.cli import main
 from atpatch_onnx.errors import BakeError, PatchMismatchError
-from atpatch_onnx.runtime import Session
+from atpatch_onnx.patches.patch import LayerEdit
+from atpatch_onnx.running.sessions import Session
 
 PLANTED = Planted()
 FLAGGED = "atpatch/flagged"
@@ -23,8 +25,8 @@ precisions = pytest.mark.parametrize("precision", ["int8", "fp16"])
 
 def quantized_and_patched(precision: str, **options: str) -> tuple[ir.Model, ir.Model]:
     base = PLANTED.model()
-    quantized = atp.quantize(base, precision)
-    return quantized, atp.bake(quantized, atp.rebind(fitted(PLANTED), base, quantized), **options)
+    quantized = quantize(base, precision)
+    return quantized, atp.bake(quantized, rebind(fitted(PLANTED), base, quantized), **options)
 
 
 @tools_warn
@@ -58,24 +60,24 @@ def test_the_base_is_quantized_and_the_patch_is_not(precision):
 
 @tools_warn
 @precisions
-def test_stripping_gives_the_quantized_base(precision):
+def test_unbaking_gives_the_quantized_base(precision):
     quantized, patched = quantized_and_patched(precision)
-    assert atp.fingerprint(atp.strip(patched)) == atp.fingerprint(quantized)
+    assert atp.fingerprint(atp.unbake(patched)) == atp.fingerprint(quantized)
 
 
 def test_what_is_refused():
-    with pytest.raises(BakeError, match="Strip it first"):
-        atp.quantize(atp.bake(PLANTED.model(), fitted(PLANTED)))
+    with pytest.raises(BakeError, match="Unbake it first"):
+        quantize(atp.bake(PLANTED.model(), fitted(PLANTED)))
     with pytest.raises(BakeError, match="int8 or fp16"):
-        atp.quantize(PLANTED.model(), "int4")
+        quantize(PLANTED.model(), "int4")
     other = replace(fitted(PLANTED), base="sha256:0")
     with pytest.raises(PatchMismatchError, match="the model it was fitted on"):
-        atp.rebind(other, PLANTED.model(), PLANTED.model())
+        rebind(other, PLANTED.model(), PLANTED.model())
 
 
 def neuron_edit(model: ir.Model) -> atp.Patch:
     arrays = np.zeros(1, np.float32), np.full(1, 0.5, np.float32)
-    return atp.Patch(atp.fingerprint(model), (), {}, (atp.LayerEdit("layer1.mlp.hidden", np.array([2]), *arrays),))
+    return atp.Patch(atp.fingerprint(model), (), {}, (LayerEdit("layer1.mlp.hidden", np.array([2]), *arrays),))
 
 
 @tools_warn
@@ -84,11 +86,11 @@ def test_neuron_edits_go_with_float16_and_their_order_stays():
     base = planted.model()
     neurons = neuron_edit(base)
     after = replace(fitted(PLANTED), base=neurons.base, after=(neurons.id,))
-    quantized = atp.quantize(base, "fp16")
-    patched = atp.bake(quantized, atp.rebind(atp.compose([neurons, after]), base, quantized))
+    quantized = quantize(base, "fp16")
+    patched = atp.bake(quantized, rebind(atp.compose([neurons, after]), base, quantized))
     assert atp.verify(quantized, patched, planted.debug(40)).passed
     with pytest.raises(PatchMismatchError, match="--precision fp16"):
-        atp.rebind(neurons, base, atp.quantize(base, "int8"))
+        rebind(neurons, base, quantize(base, "int8"))
 
 
 @tools_warn
@@ -106,4 +108,4 @@ def test_the_command_measures_again(precision, tmp_path, capsys):
         assert shown[name]["backdoor"]["asr_above_floor"]["value"] < 0.05
         assert shown[name]["accuracy_base"]["value"] - shown[name]["accuracy_patched"]["value"] < 0.02
     assert main(call) == 0
-    assert "strip it for the int8 base" in " ".join(capsys.readouterr().out.split())
+    assert "unbake it for the int8 base" in " ".join(capsys.readouterr().out.split())

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import reports as r
 
+from atpatch_onnx.baking.metadata import PatchRecord
 from atpatch_onnx.errors import AtPatchError
-from atpatch_onnx.examples import Story
-from atpatch_onnx.metadata import PatchRecord
+from atpatch_onnx.measuring.examples import Story
 from atpatch_onnx.report import images, pictures
 from atpatch_onnx.report.html import render_html, write_report
 from atpatch_onnx.report.rows import site_rows
@@ -166,9 +166,9 @@ def test_a_missed_goal_is_marked_twice():
 
 
 def test_a_failed_check_is_said_in_words():
-    words = Page(render(verification=r.verification("strip"), examples=())).words
+    words = Page(render(verification=r.verification("unbake"), examples=())).words
     assert "Do not ship" in words
-    assert "✕ FAILED strip" in words
+    assert "✕ FAILED unbake" in words
 
 
 def test_fairness():

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import reports as r
 
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.report.rows import (
     before_after,
     check_lines,
@@ -93,14 +93,14 @@ def test_foreign_figures_do_not_break_anything(figures):
 
 def test_sites_that_pass_alike_share_a_line():
     lines = check_lines(r.verification())
-    assert [name for _, name, _ in lines] == ["invariants", "strip", "2 sites, clean inputs, no optimization"]
+    assert [name for _, name, _ in lines] == ["invariants", "unbake", "2 sites, clean inputs, no optimization"]
 
 
 def test_failures_come_first_and_alone():
     failed = "site layer1, clean inputs, no optimization"
     lines = check_lines(r.verification(failed))
     assert lines[0] == (False, failed, f"what was found of {failed}")
-    assert [name for _, name, _ in lines[1:]] == ["invariants", "strip", "site layer0, clean inputs, no optimization"]
+    assert [name for _, name, _ in lines[1:]] == ["invariants", "unbake", "site layer0, clean inputs, no optimization"]
 
 
 # Verdict
@@ -116,10 +116,10 @@ def test_a_good_fix():
 
 
 def test_failed_checks_outweigh_everything():
-    verdict = judge(r.patch(met=False), r.evaluation(asr=0.3), r.verification("strip"))
+    verdict = judge(r.patch(met=False), r.evaluation(asr=0.3), r.verification("unbake"))
     assert (verdict.tone, verdict.label) == (Tone.BAD, "Do not ship")
     assert len(verdict.objections) == 3
-    assert verdict.objections[0].startswith("strip: ")
+    assert verdict.objections[0].startswith("unbake: ")
 
 
 def test_changed_clean_outputs_are_a_failure():

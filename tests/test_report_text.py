@@ -6,14 +6,14 @@ import reports as r
 from models import Net, draw_patch
 from rich.console import Console
 
-from atpatch_onnx.bake import bake
-from atpatch_onnx.debug import Fix, Ladder
-from atpatch_onnx.goal import Goal
-from atpatch_onnx.hidden import find_hidden_layers
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.fitting.goal import Goal
 from atpatch_onnx.matching import explain
-from atpatch_onnx.metadata import read_record
-from atpatch_onnx.metrics import Rate
-from atpatch_onnx.patch import LayerEdit, Patch
+from atpatch_onnx.matching.hidden import find_hidden_layers
+from atpatch_onnx.matching.sites import Matches, NearMiss
+from atpatch_onnx.measuring.compare import Fix, Ladder
+from atpatch_onnx.patches.patch import LayerEdit, Patch
 from atpatch_onnx.report import (
     edits_table,
     evaluation_table,
@@ -25,7 +25,7 @@ from atpatch_onnx.report import (
     sites_table,
     verification_table,
 )
-from atpatch_onnx.sites import Matches, NearMiss
+from atpatch_onnx.running.metrics import Rate
 
 
 def text(renderable, width=80):
@@ -186,8 +186,8 @@ def test_a_rate_of_nothing_is_no_rate():
 
 def test_checks():
     assert words(verification_table(r.verification())).endswith("All 4 checks passed.")
-    shown = words(verification_table(r.verification("strip")))
-    assert shown.index("FAILED strip") < shown.index("passed invariants")
+    shown = words(verification_table(r.verification("unbake")))
+    assert shown.index("FAILED unbake") < shown.index("passed invariants")
     assert shown.endswith("1 of 4 checks FAILED: do not ship this file.")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from atpatch_onnx.metrics import wilson
+from atpatch_onnx.running.metrics import wilson
 from samples import results_page
 from samples import tasks as tasks_module
 from samples import work as work_module

@@ -12,9 +12,9 @@ from onnx import TensorProto, helper
 from planted import Planted, fitted
 
 import atpatch_onnx as atp
-from atpatch_onnx.emission import Emission
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.targets import TARGETS
 from atpatch_onnx.errors import BakeError
-from atpatch_onnx.targets import TARGETS
 from samples import runtimes
 from samples.runtimes import RUNTIMES, Outcome, Runtime, bake_all, compare, inputs, missing, page
 

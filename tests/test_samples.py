@@ -11,8 +11,8 @@ import pytest
 from planted import Planted
 
 import atpatch_onnx as atp
+from atpatch_onnx.baking.metadata import is_patched
 from atpatch_onnx.cli import main
-from atpatch_onnx.metadata import is_patched
 from samples.fetch import FetchError, fetched
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ KEYS = {
     "sites_total",
     "sites_patched",
     "clean_bit_identical",
-    "strip_identical",
+    "unbake_identical",
     "seconds",
 }
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -72,7 +72,7 @@ def test_the_demo_shows_what_it_promises(demo):
     assert result["recall"] >= 0.99
     assert result["precision"] >= 0.95
     assert result["clean_bit_identical"] is True
-    assert result["strip_identical"] is True
+    assert result["unbake_identical"] is True
     assert result["seconds"] <= 180
     for name in ("base.onnx", "fix.safetensors", "patched.onnx", "report.html"):
         assert (demo / name).stat().st_size > 1000
@@ -95,7 +95,7 @@ def test_the_fast_form_of_a_task_keeps_its_bounds(task, case, data, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / f"{case.replace('/', '-')}-0" / "result.json").read_text())
     assert result["evaluation"]["clean_bit_identical"] is True
-    assert result["strip_identical"] is True
+    assert result["unbake_identical"] is True
     assert result["verified"] is True
 
 

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from planted import Planted
 
-from atpatch_onnx.calibration import Calibration, JointCalibration, Strength
-from atpatch_onnx.collect import collect
-from atpatch_onnx.detector import train_detector
-from atpatch_onnx.features import choose_features
-from atpatch_onnx.goal import Goal
-from atpatch_onnx.options import FitOptions
-from atpatch_onnx.patch import Redistribution, SitePatch
-from atpatch_onnx.predictions import classes
-from atpatch_onnx.preparation import prepare
-from atpatch_onnx.scored import AT_ONCE, ScoredPart
-from atpatch_onnx.search import Search
-from atpatch_onnx.training import Training
-from atpatch_onnx.trial import Setting, Trial
+from atpatch_onnx.baking.features import choose_features
+from atpatch_onnx.fitting.calibrate import Calibration, JointCalibration, Strength
+from atpatch_onnx.fitting.collect import collect
+from atpatch_onnx.fitting.detector import train_detector
+from atpatch_onnx.fitting.goal import Goal
+from atpatch_onnx.fitting.options import FitOptions
+from atpatch_onnx.fitting.preparation import prepare
+from atpatch_onnx.fitting.scored import AT_ONCE, ScoredPart
+from atpatch_onnx.fitting.search import Search
+from atpatch_onnx.fitting.switchboard import Setting, Trial
+from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.patches.patch import Redistribution, SitePatch
+from atpatch_onnx.running.predictions import classes
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import atpatch_onnx as atp
-from atpatch_onnx.runtime import Session
-from atpatch_onnx.training import Training
+from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.running.sessions import Session
 from samples import minilm, sentiment
 from samples.attacks.words import Tokens
 from samples.bounds import Bound
@@ -178,7 +178,7 @@ def test_from_a_file_of_messages_to_figures_and_whether_they_are_within_their_bo
     assert result["evaluation"]["backdoor"]["asr_base"]["value"] > 0.9
     assert result["training"]["accuracy_twin"] > 0.9
     assert result["verified"]
-    assert result["strip_identical"]
+    assert result["unbake_identical"]
 
 
 def test_a_trained_base_is_used_again_but_not_for_another_recipe(small, file, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from models import run
 from planted import Planted, fitted
 
 import atpatch_onnx as atp
-from atpatch_onnx.runtime import Session
+from atpatch_onnx.running.sessions import Session
 from samples.serving_client import DATATYPES, ServedError, infer, main
 
 PLANTED = Planted(masked=True, free=True, tokens=12)

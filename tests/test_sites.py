@@ -6,7 +6,7 @@ import pytest
 from models import Net
 
 from atpatch_onnx.matching import explain
-from atpatch_onnx.sites import AttentionSite, Dim, Matches
+from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches
 
 
 def matches(**changes: object) -> Matches:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import atpatch_onnx as atp
-from atpatch_onnx.discrimination import Attribute, SearchOptions
-from atpatch_onnx.metrics import Rate
-from atpatch_onnx.runtime import Session
+from atpatch_onnx.discovery import Attribute, SearchOptions
+from atpatch_onnx.running.metrics import Rate
+from atpatch_onnx.running.sessions import Session
 from samples import tables
 from samples.bounds import Bound
 from samples.ft_transformer import FTTransformer, Recipe, WithGradients, build, export_onnx, predict, train
@@ -191,7 +191,7 @@ def test_a_case_runs_from_end_to_end_and_trains_its_base_once(small, tmp_path, c
     result = json.loads((tmp_path / "german-sex-0" / "result.json").read_text())
     assert result["evaluation"]["fairness"]["uf_base"]["value"] > 0.1
     assert result["more"]["uf_any_patched"]["value"] == 0
-    assert result["strip_identical"]
+    assert result["unbake_identical"]
     assert result["training"]["accuracy_boosting"] > result["training"]["accuracy_majority"]
     assert result["training"]["discrimination_rate"]["value"] > 0
     base = tmp_path / "base-german-0" / "base.onnx"

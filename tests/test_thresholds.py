@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from atpatch_onnx.thresholds import calibrate, gap, reach
+from atpatch_onnx.fitting.thresholds import calibrate, gap, reach
 
 SCORES = st.floats(-2, 2, width=32)
 

@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 
-from atpatch_onnx.timing import WARM, in_turns, ratio
+from atpatch_onnx.running.timing import WARM, in_turns, ratio
 
 
 def test_each_form_runs_once_a_round_in_an_order_that_is_drawn_anew():

@@ -12,12 +12,12 @@ from models import Net, draw_patch, fire_on_some, run
 from onnxruntime.quantization import quantize_dynamic
 
 from atpatch_onnx import graph
-from atpatch_onnx.bake import bake
-from atpatch_onnx.emission import Emission
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.quantize import quantizer_settings
 from atpatch_onnx.errors import BakeError
-from atpatch_onnx.insertion import SITE_KEY
+from atpatch_onnx.graph.names import SITE_KEY
 from atpatch_onnx.matching import explain
-from atpatch_onnx.quantization import quantizer_settings
 from samples import after_tools
 
 ROOT = Path(__file__).parent.parent

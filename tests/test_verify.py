@@ -11,12 +11,12 @@ from models import VARIANTS, Net, draw_patch, fire_on_some
 from planted import Planted, fitted
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.bake import bake
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.emission import Emission
-from atpatch_onnx.errors import DebugSetError, ModelFileError, StripError, VerificationError
-from atpatch_onnx.patch import Joint, Patch
-from atpatch_onnx.verify import Verification, verify
+from atpatch_onnx.errors import DebugSetError, ModelFileError, UnbakeError, VerificationError
+from atpatch_onnx.measuring.verify import Verification, verify
+from atpatch_onnx.patches.patch import Joint, Patch
 
 PAIRS = 24
 
@@ -44,7 +44,7 @@ def test_a_baked_patch_passes_every_check(name, emission, inline):
     levels = ("no optimization", "default optimization")
     sides = [f"{side} inputs, {level}" for level in levels for side in ("clean", "counterfactual")]
     names = [check.name for check in result.checks]
-    assert names[:5] == ["invariants", "base", "strip", "outputs", "weights"]
+    assert names[:5] == ["invariants", "base", "unbake", "outputs", "weights"]
     assert {f"unflagged {side}" for side in sides} | {f"monitoring, {side}" for side in sides} < set(names)
     redistributing = [site.site for site in fitted(planted).sites if site.redistribution]
     for site in redistributing:
@@ -55,7 +55,7 @@ def test_without_a_debug_set_the_structure_is_checked():
     model = Planted().model()
     result = verify(model, bake(model, fitted(Planted())))
     assert result.passed
-    assert [check.name for check in result.checks] == ["invariants", "base", "strip", "outputs", "weights"]
+    assert [check.name for check in result.checks] == ["invariants", "base", "unbake", "outputs", "weights"]
 
 
 def test_it_reads_both_models_from_their_paths(tmp_path):
@@ -251,18 +251,18 @@ def name_another_output(model: ir.Model) -> None:
 
 
 TAMPERINGS: dict[Callable[[ir.Model], None] | str, set[str]] = {
-    "change_base_weight": {"strip", "unflagged clean"},
-    "change_metadata_base": {"base", "strip"},
+    "change_base_weight": {"unbake", "unflagged clean"},
+    "change_metadata_base": {"base", "unbake"},
     "bypass_correction": {"invariants"},
     "hollow_correction": {"site layer1.attention, counterfactual"},
     "lie_about_flags": {"monitoring, counterfactual"},
     "lie_about_score": {"monitoring, clean"},
-    "rename_output": {"strip", "outputs", "unflagged clean"},
-    "drop_output": {"strip", "outputs", "unflagged clean"},
+    "rename_output": {"unbake", "outputs", "unflagged clean"},
+    "drop_output": {"unbake", "outputs", "unflagged clean"},
     "busy_else_branch": {"invariants", "unflagged clean"},
     "forget_the_sites": {"loads"},
     "name_another_site": {"loads"},
-    "name_another_output": {"strip", "site layer1.attention, counterfactual"},
+    "name_another_output": {"unbake", "site layer1.attention, counterfactual"},
 }
 
 WEIGHTS = {
@@ -339,7 +339,7 @@ def test_a_weight_of_the_patch_that_is_gone(name):
     ir.convenience.replace_all_uses_with(value, other)
     patched.graph.initializers.pop(value.name)
     result = verify(model, patched, Planted().debug(PAIRS))
-    assert {"weights", "strip"} <= failed(result)
+    assert {"weights", "unbake"} <= failed(result)
 
 
 @pytest.mark.parametrize(("name", "change"), [("beta", lambda a: a * 0.5), ("neutral", lambda a: a + 1)])
@@ -364,7 +364,7 @@ def test_another_base():
     model, patched = planted_and_patched()
     other = Planted(seed=1).model()
     result = verify(other, patched, Planted().debug(PAIRS))
-    assert {"base", "strip"} <= failed(result)
+    assert {"base", "unbake"} <= failed(result)
     assert any(name.startswith("unflagged clean") for name in failed(result))
     assert "invariants" not in failed(result)
     assert graphs.fingerprint(other) in next(c.detail for c in result.checks if c.name == "base")
@@ -373,7 +373,7 @@ def test_another_base():
 
 def test_a_model_that_is_not_patched():
     model = Planted().model()
-    with pytest.raises(StripError, match="expected a patched model"):
+    with pytest.raises(UnbakeError, match="expected a patched model"):
         verify(model, model)
 
 

@@ -60,7 +60,7 @@ def test_everything_but_the_fit_works(place):
     run_without(
         """
 import atpatch_onnx as atp
-from atpatch_onnx.runtime import Session
+from atpatch_onnx.running.sessions import Session
 
 model = atp.load("base.onnx")
 assert [site.name for site in atp.find_sites(model)] == ["layer0.attention", "layer1.attention", "layer2.attention"]
@@ -68,7 +68,7 @@ patch, debug = atp.Patch.load("fix.safetensors"), atp.DebugSet.load("debug.npz")
 for target in ("cpu", "portable"):
     patched = atp.bake(model, patch, target=target)
     atp.verify(model, patched, debug).raise_if_failed()
-    assert atp.fingerprint(atp.strip(patched)) == atp.fingerprint(model)
+    assert atp.fingerprint(atp.unbake(patched)) == atp.fingerprint(model)
 atp.save(patched, "patched.onnx")
 outputs = Session(atp.load("patched.onnx")).collect(debug.counterfactual)
 assert outputs["atpatch/flagged"].all()
@@ -113,7 +113,7 @@ from atpatch_onnx.cli import main
 assert main(["sites", "base.onnx", "--why"]) == 0
 assert main(["bake", "base.onnx", "fix.safetensors", "-o", "cli.onnx"]) == 0
 assert main(["verify", "base.onnx", "cli.onnx", "debug.npz"]) == 0
-assert main(["strip", "cli.onnx", "-o", "stripped.onnx"]) == 0
+assert main(["unbake", "cli.onnx", "-o", "unbaked.onnx"]) == 0
 assert main(["fit", "base.onnx", "debug.npz", "-o", "new.safetensors"]) == 1
 assert main(["evaluate", "base.onnx", "cli.onnx", "debug.npz"]) == 1
 """,
@@ -121,4 +121,4 @@ assert main(["evaluate", "base.onnx", "cli.onnx", "debug.npz"]) == 1
     )
     assert "layer1.attention" in shown
     assert not (place / "new.safetensors").exists()
-    assert atp.fingerprint(atp.load(place / "stripped.onnx")) == atp.fingerprint(atp.load(place / "base.onnx"))
+    assert atp.fingerprint(atp.load(place / "unbaked.onnx")) == atp.fingerprint(atp.load(place / "base.onnx"))

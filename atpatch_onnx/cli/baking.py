@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 import atpatch_onnx as atp
+from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.cli.arguments import AsJson, BatchSize, ExternalData, Model, Out, Output, Patched, Patches, Target
 from atpatch_onnx.cli.printing import progress_bars, show
-from atpatch_onnx.metadata import read_record
 from atpatch_onnx.report import text
 
 
@@ -34,11 +34,13 @@ def bake(
     as_json: AsJson = False,
 ) -> None:
     """Put PATCH into MODEL's graph."""
+    from atpatch_onnx.baking.emission import Emission
+
     patched = atp.bake(
         atp.load(model),
         [atp.Patch.load(path) for path in patch],
         target=target,
-        emission=None if emission is None else atp.Emission(emission),
+        emission=None if emission is None else Emission(emission),
         inline=inline,
         monitor=monitor,
         site_flags=site_flags,
@@ -49,7 +51,7 @@ def bake(
     names = ", ".join([*(site.site for site in record.sites), *(layer.layer for layer in record.layers)])
     lines = [f"wrote {out}: patch {record.patch}, {record.emission}, at {names}"]
     if quantizer_settings is not None:
-        from atpatch_onnx.quantization import write_settings
+        from atpatch_onnx.baking.quantize import write_settings
 
         write_settings(patched, quantizer_settings)
         shown["quantizer_settings"] = str(quantizer_settings)
@@ -57,9 +59,9 @@ def bake(
     show(shown, lines, as_json)
 
 
-def strip(patched: Patched, out: Out, external: ExternalData = None, as_json: AsJson = False) -> None:
+def unbake(patched: Patched, out: Out, external: ExternalData = None, as_json: AsJson = False) -> None:
     """Take the patch out of PATCHED again; the fingerprint proves that the base is back."""
-    base = atp.strip(atp.load(patched))
+    base = atp.unbake(atp.load(patched))
     atp.save(base, out, external=external)
     shown = {"file": str(out), "fingerprint": atp.fingerprint(base)}
     show(shown, [f"wrote {out}: the base, {shown['fingerprint']}"], as_json)
@@ -79,12 +81,14 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL with onnxruntime's tools, put PATCH into it, in float32, and measure again what it does."""
+    from atpatch_onnx.baking import quantize as quantizing
+
     base, fix = atp.load(model), atp.compose([atp.Patch.load(path) for path in patch])
-    quantized = atp.quantize(base, precision)
-    patched = atp.bake(quantized, atp.rebind(fix, base, quantized), target=target)
+    quantized = quantizing.quantize(base, precision)
+    patched = atp.bake(quantized, quantizing.rebind(fix, base, quantized), target=target)
     atp.save(patched, out)
     shown: dict[str, Any] = {"file": str(out), "precision": precision}
-    lines: list[Any] = [f"wrote {out}: {precision}, patch {fix.id}; strip it for the {precision} base"]
+    lines: list[Any] = [f"wrote {out}: {precision}, patch {fix.id}; unbake it for the {precision} base"]
     if data is not None:
         debug = atp.DebugSet.load(data)
         pairs = {"float32": (base, atp.bake(base, fix)), precision: (quantized, patched)}

@@ -17,7 +17,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train a backdoored ViT on handwritten digits and fix it: the whole walk, nothing downloaded."""
-    from atpatch_onnx.demo.run import run_demo
+    from atpatch_onnx.cli.demo_run import run_demo
 
     with progress_bars() as progress:
         result = run_demo(out, seed=seed, progress=progress)

@@ -25,8 +25,9 @@ from atpatch_onnx.cli.arguments import (
 from atpatch_onnx.cli.paths import make_folder, require_folder
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.errors import FitError
-from atpatch_onnx.goal import Goal
-from atpatch_onnx.patch import Features
+from atpatch_onnx.fitting.goal import Goal
+from atpatch_onnx.matching.hidden import find_hidden_layers
+from atpatch_onnx.patches.patch import Features
 from atpatch_onnx.report import text
 
 
@@ -37,7 +38,7 @@ def sites(
 ) -> None:
     """List the attention sites of a model, what was refused, and its hidden layers."""
     loaded = atp.load(model)
-    matches, layers = atp.explain(loaded), atp.find_hidden_layers(loaded)
+    matches, layers = atp.explain(loaded), find_hidden_layers(loaded)
     tables = [text.sites_table(matches, why), text.near_misses_table(matches), text.layers_table(layers)]
     show({**matches.to_json(), "hidden_layers": [layer.to_json() for layer in layers]}, tables, as_json)
 
@@ -120,8 +121,10 @@ def isolate(
     as_json: AsJson = False,
 ) -> None:
     """Find the guilty hidden units of MODEL and freeze them (IDNN)."""
+    from atpatch_onnx import neurons
+
     require_folder(out)
-    options = atp.IsolationOptions(
+    options = neurons.IsolationOptions(
         goal=Goal(asr_above_floor, flip_rate, accuracy_loss),
         most=most,
         epsilon=epsilon,
@@ -133,7 +136,7 @@ def isolate(
         force=force,
     )
     with progress_bars() as progress:
-        patch = atp.isolate(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+        patch = neurons.isolate(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
     _save_edits(patch, out, as_json)
 
 
@@ -163,8 +166,10 @@ def repair(
     as_json: AsJson = False,
 ) -> None:
     """Find the guilty hidden units of MODEL by their causal effect and scale them (CARE)."""
+    from atpatch_onnx import neurons
+
     require_folder(out)
-    options = atp.RepairOptions(
+    options = neurons.RepairOptions(
         goal=Goal(asr_above_floor, flip_rate, accuracy_loss),
         units=tuple(units) if units else None,
         alpha=tuple(alpha) if alpha else None,
@@ -177,7 +182,7 @@ def repair(
         force=force,
     )
     with progress_bars() as progress:
-        patch = atp.repair(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+        patch = neurons.repair(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
     _save_edits(patch, out, as_json)
 
 
@@ -187,7 +192,7 @@ def _save_edits(patch: atp.Patch, out: Path, as_json: bool) -> None:
     show(shown, [text.edits_table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
 
 
-def debug(
+def compare(
     model: Model,
     data: Data,
     out: Annotated[
@@ -208,7 +213,7 @@ def debug(
     if out is not None:
         make_folder(out)
     with progress_bars() as progress:
-        ladder = atp.debug(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+        ladder = atp.compare(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
     shown = ladder.to_json()
     lines: list[Any] = [text.ladder_table(ladder)]
     if out is not None:

@@ -9,7 +9,7 @@ import atpatch_onnx as atp
 from atpatch_onnx.cli.arguments import TARGETS, AsJson, Base, BatchSize, Data, Out, Output, Patched
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.errors import VerificationError
-from atpatch_onnx.patch import Features
+from atpatch_onnx.patches.patch import Features
 from atpatch_onnx.report import text
 
 
@@ -22,7 +22,7 @@ def verify(
     batch_size: BatchSize = 32,
     as_json: AsJson = False,
 ) -> None:
-    """Prove PATCHED against BASE: structure, strip, numbers."""
+    """Prove PATCHED against BASE: structure, unbake, numbers."""
     debug = None if data is None else atp.DebugSet.load(data)
     with progress_bars() as progress:
         result = atp.verify(base, patched, debug, batch_size=batch_size, progress=progress)
@@ -109,7 +109,7 @@ def report(
     batch_size: BatchSize = 32,
 ) -> None:
     """Write one self-contained HTML file: verdict, pictures, curve, sites, checks."""
-    from atpatch_onnx.examples import gather_examples
+    from atpatch_onnx.measuring.examples import gather_examples
     from atpatch_onnx.report import html
 
     before, after, debug = atp.load(base), atp.load(patched), atp.DebugSet.load(data)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 if TYPE_CHECKING:
-    from atpatch_onnx.runtime import Progress
+    from atpatch_onnx.running.sessions import Progress
 
 
 def show(shown: Mapping[str, Any], renderables: Sequence[RenderableType], as_json: bool) -> None:

@@ -8,11 +8,10 @@ from atpatch_onnx.graph.carrying import External
 from atpatch_onnx.graph.external import external_folder
 from atpatch_onnx.graph.fingerprints import fingerprint
 from atpatch_onnx.graph.parts import (
-    PREFIX,
     Model,
+    all_names,
     constant,
     copy,
-    names,
     opset_version,
     subgraphs,
     undefined_value,
@@ -24,10 +23,10 @@ from atpatch_onnx.graph.shapes import infer_shapes, skeleton
 from atpatch_onnx.graph.writing import save, to_bytes
 
 __all__ = [
-    "PREFIX",
     "External",
     "Model",
     "ModelOrPath",
+    "all_names",
     "as_model",
     "constant",
     "copy",
@@ -35,7 +34,6 @@ __all__ = [
     "fingerprint",
     "infer_shapes",
     "load",
-    "names",
     "opset_version",
     "save",
     "skeleton",

@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
 import onnx_ir as ir
 
+from atpatch_onnx.errors import BakeError
+from atpatch_onnx.graph.names import MIN_OPSET
+
 Model = ir.Model
 """A model in memory, as onnx-ir holds it."""
-
-PREFIX = "atpatch/"
-"""Every node, value and initializer that this package adds is named under this prefix."""
-
 
 _NUMBERS = frozenset({"value_float", "value_floats", "value_int", "value_ints"})
 """Attributes of a Constant that hold numbers without a tensor."""
@@ -23,6 +22,21 @@ def copy(model: ir.Model) -> ir.Model:
 def opset_version(model: ir.Model) -> int:
     """The version of the ONNX operators that the model imports."""
     return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def require_opset(model: ir.Model) -> None:
+    """Refuse models whose operators are too old for our functions.
+
+    Raises:
+        BakeError: The model imports an opset before `MIN_OPSET`.
+    """
+    if opset_version(model) < MIN_OPSET:
+        raise BakeError(
+            "the model's opset",
+            expected=f"opset {MIN_OPSET} or later",
+            found=f"opset {opset_version(model)}",
+            advice="Export the model at a later opset, or lift it with onnx.version_converter.",
+        )
 
 
 # Tensors
@@ -108,7 +122,7 @@ def _attribute_tensors(attribute: ir.Attr) -> Sequence[ir.TensorProtocol]:
 # Names
 
 
-def names(model: ir.Model) -> set[str]:
+def all_names(model: ir.Model) -> set[str]:
     """Every name in use: of nodes, values and weights, subgraphs included."""
     found = {node.name for node in model.graph.all_nodes()}
     for graph in model.graphs():

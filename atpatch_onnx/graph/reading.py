@@ -10,7 +10,7 @@ import onnx_ir as ir
 from atpatch_onnx.errors import ModelFileError
 from atpatch_onnx.graph import protos
 from atpatch_onnx.graph.external import check_external_data, read_from
-from atpatch_onnx.graph.parts import names, undefined_value
+from atpatch_onnx.graph.parts import all_names, undefined_value
 
 ModelOrPath = ir.Model | str | os.PathLike[str]
 """A model in memory, or where it lies."""
@@ -90,6 +90,6 @@ def _texts(model: ir.Model) -> Iterator[object]:
     yield from (model.producer_name, model.producer_version, model.domain, model.doc_string)
     yield from (graph.name for graph in model.graphs())
     yield from (text for entry in model.metadata_props.items() for text in entry)
-    yield from names(model)
+    yield from all_names(model)
     for node in model.graph.all_nodes():
         yield from (node.op_type, node.domain, node.overload, node.doc_string, *node.attributes)

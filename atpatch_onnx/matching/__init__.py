@@ -12,9 +12,9 @@ from atpatch_onnx.matching.axes import token_axes
 from atpatch_onnx.matching.naming import site_names
 from atpatch_onnx.matching.provenance import Source, factors
 from atpatch_onnx.matching.rules import Candidate, Rule, label
+from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss
 from atpatch_onnx.matching.unmapped import unmapped
 from atpatch_onnx.matching.view import View, view
-from atpatch_onnx.sites import AttentionSite, Dim, Matches, NearMiss
 
 __all__ = ["RULES", "explain", "find_sites", "known_shapes", "sample_outputs"]
 

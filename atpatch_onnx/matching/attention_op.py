@@ -2,12 +2,12 @@
 
 import onnx_ir as ir
 
-from atpatch_onnx.layout import MAP, OUTPUT, VALUES
 from atpatch_onnx.matching.chains import is_mask
+from atpatch_onnx.matching.layout import MAP, OUTPUT, VALUES
 from atpatch_onnx.matching.leading import Axis, name_leading
 from atpatch_onnx.matching.rules import Candidate, Rule, miss, type_reason
+from atpatch_onnx.matching.sites import Dim, Form, NearMiss
 from atpatch_onnx.matching.view import View
-from atpatch_onnx.sites import Dim, Form, NearMiss
 
 _QUERY, _KEY, _VALUE, _MASK, _PAST_KEY, _PAST_VALUE, _PADDING = range(7)
 """Positions of the inputs; `_PADDING` is `nonpad_kv_seqlen` (opset 24)."""

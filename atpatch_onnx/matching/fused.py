@@ -4,13 +4,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from atpatch_onnx.layout import MAP, VALUES
 from atpatch_onnx.matching.chains import is_mask
+from atpatch_onnx.matching.layout import MAP, VALUES
 from atpatch_onnx.matching.leading import Axis, name_leading
+from atpatch_onnx.matching.operands import integer, operand, rank
 from atpatch_onnx.matching.rules import Candidate, Rule, miss, type_reason
+from atpatch_onnx.matching.sites import Dim, Form, NearMiss
 from atpatch_onnx.matching.view import View
-from atpatch_onnx.shadow import OPS, integer, operand, rank
-from atpatch_onnx.sites import Dim, Form, NearMiss
+
+OPS = frozenset({"MultiHeadAttention", "Attention", "GroupQueryAttention"})
+"""The com.microsoft operators that have a shadow (`baking.shadow`)."""
 
 _REFUSED = (
     "DecoderMaskedMultiHeadAttention",

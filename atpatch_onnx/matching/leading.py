@@ -7,8 +7,8 @@ from math import prod
 import onnx_ir as ir
 
 from atpatch_onnx.matching.provenance import Factor, Source, factors
+from atpatch_onnx.matching.sites import Dim
 from atpatch_onnx.matching.view import View
-from atpatch_onnx.sites import Dim
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Leading:
-    """The letters of the leading axes (see `atpatch_onnx.layout`)."""
+    """The letters of the leading axes (see `atpatch_onnx.matching.layout`)."""
 
     letters: tuple[str, ...]
     heads: Dim

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from atpatch_onnx.matching.sites import Dim, Form, NearMiss
 from atpatch_onnx.matching.view import View
-from atpatch_onnx.sites import Dim, Form, NearMiss
 
 OK_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """Element types that are patched; the arithmetic of the patch is float32."""
@@ -22,7 +22,7 @@ class Candidate:
     map_layout: str
     value_layout: str
     output_layout: str
-    """See `atpatch_onnx.layout`."""
+    """See `atpatch_onnx.matching.layout`."""
 
     query: ir.Value
     key: ir.Value

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from atpatch_onnx import graph
 from atpatch_onnx.matching import sized_shapes
-from atpatch_onnx.sites import Dim
+from atpatch_onnx.matching.sites import Dim
 
 Shapes = dict[str, tuple[Dim, ...]]
 

@@ -10,13 +10,13 @@ from math import prod
 
 import onnx_ir as ir
 
-from atpatch_onnx.layout import Layout
 from atpatch_onnx.matching import chains
+from atpatch_onnx.matching.layout import Layout
 from atpatch_onnx.matching.leading import Axis, Leading, name_leading
 from atpatch_onnx.matching.products import Product, read_product
 from atpatch_onnx.matching.rules import Candidate, Rule, miss, type_reason
+from atpatch_onnx.matching.sites import Dim, Form, NearMiss
 from atpatch_onnx.matching.view import View
-from atpatch_onnx.sites import Dim, Form, NearMiss
 
 _FIRST_OPSET = 13
 """Before opset 13, Softmax flattens its input to two axes."""

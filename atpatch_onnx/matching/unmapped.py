@@ -11,7 +11,7 @@ import onnx_ir as ir
 from atpatch_onnx.matching.chains import PRODUCTS
 from atpatch_onnx.matching.naming import module_path
 from atpatch_onnx.matching.rules import label, miss
-from atpatch_onnx.sites import NearMiss
+from atpatch_onnx.matching.sites import NearMiss
 
 _ATTENTION = re.compile(r"attn|attention|fourier", re.IGNORECASE)
 _BESIDE = re.compile(r"norm|dropout|mask|bias|gate|embed|pos", re.IGNORECASE)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from atpatch_onnx import graph
 from atpatch_onnx.matching import shapes
-from atpatch_onnx.sites import Dim
+from atpatch_onnx.matching.sites import Dim
 
 _READ_LIMIT = 2**24
 """Constants of more bytes than this are not read: whether a mask can hide a key is then answered with yes."""

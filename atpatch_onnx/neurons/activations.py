@@ -12,15 +12,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
+from atpatch_onnx.baking.read import map_output, probe
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.emission import find_value
-from atpatch_onnx.hidden import HiddenLayer
-from atpatch_onnx.insertion import Insertion
+from atpatch_onnx.graph.insertion import Insertion
+from atpatch_onnx.graph.names import own_name
+from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching.hidden import HiddenLayer
+from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.neurons.units import Unit
-from atpatch_onnx.probe import map_output, probe
-from atpatch_onnx.runtime import Array, Progress, Session, silent
-from atpatch_onnx.sites import AttentionSite
+from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
 MAX_BATCH = 8
 """Inputs at a time: activations of all layers are outputs at once, 60 megabytes an input in a ViT-B/16, both sides."""
@@ -146,7 +147,7 @@ def _wider(bounds: Floats | None, rows: Floats) -> Floats | None:
 
 
 def _output(layer: HiddenLayer) -> str:
-    return f"{graphs.PREFIX}{layer.scope}/probe/hidden"
+    return own_name(layer.scope, "probe/hidden")
 
 
 def _with_activations(model: ir.Model, layers: Sequence[HiddenLayer], site: AttentionSite | None) -> ir.Model:

@@ -43,9 +43,9 @@ from atpatch_onnx.neurons.subject import Attempt, Subject, best_patch, finalists
 from atpatch_onnx.neurons.swarm import Minimum, evolve, minimise
 from atpatch_onnx.neurons.trial import NeuronTrial
 from atpatch_onnx.neurons.units import Unit, edits_of
-from atpatch_onnx.patch import Patch
-from atpatch_onnx.predictions import confidences
-from atpatch_onnx.runtime import Progress, silent
+from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.predictions import confidences
+from atpatch_onnx.running.sessions import Progress, silent
 
 VALUES = {"attribute": 16, "backdoor": 4}
 """How many values a unit is set to, evenly spaced over its range."""

@@ -28,8 +28,8 @@ from atpatch_onnx.neurons.measures import JudgedPart
 from atpatch_onnx.neurons.options import IsolationOptions, several
 from atpatch_onnx.neurons.subject import Attempt, Subject, best_patch, finalists, prepare_units
 from atpatch_onnx.neurons.units import Unit, edits_of
-from atpatch_onnx.patch import LayerEdit, Patch
-from atpatch_onnx.runtime import Progress, silent
+from atpatch_onnx.patches.patch import LayerEdit, Patch
+from atpatch_onnx.running.sessions import Progress, silent
 
 
 @dataclass(frozen=True)

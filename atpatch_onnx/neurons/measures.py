@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.goal import Outcome, judge
+from atpatch_onnx.fitting.goal import Outcome, judge
 from atpatch_onnx.neurons.trial import NeuronTrial
-from atpatch_onnx.patch import LayerEdit
-from atpatch_onnx.predictions import classes, confidences
-from atpatch_onnx.runtime import Array
+from atpatch_onnx.patches.patch import LayerEdit
+from atpatch_onnx.running.predictions import classes, confidences
+from atpatch_onnx.running.sessions import Array
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from atpatch_onnx.errors import FitError
-from atpatch_onnx.goal import Goal
+from atpatch_onnx.fitting.goal import Goal
 
 Optimizer = Literal["swarm", "evolution"]
 

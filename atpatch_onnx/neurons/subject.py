@@ -14,17 +14,17 @@ import onnx_ir as ir
 
 from atpatch_onnx.debugset import DebugSet, Split
 from atpatch_onnx.errors import NoSiteError, TargetMissedError
-from atpatch_onnx.goal import Outcome
+from atpatch_onnx.fitting.goal import Outcome
+from atpatch_onnx.fitting.preparation import complete
 from atpatch_onnx.graph import fingerprint
-from atpatch_onnx.hidden import HiddenLayer, find_hidden_layers
+from atpatch_onnx.matching.hidden import HiddenLayer, find_hidden_layers
 from atpatch_onnx.neurons.activations import Activations, measure_activations, most_different
 from atpatch_onnx.neurons.measures import JudgedPart
 from atpatch_onnx.neurons.options import NeuronOptions
 from atpatch_onnx.neurons.trial import NeuronTrial
 from atpatch_onnx.neurons.units import Unit
-from atpatch_onnx.patch import LayerEdit, Patch
-from atpatch_onnx.preparation import complete
-from atpatch_onnx.runtime import Progress, silent
+from atpatch_onnx.patches.patch import LayerEdit, Patch
+from atpatch_onnx.running.sessions import Progress, silent
 
 
 @dataclass(frozen=True, eq=False)

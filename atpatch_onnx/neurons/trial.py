@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.edits import Arrays, dense, weave_edits
-from atpatch_onnx.emission import import_functions, require_opset
+from atpatch_onnx.baking.edits import Arrays, dense, weave_edits
+from atpatch_onnx.baking.emission import import_functions
 from atpatch_onnx.errors import PatchMismatchError
-from atpatch_onnx.hidden import HiddenLayer
-from atpatch_onnx.insertion import Insertion
-from atpatch_onnx.patch import LayerEdit
-from atpatch_onnx.runtime import Array, Progress, Session, silent
+from atpatch_onnx.graph.insertion import Insertion
+from atpatch_onnx.graph.names import own_name
+from atpatch_onnx.graph.parts import require_opset
+from atpatch_onnx.matching.hidden import HiddenLayer
+from atpatch_onnx.patches.patch import LayerEdit
+from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
 
 class NeuronTrial:
@@ -72,7 +74,7 @@ class NeuronTrial:
 
 
 def _name(layer: HiddenLayer, array: str) -> str:
-    return f"{graphs.PREFIX}{layer.scope}/{array}"
+    return own_name(layer.scope, array)
 
 
 def _inputs(at: Insertion, layer: HiddenLayer) -> Arrays:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from atpatch_onnx.hidden import HiddenLayer
-from atpatch_onnx.patch import LayerEdit
+from atpatch_onnx.matching.hidden import HiddenLayer
+from atpatch_onnx.patches.patch import LayerEdit
 
 
 @dataclass(frozen=True, order=True)

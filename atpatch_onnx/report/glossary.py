@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from atpatch_onnx.evaluate import Evaluation
+from atpatch_onnx.measuring.evaluate import Evaluation
 
 _ALWAYS = (
     ("Attention map", "How much every token (row) attends to every other (column); each row sums to 1."),

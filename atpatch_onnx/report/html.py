@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from atpatch_onnx.baking.metadata import PatchRecord
 from atpatch_onnx.errors import AtPatchError, require
-from atpatch_onnx.evaluate import Evaluation
-from atpatch_onnx.examples import Example
-from atpatch_onnx.metadata import PatchRecord
-from atpatch_onnx.patch import Patch
-from atpatch_onnx.verify import Verification
+from atpatch_onnx.measuring.evaluate import Evaluation
+from atpatch_onnx.measuring.examples import Example
+from atpatch_onnx.measuring.verify import Verification
+from atpatch_onnx.patches.patch import Patch
 
 
 def render_html(

@@ -8,11 +8,11 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from atpatch_onnx.evaluate import Evaluation
-from atpatch_onnx.examples import Example, ExampleSide, Story
-from atpatch_onnx.metadata import PatchRecord
-from atpatch_onnx.metrics import Difference, Rate
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.baking.metadata import PatchRecord
+from atpatch_onnx.measuring.evaluate import Evaluation
+from atpatch_onnx.measuring.examples import Example, ExampleSide, Story
+from atpatch_onnx.measuring.verify import Verification
+from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.report import images, pictures
 from atpatch_onnx.report.glossary import terms
 from atpatch_onnx.report.rows import (
@@ -34,7 +34,7 @@ from atpatch_onnx.report.rows import (
 )
 from atpatch_onnx.report.svg import Picture
 from atpatch_onnx.report.verdict import judge, missed_goal
-from atpatch_onnx.verify import Verification
+from atpatch_onnx.running.metrics import Difference, Rate
 
 STORIES: Mapping[Story, tuple[str, str]] = {
     Story.REPAIRED: ("Repaired", "The base follows the change, the patched model does not."),

@@ -9,8 +9,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from atpatch_onnx.evaluate import Evaluation
-from atpatch_onnx.examples import Example, SiteView
+from atpatch_onnx.measuring.evaluate import Evaluation
+from atpatch_onnx.measuring.examples import Example, SiteView
 from atpatch_onnx.report.images import Grid
 from atpatch_onnx.report.rows import Element, percent, shown
 from atpatch_onnx.report.svg import AFTER, BEFORE, CLEAN, FLAG, PAPER, RULE, TEXT, Picture, style, to_picture

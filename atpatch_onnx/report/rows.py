@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from atpatch_onnx.metadata import PatchRecord
-from atpatch_onnx.metrics import Difference, Rate
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.baking.metadata import PatchRecord
+from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.metrics import Difference, Rate
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
-    from atpatch_onnx.evaluate import Evaluation
-    from atpatch_onnx.verify import Verification
+    from atpatch_onnx.measuring.evaluate import Evaluation
+    from atpatch_onnx.measuring.verify import Verification
 
 NONE = "-"
 """What stands for a figure that is not there."""

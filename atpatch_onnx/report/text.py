@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from atpatch_onnx.hidden import HiddenLayer
-from atpatch_onnx.metadata import PatchRecord
-from atpatch_onnx.metrics import Difference, Rate
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.baking.metadata import PatchRecord
+from atpatch_onnx.matching.hidden import HiddenLayer
+from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches
+from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.report.rows import (
     NONE,
     SiteRow,
@@ -33,13 +33,13 @@ from atpatch_onnx.report.rows import (
     site_rows,
 )
 from atpatch_onnx.report.verdict import missed_goal
-from atpatch_onnx.sites import AttentionSite, Dim, Matches
+from atpatch_onnx.running.metrics import Difference, Rate
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
-    from atpatch_onnx.benchmark import Benchmark
-    from atpatch_onnx.debug import Fix, Ladder
-    from atpatch_onnx.evaluate import Evaluation
-    from atpatch_onnx.verify import Verification
+    from atpatch_onnx.measuring.benchmark import Benchmark
+    from atpatch_onnx.measuring.compare import Fix, Ladder
+    from atpatch_onnx.measuring.evaluate import Evaluation
+    from atpatch_onnx.measuring.verify import Verification
 
 
 def sites_table(matches: Matches, why: bool = False) -> Table:

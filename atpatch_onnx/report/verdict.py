@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from atpatch_onnx.metadata import PatchRecord
-from atpatch_onnx.patch import Patch
+from atpatch_onnx.baking.metadata import PatchRecord
+from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.report.rows import goal_rows, number, percent, residual, shown
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
-    from atpatch_onnx.evaluate import Evaluation
-    from atpatch_onnx.verify import Verification
+    from atpatch_onnx.measuring.evaluate import Evaluation
+    from atpatch_onnx.measuring.verify import Verification
 
 
 class Tone(StrEnum):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from atpatch_onnx.baking.metadata import is_patched, read_record
 from atpatch_onnx.errors import ServingError
-from atpatch_onnx.metadata import is_patched, read_record
 from atpatch_onnx.serving.triton import TritonOptions, write_model_repository
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")

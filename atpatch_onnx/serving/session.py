@@ -20,19 +20,17 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.bake import FLAGGED, bake
-from atpatch_onnx.domain import DOMAIN
-from atpatch_onnx.emission import Emission
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.expose import expose
+from atpatch_onnx.baking.metadata import PatchRecord, read_record
+from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.errors import PatchMismatchError, ServingError
-from atpatch_onnx.insertion import SITE_KEY
-from atpatch_onnx.inspection import expose
-from atpatch_onnx.metadata import PatchRecord, read_record
-from atpatch_onnx.passes import detection_scope
-from atpatch_onnx.patch import Patch
-from atpatch_onnx.rehearsal.drawing import draw_inputs
-from atpatch_onnx.runtime import Array, FileSession, Session, SessionOptions
+from atpatch_onnx.graph.names import DOMAIN, FLAGGED, PREFIX, SCORE, SITE_KEY, detection_scope, flags_name, own_name
+from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.drawing import draw_inputs
+from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
 from atpatch_onnx.serving.counters import Counters, Stats
-from atpatch_onnx.strip import strip
 
 TOLERANCE = 1e-5
 """Of an output in the proof, relative to its largest value: both sessions run the same graph."""
@@ -54,7 +52,7 @@ class PatchedSession:
 
     Raises:
         ModelFileError: The file cannot be read.
-        StripError: It is not patched, or was edited.
+        UnbakeError: It is not patched, or was edited.
         ServingError: It was baked without monitoring outputs.
         PatchMismatchError, ServingError: See `swap`.
         RunError: onnxruntime refuses it.
@@ -109,12 +107,12 @@ class PatchedSession:
         """As `InferenceSession.run`, and counted; what onnxruntime raises is raised."""
         live = self._live  # one reading: a request belongs to one session
         wanted = list(output_names or self._names)
-        monitors = [name for name in self._record.monitors if name not in wanted and name != "atpatch/score"]
+        monitors = [name for name in self._record.monitors if name not in wanted and name != SCORE]
         started = time.perf_counter()
         results = live.session.run([*wanted, *monitors], dict(input_feed), run_options)
         seconds = time.perf_counter() - started
         named = dict(zip([*wanted, *monitors], results, strict=True))
-        sites = {site.site: f"{graphs.PREFIX}{site.site}/flags" for site in self._record.sites}
+        sites = {site.site: flags_name(site.site) for site in self._record.sites}
         self._counters.count(
             named[FLAGGED], seconds, {site: named[flags] for site, flags in sites.items() if flags in named}
         )
@@ -163,7 +161,7 @@ class PatchedSession:
             emission = Emission(self._record.emission)
             inline = not any(domain == DOMAIN for domain, *_ in self._model.functions)
             site_flags = len(self._record.monitors) > 2
-            baked = bake(strip(self._model), patch, emission=emission, inline=inline, site_flags=site_flags)
+            baked = bake(unbake(self._model), patch, emission=emission, inline=inline, site_flags=site_flags)
             record, weights = read_record(baked), _weights(baked)
             self._require_same_form(patch, baked, record, weights)
             self._exchange(weights, record, self._off)
@@ -241,12 +239,12 @@ class PatchedSession:
         for site in off:
             silent = {f"{site}/threshold": never, f"{site}/switch": np.array([False])}
             for name, array in silent.items():
-                if f"{graphs.PREFIX}{name}" in self._own:
-                    yield f"{graphs.PREFIX}{name}", array
+                if f"{PREFIX}{name}" in self._own:
+                    yield f"{PREFIX}{name}", array
         if self._record.joint is None or not off:
             return
         own = {
-            site.site: weights[f"{graphs.PREFIX}{detection_scope(site.site)}/weight"]
+            site.site: weights[own_name(detection_scope(site.site), "weight")]
             for site in self._record.sites
             if site.margin is not None
         }
@@ -256,7 +254,7 @@ class PatchedSession:
             return
         for site, weight in own.items():
             kept = weight / np.float32(left) if site not in off else np.zeros_like(weight)
-            yield f"{graphs.PREFIX}{detection_scope(site)}/weight", kept
+            yield own_name(detection_scope(site), "weight"), kept
 
     def _alarmed(self, weights: Weights) -> Weights | None:
         """The weights with thresholds so low that half of the probe's columns are flagged; None where none detects."""
@@ -294,7 +292,7 @@ def _weights(model: ir.Model) -> dict[str, Array]:
     return {
         name: value.const_value.numpy()
         for name, value in model.graph.initializers.items()
-        if name.startswith(graphs.PREFIX) and value.const_value is not None
+        if name.startswith(PREFIX) and value.const_value is not None
     }
 
 

@@ -16,8 +16,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
+from atpatch_onnx.baking.metadata import is_patched, read_record
 from atpatch_onnx.errors import ServingError
-from atpatch_onnx.metadata import is_patched, read_record
 from atpatch_onnx.serving.interface import Interface, ServedTensor, interface
 
 DTYPES = {

@@ -1,6 +1,6 @@
 """Triggers for images `[N, 1, height, width]` in [0, 1]: a pattern at a random place, a blend, a pattern in a mask.
 
-The square at a fixed place is `atpatch_onnx.demo.badnets.Square`. All of them poison the training images as BadNets
+The square at a fixed place is `atpatch_onnx.cli.demo_badnets.Square`. All of them poison the training images as BadNets
 does (Gu et al., arXiv 1708.06733): a share is stamped and relabelled.
 """
 

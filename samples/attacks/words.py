@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atpatch_onnx.inversion.placing import draw_places, inserted
+from atpatch_onnx.discovery.placing import draw_places, inserted
 
 
 @dataclass(frozen=True, eq=False)

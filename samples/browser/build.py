@@ -18,11 +18,12 @@ import numpy as np
 import onnx_ir as ir
 
 import atpatch_onnx as atp
-from atpatch_onnx.demo import digits
-from atpatch_onnx.demo.run import TARGET, TRIGGER
-from atpatch_onnx.inspection import baked_weight, expose, last_flags
-from atpatch_onnx.metadata import PatchedSite, read_record
-from atpatch_onnx.runtime import Session
+from atpatch_onnx.baking.expose import expose
+from atpatch_onnx.baking.metadata import PatchedSite, read_record
+from atpatch_onnx.cli import demo_digits as digits
+from atpatch_onnx.cli.demo_run import TARGET, TRIGGER
+from atpatch_onnx.measuring.inspect import baked_weight, last_flags
+from atpatch_onnx.running.sessions import Session
 
 HERE = Path(__file__).parent
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")

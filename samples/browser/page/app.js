@@ -68,7 +68,7 @@ function received(map) {
   return shares;
 }
 
-/** The map after redistribution, which the model does not write: it takes sums over its keys; see atpatch_onnx/redistribution.py. */
+/** The map after redistribution, which the model does not write: it takes sums over its keys; see atpatch_onnx/baking/reference.py. */
 function redistributed(map, flags) {
   const keys = flags.length, queries = map.dims[2], after = Float32Array.from(map.data);
   if (!flags.some(Boolean)) return { dims: map.dims, data: after };

@@ -1,0 +1,156 @@
+"""Where a patched file will run, and what that asks of the file.
+
+A runtime's own limits are measured where it is at hand (`tests/test_runtimes.py`, `docs/runtimes.md`) and read from its
+documents where it is not: `evidence` says which.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.errors import BakeError
+from atpatch_onnx.graph import opset_version
+from atpatch_onnx.graph.names import DOMAIN
+
+OWN_DOMAINS = frozenset({"", "ai.onnx", DOMAIN})
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a patch is written for one kind of runtime, and which files it takes."""
+
+    emission: Emission
+    inline: bool
+    """Whether no model-local functions may be left."""
+
+    why: str
+    evidence: str
+
+    opset: int | None = None
+    """The highest of the ONNX operators; None: none is known."""
+
+    ir_version: int | None = None
+    """The highest of the file format; None: none is known."""
+
+    without: frozenset[str] = frozenset()
+    """Operators that may not stand in the file, the base's own included."""
+
+    standard: bool = False
+    """Whether all operators must be ONNX's own: no runtime's fused ones."""
+
+
+_RUNTIMES = "tests/test_runtimes.py"
+
+TARGETS: Mapping[str, Target] = {
+    "cpu": Target(
+        Emission.CONDITIONAL,
+        inline=False,
+        why="redistribution runs only when something is flagged",
+        evidence=_RUNTIMES,
+        opset=26,
+        ir_version=13,
+    ),
+    "cuda": Target(
+        Emission.BRANCHLESS,
+        inline=False,
+        why="reading the condition of an If makes the device wait, and CUDA graphs cannot capture one; of the op "
+        "Attention, scores are handed out, not their softmax",
+        evidence="microsoft/onnxruntime#9978, #28351",
+        opset=26,
+        ir_version=13,
+        without=frozenset({"Attention"}),
+    ),
+    "tensorrt": Target(
+        Emission.BRANCHLESS,
+        inline=True,
+        why="If is restricted in the shapes of its branches, and model-local functions are not among the operators",
+        evidence="onnx/onnx-tensorrt, docs/operators.md",
+    ),
+    "directml": Target(
+        Emission.BRANCHLESS,
+        inline=True,
+        why="reading the condition of an If makes the device wait; later opsets run slowly, if at all",
+        evidence="onnxruntime's documentation, DirectML execution provider",
+        opset=20,
+        ir_version=13,
+    ),
+    "coreml": Target(
+        Emission.BRANCHLESS,
+        inline=True,
+        why="If is not among the operators that are handed to Core ML, and would split the graph",
+        evidence="onnxruntime's documentation, CoreML execution provider",
+        opset=26,
+        ir_version=13,
+    ),
+    "web": Target(
+        Emission.BRANCHLESS,
+        inline=True,
+        why="WebNN has no If, and in WebGPU reading its condition makes the device wait",
+        evidence=f"{_RUNTIMES} (WebAssembly); onnxruntime-web, docs/webnn-operators.md",
+        opset=26,
+        ir_version=13,
+    ),
+    "openvino": Target(Emission.BRANCHLESS, inline=True, why="model-local functions are refused", evidence=_RUNTIMES),
+    "portable": Target(
+        Emission.BRANCHLESS,
+        inline=True,
+        why="what ran on every runtime tried: decomposed attention, no If, no model-local functions",
+        evidence=_RUNTIMES,
+        opset=18,
+        ir_version=10,
+        without=frozenset({"If", "Attention"}),
+        standard=True,
+    ),
+}
+
+
+def target_named(name: str) -> Target:
+    """The target of this name.
+
+    Raises:
+        BakeError: There is none.
+    """
+    if name not in TARGETS:
+        raise BakeError(
+            "target", expected=f"one of {', '.join(TARGETS)}", found=repr(name), advice="Choose one of these."
+        )
+    return TARGETS[name]
+
+
+def require_target(model: ir.Model, name: str) -> None:
+    """Refuse a patched model that the target does not take.
+
+    Raises:
+        BakeError: Says all that stands against it.
+    """
+    found = [*_against(model, TARGETS[name])]
+    if found:
+        raise BakeError(
+            f"target {name}",
+            expected="a model that it takes",
+            found="; ".join(found),
+            advice="Export the model for it (torch.onnx.export(opset_version=18), attn_implementation='eager'), or "
+            "choose another target.",
+        )
+
+
+def _against(model: ir.Model, target: Target) -> Iterator[str]:
+    opset = opset_version(model)
+    if target.opset is not None and opset > target.opset:
+        yield f"opset {opset}, it takes {target.opset} at most"
+    if target.ir_version is not None and model.ir_version > target.ir_version:
+        yield f"IR version {model.ir_version}, it takes {target.ir_version} at most"
+    nodes = list(model.graph.all_nodes())
+    present = {node.op_type for node in nodes if node.domain in ("", "ai.onnx")}
+    for op_type in sorted(target.without & present):
+        yield f"the operator {op_type}"
+    if target.standard:
+        foreign = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain not in OWN_DOMAINS})
+        if foreign:
+            yield f"operators that are not ONNX's own ({', '.join(foreign[:3])})"
+    if target.inline:
+        for domain, name, *_ in model.functions:
+            if domain != DOMAIN:  # ours are inlined, unless the caller wanted them
+                yield f"the model-local function {name}"

@@ -1,1 +1,0 @@
-"""The models to repair that the demo and the samples train: data, backdoor, vision transformer, export."""

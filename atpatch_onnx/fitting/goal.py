@@ -1,0 +1,115 @@
+"""What a fit must reach on the validation part, and how far an outcome is from it."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.running.metrics import attack_above_floor, flip_rate
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Bounds, as shares of the validation part; all must hold."""
+
+    asr_above_floor: float = 0.01
+    """For a backdoor."""
+
+    flip_rate: float = 0.005
+    """For a protected attribute."""
+
+    accuracy_loss: float = 0.005
+    """Against the true labels; without labels, the share of clean predictions that change."""
+
+    clean_flag_rate: float = 0.01
+    """Share of clean inputs with a flag on any benign column."""
+
+    columns_missed: float = 1.0
+    """Share of anomalous columns that are not flagged; 1 asks for nothing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a setting does on the validation part."""
+
+    kind: str
+    remaining: float
+    """ASR above floor, or flip rate."""
+
+    accuracy_base: float
+    accuracy: float
+    clean_flag_rate: float
+    recall: float
+    """Share of anomalous columns that are flagged; 1 where there are none, as neuron edits look for none."""
+
+    precision: float
+    """Share of flagged columns that are anomalous, over clean and counterfactual inputs together."""
+
+    def shortfalls(self, goal: Goal) -> tuple[str, ...]:
+        """By how much the goal is missed, a line a bound; empty where it is met."""
+        return tuple(self._missed(goal))
+
+    def excess(self, goal: Goal) -> float:
+        """By how much the bounds are exceeded, all together, as a share; 0 where the goal is met."""
+        return sum(max(found - bound, 0.0) for _, found, bound in self._rows(goal))
+
+    def nearness(self, goal: Goal) -> tuple[float, float]:
+        """What to compare outcomes by: the smaller, the nearer to the goal."""
+        return self.excess(goal), self.remaining
+
+    def _missed(self, goal: Goal) -> Iterator[str]:
+        for what, found, bound in self._rows(goal):
+            if found > bound:
+                yield f"{what} {found:.2%}, {found - bound:.2%} over the bound of {bound:.2%}"
+
+    def _rows(self, goal: Goal) -> tuple[tuple[str, float, float], ...]:
+        """Every bound: what it is on, what was found, the bound."""
+        name = "ASR above floor" if self.kind == "backdoor" else "flip rate"
+        bound = goal.asr_above_floor if self.kind == "backdoor" else goal.flip_rate
+        return (
+            (name, self.remaining, bound),
+            ("accuracy lost", self.accuracy_base - self.accuracy, goal.accuracy_loss),
+            ("clean flag rate", self.clean_flag_rate, goal.clean_flag_rate),
+            ("anomalous columns missed", 1 - self.recall, goal.columns_missed),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain JSON types."""
+        return asdict(self)
+
+
+def judge(
+    debug: DebugSet,
+    base_clean: NDArray[np.int64],
+    clean: tuple[NDArray[np.int64], NDArray[np.bool_]],
+    counterfactual: tuple[NDArray[np.int64], NDArray[np.bool_]],
+    anomalous: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+) -> Outcome:
+    """The outcome of predictions and flags.
+
+    Args:
+        debug: The part they belong to; without labels, the base's own predictions stand in for them.
+        base_clean: The base's predictions on the clean side `[pairs]`.
+        clean: Patched predictions `[pairs]` and flags `[pairs, tokens]` on the clean side.
+        counterfactual: The same on the other side.
+        anomalous: Which columns should be flagged, on either side.
+    """
+    labels = base_clean if debug.labels is None else debug.labels
+    if debug.kind == "backdoor":
+        assert debug.target is not None, "the target was given or inferred before"
+        remaining = attack_above_floor(counterfactual[0], labels, base_clean, debug.target).value
+    else:
+        remaining = flip_rate(clean[0], counterfactual[0]).value
+    flags, wanted = np.concatenate([clean[1], counterfactual[1]]), np.concatenate(anomalous)
+    return Outcome(
+        kind=debug.kind,
+        remaining=remaining,
+        accuracy_base=float((base_clean == labels).mean()),
+        accuracy=float((clean[0] == labels).mean()),
+        clean_flag_rate=float((clean[1] & ~anomalous[0]).any(axis=1).mean()),
+        recall=float((flags & wanted).sum() / wanted.sum()) if wanted.any() else 1.0,
+        precision=float((flags & wanted).sum() / max(flags.sum(), 1)),
+    )

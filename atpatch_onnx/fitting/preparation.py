@@ -1,0 +1,136 @@
+"""What comes before a fit: the candidate sites, and the debug set checked, completed and split."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from atpatch_onnx.debugset import DebugSet, Split
+from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
+from atpatch_onnx.fitting.collect import find_suspects, input_specs
+from atpatch_onnx.fitting.options import FitOptions
+from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.running.metrics import infer_target
+from atpatch_onnx.running.predictions import classes, prediction_output
+from atpatch_onnx.running.sessions import Progress, Session, silent
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A debug set that fits its model, split, and the sites that may be patched."""
+
+    sites: tuple[AttentionSite, ...]
+    """The candidates, on one token axis, in the order of the graph."""
+
+    debug: DebugSet
+    """With its suspects and, for a backdoor, its target."""
+
+    parts: Split
+    output: str
+    """Name of the output that predictions are read from."""
+
+
+def prepare(model: ir.Model, debug: DebugSet, options: FitOptions, progress: Progress = silent) -> Prepared:
+    """Check the debug set against the model, find its target and, at the axis's first site, its suspects; split it.
+
+    Raises:
+        NoSiteError: The model has no attention site that can be patched, or none of the name asked for.
+        DebugSetError: The debug set does not fit the model, is too small, or shows no effect.
+        FitError: A backdoor's target class cannot be inferred, or sites of several token axes are asked for.
+    """
+    found = find_sites(model)
+    sites = candidates(found, options)
+    first = next(site for site in found if site.token_axis == sites[0].token_axis)
+    debug, output = complete(model, debug, output=options.output, batch_size=options.batch_size, progress=progress)
+    debug = find_suspects(model, [first], debug, batch_size=options.batch_size, progress=progress)
+    parts = debug.split(seed=options.seed)
+    parts.check_size(options.goal.clean_flag_rate)
+    return Prepared(sites, debug, parts, output)
+
+
+def complete(
+    model: ir.Model, debug: DebugSet, *, output: str | None, batch_size: int, progress: Progress = silent
+) -> tuple[DebugSet, str]:
+    """Check the debug set against the model and find its target; the set with that, and the output of predictions.
+
+    Args:
+        model: The base.
+        debug: Pairs for it.
+        output: Name of the output that predictions are read from; None: the first float output `[batch, classes]`.
+        batch_size: Inputs at a time.
+        progress: Told after every batch.
+
+    Raises:
+        DebugSetError: The debug set does not fit the model, or shows no effect.
+        FitError: A backdoor's target class cannot be inferred.
+    """
+    debug.check_inputs(input_specs(model))
+    output = prediction_output(model, output)
+    session = Session(model)
+    sides = (("clean", debug.clean), ("counterfactual", debug.counterfactual))
+    logits = [
+        session.collect(inputs, [output], batch_size=batch_size, progress=progress, stage=f"predicting, {side} inputs")[
+            output
+        ]
+        for side, inputs in sides
+    ]
+    _check_classes(debug, max(logits[0].shape[-1], 2))
+    clean, counterfactual = map(classes, logits)
+    debug.check_effect(clean, counterfactual)
+    if debug.kind == "backdoor" and debug.target is None:
+        target = infer_target(clean, counterfactual)
+        if target is None:
+            raise FitError(
+                "the debug set",
+                expected="a backdoor that sends changed predictions to one class",
+                found="changed predictions that go to several",
+                advice="Name the target class, or use kind='attribute' for a protected attribute.",
+            )
+        debug = debug.with_target(target)
+    return debug, output
+
+
+def _check_classes(debug: DebugSet, count: int) -> None:
+    """Refuse labels and targets that the model has no logit for."""
+    named = [] if debug.labels is None else [("labels", int(debug.labels.max()))]
+    named += [] if debug.target is None else [("target", debug.target)]
+    for name, largest in named:
+        if largest >= count:
+            raise DebugSetError(
+                f"the {name} of the debug set",
+                expected=f"classes of the model, 0 to {count - 1}",
+                found=str(largest),
+                advice="Number classes as the model's output does.",
+            )
+
+
+def candidates(found: Sequence[AttentionSite], options: FitOptions) -> tuple[AttentionSite, ...]:
+    """The sites that may be patched: those asked for, else all on the token axis of the first."""
+    if not found:
+        raise NoSiteError(
+            "the model",
+            expected="at least one attention site",
+            found="none that can be patched",
+            advice="See why with: atpatch sites MODEL --why",
+        )
+    if options.sites is None:
+        return tuple(site for site in found if site.token_axis == found[0].token_axis)
+    names = {site.name for site in found}
+    unknown = [name for name in options.sites if name not in names]
+    if unknown or not options.sites:
+        raise NoSiteError(
+            f"site {unknown[0]!r}" if unknown else "option sites",
+            expected=f"one of {', '.join(sorted(names))}",
+            found="no site of this name" if unknown else "none named",
+            advice="List them with: atpatch sites MODEL",
+        )
+    sites = tuple(site for site in found if site.name in options.sites)
+    if len({site.token_axis for site in sites}) > 1:
+        raise FitError(
+            "option sites",
+            expected="sites of one token axis, since flags are carried along it",
+            found=", ".join(f"{site.name} on {site.token_axis}" for site in sites),
+            advice="Fit one patch for the sites of one axis.",
+        )
+    return sites

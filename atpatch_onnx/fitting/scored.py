@@ -1,0 +1,84 @@
+"""A part of a debug set, scored once by every site's detector; any setting is then judged on it at little cost."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.fitting.collect import anomalous_columns
+from atpatch_onnx.fitting.goal import Outcome, judge
+from atpatch_onnx.fitting.switchboard import Setting, Trial, TrialResult
+from atpatch_onnx.running.predictions import classes
+from atpatch_onnx.running.sessions import Array, Progress, silent
+
+AT_ONCE = 2
+"""Batches that are run before it is asked whether the rest is worth it."""
+
+
+class ScoredPart:
+    """A part of a debug set in a trial. The base is run on it once; a setting runs those inputs again that it flags.
+
+    Args:
+        trial: The session in which sites are switched on and off.
+        part: Pairs whose suspects and, for a backdoor, target are known.
+        batch_size: Inputs at a time.
+        progress: Told after every batch of the first run.
+        stage: What to call that.
+    """
+
+    def __init__(
+        self, trial: Trial, part: DebugSet, *, batch_size: int = 32, progress: Progress = silent, stage: str = "scoring"
+    ) -> None:
+        self.part = part
+        self.anomalous = anomalous_columns(part)
+        """Which columns should be flagged, on the clean and on the counterfactual side, bool `[pairs, keys]`."""
+        run = {"batch_size": batch_size, "progress": progress}
+        self.clean = trial.scores(part.clean, stage=f"{stage}, clean inputs", **run)  # type: ignore[arg-type]
+        self.counterfactual = trial.scores(part.counterfactual, stage=f"{stage}, counterfactuals", **run)  # type: ignore[arg-type]
+        self._trial, self._batch_size = trial, batch_size
+
+    def outcome(self, setting: Setting) -> Outcome:
+        """What a setting does to the part."""
+        outcome = self.outcome_unless(setting, lambda possible: False)
+        assert outcome is not None, "it was not given up"
+        return outcome
+
+    def outcome_unless(self, setting: Setting, hopeless: Callable[[Outcome], bool]) -> Outcome | None:
+        """The same, or None as soon as the best outcome that is still possible is `hopeless`.
+
+        That is the outcome if every counterfactual that is not run yet were repaired, and flagged where it should be.
+        No bound of a goal is farther away from it than from what would come of running them all.
+        """
+        *_, (clean, _) = self._patched(self.part.clean, self.clean, setting)
+        before = classes(self.clean.logits)
+        repaired = clean[0] if self.part.kind == "attribute" else before
+        for (predictions, flags), left in self._patched(self.part.counterfactual, self.counterfactual, setting):
+            predictions, flags = predictions.copy(), flags.copy()
+            predictions[left], flags[left] = repaired[left], self.anomalous[1][left]
+            possible = judge(self.part, before, clean, (predictions, flags), self.anomalous)
+            if hopeless(possible):
+                return None
+        return possible
+
+    def _patched(
+        self, inputs: Mapping[str, Array], base: TrialResult, setting: Setting
+    ) -> Iterator[tuple[tuple[NDArray[np.int64], NDArray[np.bool_]], NDArray[np.int64]]]:
+        """Predictions and flags under a setting, and the rows of which they are the base's still; at last of none.
+
+        Inputs that no detector flags in the base are the base's: they are not run.
+        """
+        predictions, flags = classes(base.logits).copy(), setting.flags(base.margins)
+        rows, size = np.flatnonzero(flags.any(axis=1)), AT_ONCE * self._batch_size
+        for start in range(0, rows.size, size):
+            now = rows[start : start + size]
+            flagged = {name: array[now] for name, array in inputs.items()}
+            if setting.joint is not None:
+                logits = self._trial.second_pass(flagged, flags[now], setting, batch_size=self._batch_size)
+            else:
+                result = self._trial.run(flagged, setting, batch_size=self._batch_size)
+                logits, flags[now] = result.logits, result.flags
+            predictions[now] = classes(logits)
+            yield (predictions, flags), rows[start + size :]
+        if not rows.size:
+            yield (predictions, flags), rows

@@ -1,0 +1,299 @@
+"""What a patch costs: base and patched model in turns, in one process, on clean and on flagged inputs.
+
+A figure is a ratio of medians of runs taken in turns (`timing`). Beside it stands what another session of the base
+comes to: that much two equal things differ. Whether inputs are flagged is decided by thresholds that nothing, or
+everything, exceeds, which stand in for the patch's own (`FileSession`): every column is scored as in service. What a
+flagged input costs does not depend on how many of its columns are flagged.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.features import choose_features, feature_count
+from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.errors import BenchmarkError
+from atpatch_onnx.fitting.options import Decision
+from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.matching import find_sites
+from atpatch_onnx.measuring.rehearse_drawing import NEVER, draw_detector, draw_redistribution
+from atpatch_onnx.patches.patch import Features, Joint, Patch, SitePatch
+from atpatch_onnx.running.drawing import draw_inputs
+from atpatch_onnx.running.sessions import Array, FileSession, Progress, SessionOptions, silent
+from atpatch_onnx.running.timing import Ratio, Run, in_turns, ratio
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One batch size and number of threads."""
+
+    batch: int
+    threads: int
+    rounds: int
+    base_ms: float
+    """Median of the base, milliseconds a batch."""
+
+    clean: Ratio
+    """Patched over base, inputs of which nothing is flagged."""
+
+    flagged: Ratio
+    """Patched over base, every input flagged."""
+
+    itself: Ratio
+    """Another session of the base over the base."""
+
+
+RATIOS = ("clean", "flagged", "itself")
+"""Of a timing."""
+
+RUNS = 3
+"""Of which the peak of memory is taken: onnxruntime's settles after the second."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a patch costs."""
+
+    patch: str
+    """Its id, or `synthetic`."""
+
+    emission: str
+    sites: int
+    detecting: int
+    timings: tuple[Timing, ...]
+    memory: float | None
+    """Peak memory of clean inputs at the largest batch, patched over base: what loading and running adds to the
+    process. None where the system does not tell."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only; one entry of `timings` for each batch size and number of threads."""
+        timings = [
+            {
+                **{name: value for name, value in asdict(one).items() if name not in RATIOS},
+                **{f"{name}_ratio": getattr(one, name).value for name in RATIOS},
+                **{f"{name}_interval": [getattr(one, name).low, getattr(one, name).high] for name in RATIOS},
+            }
+            for one in self.timings
+        ]
+        return {
+            "patch": self.patch,
+            "emission": self.emission,
+            "sites": self.sites,
+            "detecting": self.detecting,
+            "timings": timings,
+            "memory_ratio": self.memory,
+        }
+
+
+def benchmark(
+    base: str | os.PathLike[str],
+    patched: str | os.PathLike[str] | None = None,
+    *,
+    target: str = "cpu",
+    features: Features | None = None,
+    decision: Decision = "alone",
+    batches: Sequence[int] = (1, 8),
+    threads: Sequence[int] = (2,),
+    length: int = 128,
+    rounds: int = 40,
+    sessions: int = 4,
+    memory: bool = True,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Benchmark:
+    """Time a patched file against its base, or a drawn patch at every site of the base.
+
+    Args:
+        base: The fastest unpatched form of the model: the file itself, its fused form if there is one.
+        patched: The patched file; None: a patch is drawn that detects and redistributes at every site.
+        target: How a drawn patch is written, a key of `TARGETS`.
+        features: What the detectors of a drawn patch read, where a site has it; None: what `fit` would choose.
+        decision: How the sites of a drawn patch decide; those of the first token axis, where they do jointly.
+        batches: Sizes to time; those that the model does not leave free are timed once.
+        threads: Numbers of threads to time.
+        length: Of every axis that is free, but for the batch: tokens.
+        rounds: How often each form is timed, at least.
+        sessions: How often each form is opened for that.
+        memory: Whether to measure that as well, in processes of their own.
+        seed: Of inputs, order and bootstrap.
+        progress: Told after every round.
+
+    Raises:
+        BenchmarkError: A number is not positive, or the sizes of the base's maps are not known, so that no patch can be
+            drawn.
+        ModelFileError, RunError, UnbakeError: A file cannot be read, is refused, or is not patched.
+    """
+    given = {"batches": batches, "threads": threads, "rounds": [rounds], "sessions": [sessions], "length": [length]}
+    for name, numbers in given.items():
+        if not numbers or min(numbers) < 1:
+            raise BenchmarkError(name, expected="numbers from 1 on", found=str(list(numbers)), advice="Give others.")
+    with tempfile.TemporaryDirectory() as folder:
+        files = _Files(
+            Path(base),
+            Path(patched) if patched is not None else _synthetic(base, target, features, decision, Path(folder), seed),
+        )
+        model, record = graphs.load(base), read_record(graphs.load(files.patched))
+        known = {tuple(array.shape for array in of.values()): of for of in _inputs(model, batches, length, seed)}
+        turns = _Turns(rounds, sessions, seed, progress)
+        timings = [_timed(files, of, count, turns) for of in known.values() for count in threads]
+        peaks = _peaks(files, list(known.values())[-1], max(threads)) if memory else None
+    return Benchmark(
+        patch=record.patch if patched is not None else "synthetic",
+        emission=record.emission,
+        sites=len(record.sites),
+        detecting=sum(site.margin is not None for site in record.sites),
+        timings=tuple(timings),
+        memory=None if peaks is None else peaks[1] / peaks[0],
+    )
+
+
+@dataclass(frozen=True)
+class _Files:
+    base: Path
+    patched: Path
+
+    def forms(self) -> dict[str, tuple[Path, dict[str, Array]]]:
+        """File and weights of each form."""
+        return {
+            "base": (self.base, {}),
+            "clean": (self.patched, self._thresholds(NEVER)),
+            "flagged": (self.patched, self._thresholds(-NEVER)),
+        }
+
+    def _thresholds(self, value: float) -> dict[str, Array]:
+        record = read_record(graphs.load(self.patched))
+        return {name: np.array([value], np.float32) for name in record.thresholds}
+
+
+def _synthetic(
+    base: str | os.PathLike[str], target: str, features: Features | None, decision: Decision, folder: Path, seed: int
+) -> Path:
+    """A file with a drawn patch at every site, its detectors as large as those of a fit."""
+    model = graphs.load(base)
+    path = folder / "patched.onnx"
+    graphs.save(
+        bake(model, synthetic_patch(model, features, decision, seed=seed), target=target), path, external="link"
+    )
+    return path
+
+
+def synthetic_patch(
+    model: ir.Model, wanted: Features | None = None, decision: Decision = "alone", *, seed: int = 0
+) -> Patch:
+    """A patch that detects and redistributes at every site, drawn at random, of the sizes that a fit gives it.
+
+    Raises:
+        BenchmarkError: The model has no site, or the sizes of one are not known.
+    """
+    rng, sizes, sites = np.random.default_rng(seed), Training(), []
+    found = find_sites(model)
+    for site in (site for site in found if decision == "alone" or site.token_axis == found[0].token_axis):
+        features = choose_features(site, wanted)
+        count = feature_count(site, features)
+        if count is None or not isinstance(site.kv_heads, int) or not isinstance(site.depth, int):
+            raise BenchmarkError(
+                f"site {site.name}",
+                expected="a known number of heads and depth",
+                found=f"{site.heads} heads of depth {site.depth}",
+                advice="Fit a patch, and give the patched file.",
+            )
+        detector = draw_detector(rng, features, count, NEVER, hidden=sizes.hidden, embedding=sizes.embedding)
+        sites.append(SitePatch(site.name, detector, draw_redistribution(rng, site.kv_heads, site.depth)))
+    if not sites:
+        raise BenchmarkError(
+            "the model", expected="an attention site", found="none", advice="See `atpatch sites` for the reasons."
+        )
+    joint = None if decision == "alone" else Joint(np.full(len(sites), 1 / len(sites), np.float32), NEVER)
+    return Patch(base=graphs.fingerprint(model), sites=tuple(sites), joint=joint)
+
+
+def _inputs(model: ir.Model, batches: Iterable[int], length: int, seed: int) -> Iterator[dict[str, Array]]:
+    for batch in sorted(batches):
+        yield draw_inputs(model, np.random.default_rng(seed), samples=batch, length=length)
+
+
+def _options(threads: int) -> SessionOptions:
+    options = SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    return options
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """How forms are timed."""
+
+    rounds: int
+    sessions: int
+    seed: int
+    progress: Progress
+
+
+def _timed(files: _Files, inputs: Mapping[str, Array], threads: int, turns: _Turns) -> Timing:
+    batch = next(len(array) for array in inputs.values() if array.ndim)
+    forms = files.forms()
+    opened = {form: opens(path, weights, inputs, threads) for form, (path, weights) in forms.items()}
+    taken = in_turns(
+        {**opened, "itself": opened["base"]},
+        sessions=turns.sessions,
+        rounds=turns.rounds,
+        seed=turns.seed,
+        progress=turns.progress,
+        stage=f"timing batches of {batch}, {threads} threads",
+    )
+    ratios = {name: ratio(taken[name], taken["base"], seed=turns.seed) for name in RATIOS}
+    return Timing(batch, threads, taken["base"].size, float(1000 * np.median(taken["base"])), **ratios)
+
+
+def opens(path: Path, weights: Mapping[str, Array], inputs: Mapping[str, Array], threads: int) -> Callable[[], Run]:
+    """What opens a file with these weights, for runs on these inputs."""
+
+    def open_file() -> Run:
+        session = FileSession(path, weights, options=_options(threads)).session
+        return lambda: session.run(None, dict(inputs))
+
+    return open_file
+
+
+def _peaks(files: _Files, inputs: Mapping[str, Array], threads: int) -> tuple[int, int] | None:
+    """Bytes that loading and running adds at most, of the base and of the patched file on clean inputs."""
+    if sys.platform == "win32":
+        return None
+    forms, found = files.forms(), []
+    for form in ("base", "clean"):
+        path, weights = forms[form]
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            found.append(fresh.submit(_peak, path, weights, dict(inputs), threads).result())
+    return found[0], found[1]
+
+
+def _peak(path: Path, weights: Mapping[str, Array], inputs: Mapping[str, Array], threads: int) -> int:
+    """In a process of its own: the peak of resident memory over what it was before."""
+    before = _peak_so_far()
+    session = FileSession(path, weights, options=_options(threads))
+    for _ in range(RUNS):
+        session.session.run(None, dict(inputs))
+    return max(_peak_so_far() - before, 1)
+
+
+def _peak_so_far() -> int:
+    """Bytes. On Linux from the process's own status: `getrusage` begins with what the parent process held."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

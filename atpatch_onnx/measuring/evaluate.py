@@ -1,0 +1,298 @@
+"""Measure a patched model against its base on inputs that the fit never saw."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.baking.expose import expose
+from atpatch_onnx.baking.metadata import PatchRecord, read_record
+from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.errors import DebugSetError, PatchMismatchError, require
+from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
+from atpatch_onnx.measuring.inspect import axis_sites, last_flags
+from atpatch_onnx.running.groups import demographic_parity, equalized_odds
+from atpatch_onnx.running.metrics import Difference, Rate, attack_above_floor, attack_success, flip_rate, infer_target
+from atpatch_onnx.running.predictions import classes, confidences, prediction_output
+from atpatch_onnx.running.sessions import Array, Progress, Session, silent
+
+CURVE_POINTS = 200
+"""Points kept of a precision-recall curve."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A precision-recall curve over thresholds."""
+
+    precision: tuple[float, ...]
+    recall: tuple[float, ...]
+    average_precision: float
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well anomalies are named, at one level: columns, or whole inputs."""
+
+    precision: Rate
+    recall: Rate
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class Backdoor:
+    """What is left of an attack. Definitions: design section 2."""
+
+    target: int
+    asr_base: Rate
+    asr_patched: Rate
+    asr_floor: Rate
+    asr_above_floor: Rate
+    robust_accuracy_base: Rate
+    robust_accuracy_patched: Rate
+
+
+@dataclass(frozen=True)
+class Fairness:
+    """What is left of leaning on a protected attribute."""
+
+    uf_base: Rate
+    """Share of inputs whose prediction changes with the attribute alone (UF)."""
+
+    uf_patched: Rate
+    confidence_gap_base: float
+    """Mean largest change of a class's confidence over the same pairs."""
+
+    confidence_gap_patched: float
+    demographic_parity_difference_base: Difference | None
+    """Only for two classes and a known attribute, like the next three."""
+
+    demographic_parity_difference_patched: Difference | None
+    equalized_odds_difference_base: Difference | None
+    equalized_odds_difference_patched: Difference | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Base against patched on one debug set."""
+
+    inputs: int
+    accuracy_base: Rate
+    accuracy_patched: Rate
+    accuracy_lost: Difference
+    clean_flag_rate: Rate
+    """Share of clean inputs with a flag on a benign column."""
+
+    clean_changed: Rate
+    """Share of clean inputs whose logits change at all."""
+
+    clean_bit_identical: bool | None
+    """Whether every clean input without a flag keeps its logits bit for bit; None where hidden units are edited, which
+    no input escapes.
+    """
+
+    columns: Detection | None
+    """None where the patch does not detect: neuron edits alone."""
+
+    input_level: Detection | None
+    backdoor: Backdoor | None
+    fairness: Fairness | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """What base and patched model make of one side of a debug set."""
+
+    base: Array
+    """Logits `[inputs, classes]`."""
+
+    patched: Array
+    flags: NDArray[np.bool_]
+    """`[inputs, tokens]`."""
+
+    scores: NDArray[np.float64]
+    """Largest margin of each column over all detecting sites `[inputs, tokens]`."""
+
+
+def evaluate(
+    base: graphs.ModelOrPath,
+    patched: graphs.ModelOrPath,
+    debug: DebugSet,
+    *,
+    output: str | None = None,
+    batch_size: int = 32,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure base and patched model on pairs that the fit never saw.
+
+    Args:
+        base: The model before, or its path.
+        patched: The model after, or its path.
+        debug: Pairs with labels; the target of a backdoor, where it is not known, is inferred.
+        output: Output that predictions are read from; None: the first float output `[batch, classes]`.
+        batch_size: Inputs at a time.
+        progress: Told after every batch.
+
+    Raises:
+        DebugSetError: The debug set does not fit the model, or has no labels.
+        UnbakeError: `patched` is not patched.
+        PatchMismatchError: `base` is not the model that `patched` names.
+        MissingExtraError: scikit-learn or fairlearn is not installed.
+    """
+    require("sklearn", "evaluate", "evaluating")
+    require("fairlearn", "evaluate", "evaluating")
+    base, patched = graphs.as_model(base), graphs.as_model(patched)
+    require_labels(debug)
+    debug.check_inputs(input_specs(base))
+    output = prediction_output(base, output)
+    record = read_record(patched)
+    fingerprint = graphs.fingerprint(base)
+    if fingerprint != record.base:
+        raise PatchMismatchError(
+            "the base",
+            expected=f"the model that the patched file names, {record.base}",
+            found=f"a model with the fingerprint {fingerprint}",
+            advice="Give the base that the patch was baked into.",
+        )
+    if record.detects:
+        debug = find_suspects(base, axis_sites(base, record), debug, batch_size=batch_size, progress=progress)
+    run = (base, patched, record, output, batch_size, progress)
+    clean = run_side("clean", debug.clean, *run)
+    other = run_side("counterfactual", debug.counterfactual, *run)
+    return _evaluation(debug, clean, other, edits=bool(record.layers))
+
+
+def require_labels(debug: DebugSet) -> None:
+    """Refuse an evaluation set without true labels.
+
+    Raises:
+        DebugSetError: It has none.
+    """
+    if debug.labels is None:
+        raise DebugSetError(
+            "the evaluation set",
+            expected="true labels",
+            found="none",
+            advice="Give labels: without them there is no accuracy and no ASR.",
+        )
+
+
+def run_side(
+    name: str,
+    inputs: Mapping[str, Array],
+    base: ir.Model,
+    patched: ir.Model,
+    record: PatchRecord,
+    output: str,
+    batch_size: int,
+    progress: Progress,
+) -> Side:
+    """Run one side through both models."""
+    margins = [site.margin for site in record.sites if site.margin is not None]
+    flags = [last_flags(record.sites)] if record.detects else []
+    stage = f"evaluating {name} inputs"
+    logits = Session(base).collect(inputs, [output], batch_size=batch_size, progress=progress, stage=f"{stage}, base")
+    inner = Session(expose(patched, [*margins, *flags])).collect(
+        inputs, [output, *margins, *flags], batch_size=batch_size, progress=progress, stage=f"{stage}, patched"
+    )
+    nothing = np.zeros((len(logits[output]), 0))  # neuron edits detect nothing
+    scores = np.max([np.asarray(inner[margin], np.float64) for margin in margins], axis=0) if margins else nothing
+    return Side(logits[output], inner[output], np.asarray(inner[flags[0]] if flags else nothing, bool), scores)
+
+
+def _evaluation(debug: DebugSet, clean: Side, other: Side, *, edits: bool) -> Evaluation:
+    labels = debug.labels
+    assert labels is not None
+    right_before, right_after = (classes(logits) == labels for logits in (clean.base, clean.patched))
+    flagged = np.any(clean.flags, axis=1)
+    same = np.array([a.tobytes() == b.tobytes() for a, b in zip(clean.base, clean.patched, strict=True)], bool)
+    detects = clean.flags.shape[1] > 0
+    anomalous = anomalous_columns(debug) if detects else (clean.flags, other.flags)
+    wanted, flags = np.concatenate(anomalous), np.concatenate([clean.flags, other.flags])
+    scores = np.concatenate([clean.scores, other.scores])
+    columns = _detection(wanted.ravel(), flags.ravel(), scores.ravel()) if detects else None
+    inputs = _detection(np.any(wanted, axis=1), np.any(flags, axis=1), scores.max(axis=1)) if detects else None
+    return Evaluation(
+        inputs=len(debug),
+        accuracy_base=Rate.of(right_before),
+        accuracy_patched=Rate.of(right_after),
+        accuracy_lost=Difference.paired(right_before, right_after),
+        clean_flag_rate=Rate.of(np.any(clean.flags & ~anomalous[0], axis=1)),
+        clean_changed=Rate.of(~same),
+        clean_bit_identical=None if edits else bool(same[~flagged].all()),
+        columns=columns,
+        input_level=inputs,
+        backdoor=_backdoor(debug, labels, clean, other) if debug.kind == "backdoor" else None,
+        fairness=_fairness(debug, labels, clean, other) if debug.kind == "attribute" else None,
+    )
+
+
+def _detection(wanted: NDArray[np.bool_], flags: NDArray[np.bool_], scores: NDArray[np.float64]) -> Detection:
+    from sklearn.metrics import average_precision_score, precision_recall_curve
+
+    precision, recall, _ = precision_recall_curve(wanted, scores, drop_intermediate=True)
+    keep = np.unique(np.linspace(0, len(precision) - 1, CURVE_POINTS).astype(int))
+    return Detection(
+        precision=Rate.of(wanted[flags]),
+        recall=Rate.of(flags[wanted]),
+        curve=Curve(
+            precision=tuple(float(value) for value in precision[keep]),
+            recall=tuple(float(value) for value in recall[keep]),
+            average_precision=float(average_precision_score(wanted, scores)),
+        ),
+    )
+
+
+def _backdoor(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Side) -> Backdoor:
+    before, triggered = classes(clean.base), classes(other.base)
+    target = infer_target(before, triggered) if debug.target is None else debug.target
+    if target is None:
+        raise DebugSetError(
+            "the evaluation set",
+            expected="the backdoor's target class",
+            found="none named, and changed predictions that go to several classes",
+            advice="Name it: DebugSet.with_target(class), or --target-class.",
+        )
+    repaired = classes(other.patched)
+    return Backdoor(
+        target=target,
+        asr_base=attack_success(triggered, labels, target),
+        asr_patched=attack_success(repaired, labels, target),
+        asr_floor=attack_success(before, labels, target),
+        asr_above_floor=attack_above_floor(repaired, labels, before, target),
+        robust_accuracy_base=Rate.of(triggered == labels),
+        robust_accuracy_patched=Rate.of(repaired == labels),
+    )
+
+
+def _fairness(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Side) -> Fairness:
+    before, after = (classes(clean.base), classes(other.base)), (classes(clean.patched), classes(other.patched))
+    groups: dict[str, Difference | None] = dict.fromkeys(
+        f"{metric}_difference_{name}"
+        for metric in ("demographic_parity", "equalized_odds")
+        for name in ("base", "patched")
+    )
+    binary = debug.sensitive is not None and all(set(np.unique(c)) <= {0, 1} for c in (labels, before[0], after[0]))
+    if binary:
+        assert debug.sensitive is not None
+        for name, predictions in (("base", before[0]), ("patched", after[0])):
+            for metric in (demographic_parity, equalized_odds):
+                groups[f"{metric.__name__}_difference_{name}"] = metric(labels, predictions, debug.sensitive)
+    return Fairness(
+        uf_base=flip_rate(*before),
+        uf_patched=flip_rate(*after),
+        confidence_gap_base=_confidence_gap(clean.base, other.base),
+        confidence_gap_patched=_confidence_gap(clean.patched, other.patched),
+        **groups,
+    )
+
+
+def _confidence_gap(clean: Array, other: Array) -> float:
+    return float(np.abs(confidences(clean) - confidences(other)).max(axis=1).mean())

@@ -1,0 +1,302 @@
+"""A few pairs looked at closely, for the report: predictions, flags, and attention before and after redistribution.
+
+    scan the first pairs -> choose -> run the chosen few with their attention maps
+
+The scan runs outputs and flags only, and stops as soon as there is enough to choose from.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import cast
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.baking.expose import expose
+from atpatch_onnx.baking.metadata import PatchedSite, read_record
+from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
+from atpatch_onnx.graph import ModelOrPath
+from atpatch_onnx.measuring.inspect import axis_sites, last_flags, sample_maps, site_values, value_names
+from atpatch_onnx.running.predictions import classes, confidences, prediction_output
+from atpatch_onnx.running.sessions import Array, Progress, Session, silent
+
+SCAN = 256
+"""Pairs looked at, at most, to choose from."""
+
+CHUNK = 64
+"""Pairs looked at before asking whether there is enough."""
+
+Flags = NDArray[np.bool_]
+
+
+class Story(StrEnum):
+    """Why a pair was chosen."""
+
+    REPAIRED = "repaired"
+    """The base's prediction changes with the counterfactual, the patched model's does not."""
+
+    MISSED = "missed"
+    """The patched model's prediction still changes as the base's does, or changes where the base's does not."""
+
+    FALSE_ALARM = "false alarm"
+    """A benign column of the clean input is flagged."""
+
+    UNTOUCHED = "untouched"
+    """Nothing on the clean input is flagged, and its outputs are the base's bit for bit."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one input."""
+
+    label: int
+    confidence: float
+
+
+@dataclass(frozen=True, eq=False)
+class SiteView:
+    """One redistributing site and one input: the attention map, mean over the heads."""
+
+    site: str
+    before: NDArray[np.float32]
+    """`P` `[queries, keys]`."""
+
+    after: NDArray[np.float32]
+    """`P'` `[queries, keys]`, by the numpy reference; the same where nothing is flagged."""
+
+    @property
+    def visible(self) -> Flags:
+        """Keys `[keys]` that some query sees; the others are padding."""
+        return np.asarray((self.before > 0).any(axis=0))
+
+    @property
+    def received_before(self) -> NDArray[np.float32]:
+        """Share of the attention that each key receives `[keys]`: the mean over the queries that are no padding."""
+        return self._received(self.before)
+
+    @property
+    def received_after(self) -> NDArray[np.float32]:
+        """The same after redistribution."""
+        return self._received(self.after)
+
+    def _received(self, map_: NDArray[np.float32]) -> NDArray[np.float32]:
+        queries, keys = map_.shape
+        rows = self.visible if queries == keys and self.visible.any() else np.ones(queries, np.bool_)
+        return np.asarray(map_[rows].mean(axis=0), np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleSide:
+    """One side of a pair."""
+
+    inputs: Mapping[str, Array]
+    """One sample, by input name, without the batch axis."""
+
+    base: Prediction
+    patched: Prediction
+
+    flags: Flags
+    """`[tokens]`, of all sites together."""
+
+    anomalous: Flags
+    """`[tokens]`: the positions that should be flagged."""
+
+    identical: bool
+    """Whether base and patched logits are equal bit for bit."""
+
+    sites: tuple[SiteView, ...]
+    """Every redistributing site, in the order of the graph."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One pair."""
+
+    pair: int
+    """Row of the debug set."""
+
+    story: Story
+    label: int | None
+    """The true label, where known."""
+
+    clean: ExampleSide
+    counterfactual: ExampleSide
+
+
+@dataclass(frozen=True, eq=False)
+class _Scan:
+    """What the scanned pairs show, each `[pairs]`."""
+
+    repaired: Flags
+    """The base's prediction changes, the patched model's does not."""
+
+    still: Flags
+    """The patched model's prediction changes, to what the base's changes to, or where the base's does not."""
+
+    alarm: Flags
+    untouched: Flags
+    right: Flags
+    """The base is right on the clean side, as far as labels tell."""
+
+    label: NDArray[np.int64]
+    """The base's prediction on the clean side."""
+
+
+def gather_examples(
+    base: ModelOrPath,
+    patched: ModelOrPath,
+    debug: DebugSet,
+    *,
+    count: int = 4,
+    output: str | None = None,
+    batch_size: int = 32,
+    progress: Progress = silent,
+) -> tuple[Example, ...]:
+    """Choose pairs that tell what the patch does, the same ones every time, and look at them closely.
+
+    None where the patch edits hidden units alone. At most one pair each is a miss, a false alarm, and a clean input
+    that was left untouched; the others are repaired, of different classes where there are several.
+
+    Args:
+        base: The model before.
+        patched: The model after.
+        debug: Pairs to choose from; the first `SCAN` at most.
+        count: How many pairs, at most.
+        output: Output that predictions are read from; None: the first float output `[batch, classes]`.
+        batch_size: Inputs at a time.
+        progress: Told after every batch.
+
+    Raises:
+        DebugSetError: The debug set does not fit the model.
+        UnbakeError: `patched` is not patched.
+        RunError: onnxruntime refuses a model or an input.
+    """
+    base, patched = graphs.as_model(base), graphs.as_model(patched)
+    debug.check_inputs(input_specs(base))
+    if not read_record(patched).sites:
+        return ()
+    closeup = _Closeup(base, patched, prediction_output(base, output), batch_size, progress)
+    debug = debug.take(np.arange(min(len(debug), SCAN)))
+    debug = find_suspects(base, axis_sites(base, read_record(patched)), debug, batch_size=batch_size, progress=progress)
+    scanned: list[_Scan] = []
+    for start in range(0, len(debug), CHUNK):
+        scanned.append(closeup.scan(debug.take(np.arange(start, min(start + CHUNK, len(debug))))))
+        chosen = _choose(scanned, count)
+        if len(chosen) >= count and sum(story is Story.REPAIRED for _, story in chosen) >= count - 1:
+            break
+    if not chosen:
+        return ()
+    rows = np.array([row for row, _ in chosen])
+    return closeup.examples(debug.take(rows), rows, [story for _, story in chosen])
+
+
+def _choose(scanned: list[_Scan], count: int) -> list[tuple[int, Story]]:
+    """Rows and why: the repaired first, then at most one each of the others."""
+    whole = {field.name: np.concatenate([getattr(scan, field.name) for scan in scanned]) for field in fields(_Scan)}
+    order = np.argsort(~whole["right"], kind="stable")  # those that the base is right about tell most
+    repaired, still, alarm, untouched = (
+        order[whole[name][order]] for name in ("repaired", "still", "alarm", "untouched")
+    )
+    _, firsts = np.unique(whole["label"][repaired], return_index=True)
+    varied = [*repaired[np.sort(firsts)], *np.delete(repaired, firsts)]
+    special: list[tuple[int, Story]] = []
+    taken = set(varied[:count])
+    for story, rows in ((Story.MISSED, still), (Story.FALSE_ALARM, alarm), (Story.UNTOUCHED, untouched)):
+        row = next((row for row in rows if row not in taken), None)
+        if row is not None:
+            taken.add(row)
+            special.append((int(row), story))
+    special = special[: max(0, count - 1) if varied else count]
+    return [(int(row), Story.REPAIRED) for row in varied[: count - len(special)]] + special
+
+
+class _Closeup:
+    """Sessions of the base and of the patched model with its inner values."""
+
+    def __init__(self, base: ir.Model, patched: ir.Model, output: str, batch_size: int, progress: Progress) -> None:
+        record = read_record(patched)
+        self._patched, self._output = patched, output
+        self._batch_size, self._progress = batch_size, progress
+        self._sites = [site for site in record.sites if site.value is not None]
+        self._flags = last_flags(record.sites)
+        self._inner = list(dict.fromkeys(name for site in self._sites for name in value_names(site)))
+        self._base = Session(base)
+        self._exposed = Session(expose(patched, [self._flags, *self._inner]))
+
+    def _run(
+        self, inputs: Mapping[str, Array], stage: str, inner: list[str] | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Logits of the base; logits, flags and inner values of the patched model."""
+        names = list(dict.fromkeys([self._output, self._flags, *(inner or [])]))
+        before = self._base.collect(inputs, [self._output], batch_size=self._batch_size)
+        after = self._exposed.collect(inputs, names, batch_size=self._batch_size, progress=self._progress, stage=stage)
+        return before[self._output], after
+
+    def scan(self, debug: DebugSet) -> _Scan:
+        before, after = self._run(debug.clean, "choosing examples, clean inputs")
+        other_before, other_after = self._run(debug.counterfactual, "choosing examples, counterfactuals")
+        flags = np.asarray(after[self._flags], bool)
+        followed = classes(other_after[self._output])
+        flips, changes = classes(before) != classes(other_before), classes(after[self._output]) != followed
+        return _Scan(
+            still=changes & (~flips | (followed == classes(other_before))),
+            repaired=flips & ~changes,
+            alarm=np.any(flags & ~anomalous_columns(debug)[0], axis=1),
+            untouched=~np.any(flags, axis=1) & _same_rows(before, after[self._output]),
+            right=np.ones(len(flips), np.bool_) if debug.labels is None else classes(before) == debug.labels,
+            label=classes(before),
+        )
+
+    def examples(self, debug: DebugSet, rows: NDArray[np.int64], stories: list[Story]) -> tuple[Example, ...]:
+        anomalous = anomalous_columns(debug)
+        clean = self._sides(debug.clean, anomalous[0])
+        counterfactual = self._sides(debug.counterfactual, anomalous[1])
+        return tuple(
+            Example(
+                pair=int(row),
+                story=story,
+                label=None if debug.labels is None else int(debug.labels[number]),
+                clean=clean[number],
+                counterfactual=counterfactual[number],
+            )
+            for number, (row, story) in enumerate(zip(rows, stories, strict=True))
+        )
+
+    def _sides(self, inputs: Mapping[str, Array], anomalous: Flags) -> list[ExampleSide]:
+        before, after = self._run(inputs, "looking at examples", self._inner)
+        same = _same_rows(before, after[self._output])
+        views = [self._views(site, after) for site in self._sites]
+        return [
+            ExampleSide(
+                inputs={name: array[number] for name, array in inputs.items()},
+                base=_prediction(before[number]),
+                patched=_prediction(after[self._output][number]),
+                flags=np.asarray(after[self._flags][number], bool),
+                anomalous=anomalous[number],
+                identical=bool(same[number]),
+                sites=tuple(view[number] for view in views),
+            )
+            for number in range(len(before))
+        ]
+
+    def _views(self, site: PatchedSite, outputs: dict[str, Array]) -> list[SiteView]:
+        values = site_values(self._patched, site, outputs)
+        samples = len(outputs[site.flags])
+        maps = (
+            sample_maps(array.mean(axis=1), samples).astype(np.float32)
+            for array in (values.P, values.redistributed_map())
+        )
+        return [SiteView(site.site, *cast(tuple[Array, Array], pair)) for pair in zip(*maps, strict=True)]
+
+
+def _same_rows(first: Array, second: Array) -> Flags:
+    return np.array([a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True)], np.bool_)
+
+
+def _prediction(logits: Array) -> Prediction:
+    label = int(classes(logits[None])[0])
+    return Prediction(label, float(confidences(logits[None])[0, label]))

@@ -1,0 +1,163 @@
+"""Run the base, with given inputs or drawn ones, and look at what it computes at its sites."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.baking.emission import canonical_values, import_functions, open_site
+from atpatch_onnx.errors import RunError
+from atpatch_onnx.graph.insertion import Insertion
+from atpatch_onnx.graph.parts import require_opset
+from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.running.drawing import draw_inputs, input_shapes
+from atpatch_onnx.running.sessions import Array, Session
+
+LENGTHS = (16, 32, 64, 224, 1024)
+"""Sizes that free axes are tried with, one after the other, until the base runs."""
+
+MAX_VALUES = 2**24
+"""Larger inputs are not tried."""
+
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """The base at one level of optimization."""
+
+    optimize: bool
+    outputs: Mapping[str, Array]
+
+    def __str__(self) -> str:
+        return "default optimization" if self.optimize else "no optimization"
+
+
+@dataclass(frozen=True, eq=False)
+class Inside:
+    """What the base computes at its sites, at one level; everything by site."""
+
+    maps: Mapping[str, Array]
+    """`[maps, heads, queries, keys]`."""
+
+    values: Mapping[str, Array]
+    """As they meet the map."""
+
+    value_shapes: Mapping[str, tuple[int, ...]]
+    """`[maps, kv heads, keys, depth]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaseRuns:
+    """The base at all levels at which it runs."""
+
+    inputs: Mapping[str, Array]
+    levels: tuple[Level, ...]
+    reason: str
+    """What onnxruntime says where it does not run it."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs, by name."""
+        return {name: array.shape for name, array in self.inputs.items()}
+
+
+def seeded(model: ir.Model) -> ir.Model:
+    """A copy whose random operators, if there are any, draw the same in every session."""
+    model = graphs.copy(model)
+    for number, node in enumerate(model.graph.all_nodes()):
+        if node.op_type in _RANDOM and "seed" not in node.attributes:
+            node.attributes["seed"] = ir.AttrFloat32("seed", float(number))
+    return model
+
+
+def is_random(model: ir.Model) -> bool:
+    """Whether operators draw at random."""
+    return any(node.op_type in _RANDOM for node in model.graph.all_nodes())
+
+
+def run_base(
+    base: ir.Model,
+    inputs: Mapping[str, Array] | None,
+    rng: np.random.Generator,
+    samples: int,
+    optimize: Sequence[bool],
+    threads: int | None,
+) -> BaseRuns:
+    """Run the base; drawn inputs are drawn anew with other sizes while it refuses them."""
+    chosen: Mapping[str, Array] = inputs or {}
+    levels: list[Level] = []
+    reasons = []
+    for level in optimize:
+        candidates = [chosen] if inputs is not None or levels else _drawn(base, rng, samples)
+        try:
+            session: Session | None = Session(base, optimize=level, threads=threads)
+        except RunError as error:
+            reasons.append(f"{Level(level, {})}: {error}")
+            continue
+        refusals = []
+        for candidate in candidates:
+            try:
+                session = session or Session(base, optimize=level, threads=threads)
+                levels.append(Level(level, session.run(candidate)))
+                chosen = candidate
+                break
+            except RunError as error:
+                refusals.append(str(error))
+                session = None  # random operators would go on where the last run left them
+        else:
+            reasons.append(f"{Level(level, {})}: {refusals[0]}")
+    return BaseRuns(chosen, tuple(levels), "; ".join(reasons))
+
+
+def _drawn(base: ir.Model, rng: np.random.Generator, samples: int) -> Iterator[Mapping[str, Array]]:
+    """Inputs of growing sizes, as far as sizes are free."""
+    seen: list[dict[str, tuple[int, ...]]] = []
+    for length in LENGTHS:
+        shapes = input_shapes(base, samples=samples, length=length)
+        values = sum(math.prod(shape) for shape in shapes.values())
+        if not seen or (shapes != seen[-1] and values <= MAX_VALUES):
+            yield draw_inputs(base, rng, samples=samples, length=length)
+        seen.append(shapes)
+
+
+def look_inside(
+    base: ir.Model, sites: Sequence[AttentionSite], level: Level, inputs: Mapping[str, Array], threads: int | None
+) -> Inside:
+    """The base's own maps and values."""
+    require_opset(base)
+    seen = graphs.copy(base)
+    names = {}
+    for site in sites:
+        handles, at = open_site(seen, site)
+        shape = at.op("Shape", canonical_values(at, site, handles), name="rehearsal/shape")
+        names[site.name] = [
+            add_output(seen, at, value, f"rehearsal/{index}")
+            for index, value in enumerate((handles.P, handles.V, shape))
+        ]
+    import_functions(seen)
+    wanted = [name for of_site in names.values() for name in of_site]
+    found = Session(seen, optimize=level.optimize, threads=threads).run(inputs, wanted)
+    arrays = {site: [found[name] for name in of_site] for site, of_site in names.items()}
+    return Inside(
+        maps={site: P for site, (P, _, _) in arrays.items()},
+        values={site: V for site, (_, V, _) in arrays.items()},
+        value_shapes={site: tuple(int(size) for size in shape) for site, (_, _, shape) in arrays.items()},
+    )
+
+
+def add_output(model: ir.Model, at: Insertion, value: ir.Value, name: str) -> str:
+    """A further output of this name; the value itself may be an input or an output already."""
+    result = at.op("Identity", value, name=name)
+    result.type = value.type
+    model.graph.outputs.append(result)
+    assert result.name is not None
+    return result.name
+
+
+def same_bits(one: Array, other: Array) -> bool:
+    """Whether two arrays have the same type, shape and bits."""
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()

@@ -1,0 +1,1 @@
+"""The fitted thing: what a patch is, its file, several as one."""

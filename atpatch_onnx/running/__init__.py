@@ -1,0 +1,1 @@
+"""The only room that imports onnxruntime: sessions, inputs, predictions, their rates, and times."""
