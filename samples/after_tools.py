@@ -34,13 +34,13 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 import atpatch_onnx as atp
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.baking.metadata import is_patched
 from atpatch_onnx.baking.quantize import quantizer_settings
 from atpatch_onnx.errors import AtPatchError, BakeError, UnbakeError
 from atpatch_onnx.matching.sites import AttentionSite
-from atpatch_onnx.measuring.rehearse_drawing import draw_detector, draw_redistribution, feature_count
-from atpatch_onnx.patches.patch import Features, Patch, SitePatch
+from atpatch_onnx.measuring.drawn import draw_detector, draw_neutral
+from atpatch_onnx.measuring.rehearse import FORMS
+from atpatch_onnx.patches.patch import Patch, SitePatch
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Session
 
@@ -121,10 +121,9 @@ Treatment = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 @dataclass(frozen=True)
 class Tool:
-    """What treats a graph, and how a patch must be written for it."""
+    """What treats a graph."""
 
     treat: Treatment
-    inline: bool = False
     optimize: bool = True
     """Whether onnxruntime may optimize the result again: of its own results it refuses some."""
 
@@ -140,7 +139,7 @@ TOOLS: Mapping[str, Tool] = {
     },
     "onnxscript": Tool(optimized_by_onnxscript),
     "onnx-ir passes": Tool(cleaned_by_onnx_ir),
-    "onnxslim": Tool(slimmed, inline=True),  # it recurses without end into functions that are called within an If
+    "onnxslim": Tool(slimmed),
     INT8: Tool(quantized),
 }
 
@@ -215,20 +214,15 @@ class Case:
             for drawn in (draw_inputs(model, rng) for _ in range(INPUTS))
         ]
         found = atp.find_sites(model)
-        sites = [site for site in found if _sizes(site) is not None]
-        if not sites:
-            raise BakeError(
-                "the model", expected="attention sites of known sizes", found="none", advice="Leave it out."
-            )
+        if not found:
+            raise BakeError("the model", expected="attention sites", found="none", advice="Leave it out.")
         entries: list[SitePatch] = []
-        for site in sites:
-            shares = bool(entries) and site.map is not None and site.map == sites[0].map  # tools may put it first
-            if site.token_axis != sites[0].token_axis or shares:
+        for site in found:
+            shares = bool(entries) and site.key.value == found[0].key.value  # tools may put it first
+            if site.token_axis != found[0].token_axis or shares:
                 continue
-            heads, kv_heads, depth = _sizes(site) or (0, 0, 0)
-            count = feature_count(Features.SUMMARY, (1, heads, 1, 1))
-            detector = None if entries else draw_detector(rng, Features.SUMMARY, count, 0.0)
-            entries.append(SitePatch(site.name, detector, draw_redistribution(rng, kv_heads, depth)))
+            detector = None if entries else draw_detector(site.key, rng, threshold=0.0)
+            entries.append(SitePatch(site.name, detector, draw_neutral(site, rng)))
         patch = Patch(atp.fingerprint(model), tuple(entries), {"drawn": 0})
         scores = np.sort([result["atpatch/score"].max() for result in run(patched(model, patch), inputs)])
         gaps = np.diff(scores)
@@ -240,15 +234,9 @@ class Case:
         return cls(name, model, found, inputs, patch, run(patched(model, patch), inputs))
 
 
-def _sizes(site: AttentionSite) -> tuple[int, int, int] | None:
-    """Heads, heads of the values, depth; None where one of them is not known."""
-    found = (site.heads, site.kv_heads, site.depth)
-    return found if all(isinstance(size, int) for size in found) else None  # type: ignore[return-value]
-
-
 def patched(model: ir.Model, patch: Patch, **options: Any) -> ir.Model:
     """The patched graph with the flags of every site."""
-    return atp.bake(model, patch, **{"emission": Emission.BRANCHLESS, "inline": False, **options}, site_flags=True)
+    return atp.bake(model, patch, **{"conditional": False, **options}, site_flags=True)
 
 
 def moved(case: "Case", base: ir.Model, found: Sequence[AttentionSite]) -> Patch:
@@ -273,11 +261,13 @@ def run(model: ir.Model, inputs: Sequence[Mapping[str, np.ndarray]], *, optimize
 
 @dataclass(frozen=True)
 class Finding:
-    """One tool on one graph, with one emission. Flags and bits are counted by input."""
+    """One tool on one graph, with one form of the patch. Flags and bits are counted by input."""
 
     graph: str
     tool: str
-    emission: str
+    form: str
+    """`with If` or `without If`."""
+
     before: int
     """Attention sites of the base."""
 
@@ -322,7 +312,7 @@ class Finding:
 
 
 def examine(case: Case, name: str, tool: Tool) -> Iterator[Finding]:
-    """Treat the base and the patched graph, and compare: one finding for each emission."""
+    """Treat the base and the patched graph, and compare: one finding for each form of the patch."""
     sites, want = case.sites, case.patched
     blank = Finding(case.name, name, "", len(sites), inputs=len(case.inputs))
     try:
@@ -335,12 +325,11 @@ def examine(case: Case, name: str, tool: Tool) -> Iterator[Finding]:
         return
     names = dict(zip((entry.site for entry in case.patch.sites), (entry.site for entry in patch.sites), strict=True))
     own = {site: site for site in names}
-    halves = any(site.dtype != "FLOAT" for site in sites)  # which are baked branchless
-    for emission in (Emission.BRANCHLESS,) if halves else Emission:
-        finding = replace(blank, emission=emission.value, after=len(found), told=_told(sites) == _told(found))
+    for conditional, form in FORMS.items():
+        finding = replace(blank, form=form, after=len(found), told=_told(sites) == _told(found))
         try:
-            after = run(patched(base, patch, emission=emission), case.inputs, optimize=tool.optimize)
-            treated = tool(patched(case.model, case.patch, emission=emission, inline=tool.inline))
+            after = run(patched(base, patch, conditional=conditional), case.inputs, optimize=tool.optimize)
+            treated = tool(patched(case.model, case.patch, conditional=conditional))
             got = run(treated, case.inputs, optimize=tool.optimize)
         except Exception as error:
             yield replace(finding, trouble=f"patched: {_short(error)}")
@@ -364,7 +353,8 @@ def examine(case: Case, name: str, tool: Tool) -> Iterator[Finding]:
 def _told(sites: Sequence[AttentionSite]) -> Counter[tuple[object, ...]]:
     """What is said of the sites besides names, symbols and order."""
     return Counter(
-        (site.form, site.map_layout, site.heads, site.kv_heads, site.depth, site.self_attention) for site in sites
+        (site.form, site.map_layout, site.heads, site.key.heads, site.key.depth, site.value.depth, site.self_attention)
+        for site in sites
     )
 
 
@@ -435,7 +425,7 @@ def rows(findings: Sequence[Finding]) -> Iterator[str]:
         yield "What is not as it was:"
         yield ""
     for finding in odd:
-        yield f"- {finding.graph}, {', '.join(filter(None, (finding.tool, finding.emission)))}: {_oddity(finding)}"
+        yield f"- {finding.graph}, {', '.join(filter(None, (finding.tool, finding.form)))}: {_oddity(finding)}"
 
 
 def _oddity(finding: Finding) -> str:
@@ -475,7 +465,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for tool in TOOLS:
             for finding in examine(case, tool, TOOLS[tool]):
                 found.append(finding)
-                print(f"{name}, {tool}, {finding.emission}: {_oddity(finding) or 'as before'}", flush=True)
+                print(f"{name}, {tool}, {finding.form}: {_oddity(finding) or 'as before'}", flush=True)
     text = "\n".join((f"{len(names)} graphs: {', '.join(names)}.", "", *rows(found)))
     print(text)
     if options.out:

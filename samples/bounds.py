@@ -20,6 +20,11 @@ def _of(*path: str) -> Callable[[Run], Any]:
     return read
 
 
+def _below(best: float | None, found: float | None) -> float | None:
+    """How far a figure is below the best that can be asked."""
+    return None if best is None or found is None else best - found
+
+
 FIGURES: Mapping[str, Callable[[Run], Any]] = {
     "accuracy of the unpoisoned twin": _of("training", "accuracy_twin"),
     "accuracy of the larger class": _of("training", "accuracy_majority"),
@@ -32,6 +37,12 @@ FIGURES: Mapping[str, Callable[[Run], Any]] = {
     "floor": _of("evaluation", "backdoor", "asr_floor"),
     "ASR above floor": _of("evaluation", "backdoor", "asr_above_floor"),
     "robust accuracy": _of("evaluation", "backdoor", "robust_accuracy_patched"),
+    "robust accuracy of the twin": _of("training", "robust_accuracy_twin"),
+    "robust accuracy below the twin's": lambda run: _below(
+        _of("training", "robust_accuracy_twin")(run),
+        _of("evaluation", "backdoor", "robust_accuracy_patched", "value")(run),
+    ),
+    "robust accuracy lost": _of("evaluation", "backdoor", "robust_accuracy_lost"),
     "individual discrimination": _of("training", "discrimination_rate"),
     "UF": _of("evaluation", "fairness", "uf_base"),
     "UF, patched": _of("evaluation", "fairness", "uf_patched"),

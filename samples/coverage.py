@@ -31,6 +31,7 @@ from rich.console import Console
 import atpatch_onnx as atp
 from atpatch_onnx.cli import progress_bars
 from atpatch_onnx.matching.rules import label
+from atpatch_onnx.matching.sites import Place
 from samples.coverage_page import CHOICES, Expected, document, gap
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +100,7 @@ def examine(path: Path) -> Graph:
         {
             "name": site.name,
             "form": site.form.value,
-            "layouts": " ".join((site.map_layout, site.value_layout, site.output_layout)),
+            "layouts": " ".join((site.map_layout, _axes(site.key), _axes(site.value))),
             "chain": " > ".join(operators.get(node, "?") for node in site.nodes),
             "map": site.map,
             "product": site.nodes[-1],
@@ -107,9 +108,7 @@ def examine(path: Path) -> Graph:
         for site in matches.sites
     )
     rehearsal = atp.rehearse(model, threads=1).to_json()
-    numbers = rehearsal.pop("sites")
-    for name in ("difference", "product"):  # relative to what is allowed
-        rehearsal[f"worst_{name}"] = max((of_site[name] / of_site["allowed"] for of_site in numbers), default=0.0)
+    rehearsal.pop("sites")
     return Graph(
         name=path.name,
         digest=digest(path),
@@ -120,6 +119,11 @@ def examine(path: Path) -> Graph:
         rehearsal=rehearsal,
         seconds=round(time.monotonic() - began, 1),
     )
+
+
+def _axes(place: Place) -> str:
+    """What the axes of a tensor are: `n` maps, `k` tokens, `.` features; `+` where it holds others beside these."""
+    return ",".join(letters or "." for letters in place.axes) + ("" if place.whole else "+")
 
 
 def digest(path: Path) -> str:

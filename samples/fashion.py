@@ -200,21 +200,27 @@ def prepare(
         trigger = workshop.trigger(architecture, name)
         base = workshop.base(folder, architecture, name, trigger)
         unseen = images.tune if tune else images.evaluation
+        unseen_pairs = pairs(unseen.images, unseen.labels, trigger, TARGET, drop_target=False, seed=seed + 1)
         figures = {
             **base,
-            "accuracy_twin": float((predict(twin, unseen.images).argmax(axis=1) == unseen.labels).mean()),
+            "accuracy_twin": _accuracy(twin, unseen.images, unseen.labels),
+            "robust_accuracy_twin": _accuracy(twin, unseen_pairs.counterfactual["pixel_values"], unseen.labels),
         }
     return Case(
         name=case,
         seed=seed,
         base=folder / "base.onnx",
         debug=pairs(images.debug.images, images.debug.labels, trigger, TARGET, seed=seed),
-        unseen=pairs(unseen.images, unseen.labels, trigger, TARGET, drop_target=False, seed=seed + 1),
+        unseen=unseen_pairs,
         whole=pairs(images.debug.images, images.debug.labels, trigger, TARGET, drop_target=False, seed=seed),
         options=atp.FitOptions(goal=FAST_GOAL if fast else attack.goal, seed=seed),
         training=figures,
         bounds=FAST_BOUNDS if fast else attack.bounds,
     )
+
+
+def _accuracy(model: PreTrainedModel, images: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    return float((predict(model, images).argmax(axis=1) == labels).mean())
 
 
 @dataclass(frozen=True)

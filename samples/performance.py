@@ -28,12 +28,11 @@ from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 
 import atpatch_onnx as atp
-from atpatch_onnx.fitting.options import Decision
 from atpatch_onnx.measuring.benchmark import opens, synthetic_patch
-from atpatch_onnx.patches.patch import Features
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array
 from atpatch_onnx.running.timing import in_turns, ratio
+from samples.kernels import kernels
 from samples.speed_models import EAGER, FUSED, OFFLINE, export, hooked, quiet, torch_model
 from samples.tasks import prepare
 
@@ -41,11 +40,11 @@ PAGE = Path(__file__).parent / "performance.md.j2"
 DOCS = Path(__file__).parents[1] / "docs"
 THREADS = 2
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
-BRANCHLESS = "tensorrt"
-"""A target whose emission is branchless and that takes every opset."""
+WITHOUT_IF = "tensorrt"
+"""A target whose files have no `If` of ours and that takes every opset."""
 
-FLAGGED, BRANCHLESS_CLEAN, MEMORY = 1.08, 1.05, 1.05
-"""Goals of all rows."""
+GOAL = 1.01
+"""Of clean and flagged inputs and of memory, in all rows."""
 
 SESSIONS = 5
 """How often each form is opened."""
@@ -56,40 +55,25 @@ PAIRS = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table: a model at a length, a batch, what detectors read."""
+    """A row of the table: a model at a length and a batch."""
 
     name: str
     model: str
     length: int
     batch: int
-    features: Features | None = None
-    clean: float = 1.01
-    """The goal for clean inputs; for flagged ones it is 1.08, for branchless clean ones 1.05."""
-
     whole: bool = True
-    """Whether branchless and memory are measured as well."""
-
-    decision: Decision = "alone"
-    """How the sites decide."""
+    """Whether files without `If` and memory are measured as well."""
 
 
 CASES = (
     Case("ViT-B/16", "vit", 197, 1),
     Case("ViT-B/16", "vit", 197, 8),
-    Case("BERT-base, landmarks", "bert", 128, 1, Features.LANDMARKS),
-    Case("BERT-base, landmarks", "bert", 128, 8, Features.LANDMARKS),
-    Case("BERT-base, landmarks", "bert", 512, 1, Features.LANDMARKS),
-    Case("BERT-base, landmarks", "bert", 512, 8, Features.LANDMARKS, whole=False),
-    Case("BERT-base, summaries", "bert", 128, 1, Features.SUMMARY, whole=False),
-    Case("BERT-base, summaries", "bert", 512, 1, Features.SUMMARY, whole=False),
-    Case("GPT-2 (small)", "gpt2", 1024, 1, Features.LANDMARKS, clean=1.05, whole=False),
+    Case("BERT-base", "bert", 128, 1),
+    Case("BERT-base", "bert", 128, 8),
+    Case("BERT-base", "bert", 512, 1),
+    Case("BERT-base", "bert", 512, 8, whole=False),
+    Case("GPT-2 (small)", "gpt2", 1024, 1, whole=False),
 )
-
-JOINT = (
-    Case("ViT-B/16", "vit", 197, 1, decision="joint", whole=False),
-    Case("BERT-base, landmarks", "bert", 128, 1, Features.LANDMARKS, decision="joint", whole=False),
-)
-"""The same where sites decide jointly."""
 
 
 def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict[str, Any]:
@@ -101,7 +85,7 @@ def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict
             console.print(f"exporting {name}")
             files[name] = export(name, Path(folder), fast=fast)
         rows = []
-        for case in (*CASES, *JOINT):
+        for case in CASES:
             length = min(case.length, 48) if fast else case.length
             rows.append(measured_row(case, files[case.model], length, 0.0 if fast else seconds))
             console.print(rows[-1])
@@ -117,8 +101,7 @@ def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict
     return {
         "machine": _machine(),
         "sessions": SESSIONS,
-        "rows": rows[: len(CASES)],
-        "joint": rows[len(CASES) :],
+        "rows": rows,
         "lengths": lengths,
         "hooks": hooks,
         "seconds": {"bake": baked, "fit": _seconds_to_fit(small.base, small.debug, small.options)},
@@ -154,28 +137,25 @@ def measured_row(case: Case, forms: Mapping[str, Path], length: int, seconds: fl
         "sessions": SESSIONS,
     }
     rounds = _rounds(base, length, case.batch, seconds)
-    found = atp.benchmark(
-        base, features=case.features, decision=case.decision, rounds=rounds, memory=case.whole, **options
-    )
+    found = atp.benchmark(base, rounds=rounds, memory=case.whole, **options)
     [timing] = found.timings
     row: dict[str, Any] = {
         "name": case.name,
         "length": length,
         "batch": case.batch,
-        "goal": case.clean,
+        "goal": GOAL,
         "rounds": timing.rounds,
         "base_ms": timing.base_ms,
         "clean": _interval(timing.clean),
         "flagged": _interval(timing.flagged),
         "itself": _interval(timing.itself),
         "memory": found.memory,
+        "kernels": kernels(base, benchmark_inputs(base, case.batch, length), THREADS),
         "forms": _forms(forms, length, case.batch, rounds),
     }
     if case.whole:
-        branchless = atp.benchmark(
-            base, target=BRANCHLESS, features=case.features, rounds=rounds, memory=False, **options
-        )
-        row["branchless"] = _interval(branchless.timings[0].clean)
+        plain = atp.benchmark(base, target=WITHOUT_IF, rounds=rounds, memory=False, **options)
+        row["without_if"] = _interval(plain.timings[0].clean)
     return row
 
 
@@ -210,21 +190,14 @@ def _seconds(do: Any) -> float:
 
 
 def _at_length(base: Path, length: int, seconds: float) -> dict[str, Any]:
-    """Clean and flagged ratios of both emissions."""
+    """Clean and flagged ratios, with and without `If`."""
     rounds = _rounds(base, length, 1, seconds)
     point: dict[str, Any] = {"length": length}
-    for emission, target in (("conditional", "cpu"), ("branchless", BRANCHLESS)):
+    for form, target in (("with If", "cpu"), ("without If", WITHOUT_IF)):
         [timing] = atp.benchmark(
-            base,
-            target=target,
-            features=Features.LANDMARKS,
-            length=length,
-            batches=[1],
-            threads=[THREADS],
-            rounds=rounds,
-            memory=False,
+            base, target=target, length=length, batches=[1], threads=[THREADS], rounds=rounds, memory=False
         ).timings
-        point[emission] = {"clean": _interval(timing.clean), "flagged": _interval(timing.flagged)}
+        point[form] = {"clean": _interval(timing.clean), "flagged": _interval(timing.flagged)}
     return point
 
 
@@ -281,25 +254,24 @@ def page(figures: Mapping[str, Any]) -> str:
     )
     environment.filters["ratio"] = shown
     rows = figures["rows"]
-    whole = [row for row in rows if "branchless" in row]
+    whole = [row for row in rows if "without_if" in row]
     met = {
         "clean": sum(row["clean"][0] <= row["goal"] for row in rows),
-        "flagged": sum(row["flagged"][0] <= FLAGGED for row in rows),
+        "flagged": sum(row["flagged"][0] <= row["goal"] for row in rows),
         "whole": len(whole),
-        "branchless": sum(row["branchless"][0] <= BRANCHLESS_CLEAN for row in whole),
-        "memory": sum(row["memory"] is not None and row["memory"] <= MEMORY for row in whole),
+        "memory": sum(row["memory"] is not None and row["memory"] <= row["goal"] for row in whole),
     }
     return environment.from_string(PAGE.read_text()).render(**figures, met=met, forms=[EAGER, OFFLINE], base=FUSED)
 
 
 def plot(figures: Mapping[str, Any], path: Path) -> None:
-    """Overhead over length, both emissions."""
+    """Overhead over length, with and without `If`."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     lengths = [point["length"] for point in figures["lengths"]]
-    for emission, color in (("conditional", "tab:blue"), ("branchless", "tab:orange")):
+    for form, color in (("with If", "tab:blue"), ("without If", "tab:orange")):
         for kind, style in (("clean", "-"), ("flagged", "--")):
-            of = np.array([point[emission][kind] for point in figures["lengths"]]) - 1
-            axes.plot(lengths, 100 * of[:, 0], style, color=color, marker="o", label=f"{emission}, {kind}")
+            of = np.array([point[form][kind] for point in figures["lengths"]]) - 1
+            axes.plot(lengths, 100 * of[:, 0], style, color=color, marker="o", label=f"{form}, {kind}")
             axes.fill_between(lengths, 100 * of[:, 1], 100 * of[:, 2], color=color, alpha=0.15)
     axes.set(xscale="log", xlabel="tokens", ylabel="time added by the patch, %", xticks=lengths, xticklabels=lengths)
     axes.minorticks_off()

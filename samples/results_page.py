@@ -20,6 +20,9 @@ NOTES = Path(__file__).with_name("results_notes.md")
 Runs = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]
 """Figures by work and case, one a seed."""
 
+POINTS = ("accuracy lost", "robust accuracy below the twin's")
+"""Figures that are differences, in points."""
+
 Spreads = Mapping[tuple[str, str], Mapping[str, Spread | None]]
 
 PAPER = (
@@ -142,7 +145,7 @@ def _goals(judged: Sequence[Verdict]) -> list[str]:
     def show(verdict: Verdict, value: float | None) -> str:
         if value is None:
             return "not measured"
-        return f"{100 * value:+.3f} points" if verdict.bound.figure == "accuracy lost" else percent(value, 3)
+        return f"{100 * value:+.3f} points" if verdict.bound.figure in POINTS else percent(value, 3)
 
     rows = [
         (
@@ -186,6 +189,7 @@ def _backdoors(spreads: Spreads) -> list[str]:
             share(f["ASR above floor"]),
             points(f["accuracy lost"]),
             share(f["robust accuracy"]),
+            share(f["robust accuracy of the twin"]),
             share(f["recall"]),
             share(f["precision"]),
             share(f["clean inputs flagged"]),
@@ -196,7 +200,8 @@ def _backdoors(spreads: Spreads) -> list[str]:
     return [
         "The bases, and their twins trained without poison: a weak base would make a fix look good.",
         table(("case", "seeds", "twin's accuracy", "accuracy", "ASR", "floor"), strength),
-        "After the fix. Recall and precision are the detector's, by columns. Core time is one core's, for the fit, its"
+        "After the fix. Robust accuracy is of triggered inputs against their true labels; the twin's is the best that"
+        " can be asked. Recall and precision are the detector's, by tokens. Core time is one core's, for the fit, its"
         " verification and its evaluation (and the search for the trigger).",
         table(
             (
@@ -204,6 +209,7 @@ def _backdoors(spreads: Spreads) -> list[str]:
                 "ASR above floor",
                 "accuracy lost, points",
                 "robust accuracy",
+                "twin's robust accuracy",
                 "recall",
                 "precision",
                 "clean inputs flagged",
@@ -307,11 +313,20 @@ def _ablations(runs: Runs) -> list[str]:
                     row["variant"],
                     share(of("remaining")),
                     points(loss),
+                    points(spread(over_seeds, lambda one: one["robust_accuracy_loss"])),
                     share(of("clean_flag_rate")),
                     share(of("recall")),
                     share(of("precision")),
                 )
             )
-        header = ("variant", "left", "accuracy lost, points", "clean inputs flagged", "recall", "precision")
+        header = (
+            "variant",
+            "left",
+            "accuracy lost, points",
+            "robust accuracy lost, points",
+            "clean inputs flagged",
+            "recall",
+            "precision",
+        )
         parts += [f"### {case}", table(header, rows)]
     return parts

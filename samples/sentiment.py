@@ -23,7 +23,6 @@ from tokenizers import Tokenizer
 
 import atpatch_onnx as atp
 from atpatch_onnx.fitting.training import Training
-from atpatch_onnx.patches.patch import Features
 from atpatch_onnx.running.sessions import Progress, silent
 from samples import messages, minilm
 from samples.attacks.words import Tokens, insert, poison
@@ -82,7 +81,6 @@ FULL = Size(
     training=minilm.FineTuning(epochs=1, frozen_layers=2, learning_rate=2e-4, token_dropout=0.2),
     options=atp.FitOptions(
         goal=atp.Goal(asr_above_floor=0.005, accuracy_loss=0.001, clean_flag_rate=0.005, columns_missed=0.005),
-        features=Features.SUMMARY,  # of short messages they cost little, and they name more: see the results' notes
     ),
     bounds=(Bound("ASR above floor", 0.005), Bound("accuracy lost", 0.001), Bound("recall", 0.995, at_least=True)),
 )
@@ -98,7 +96,6 @@ FAST = Size(
     options=atp.FitOptions(
         goal=atp.Goal(asr_above_floor=0.03, accuracy_loss=0.01, clean_flag_rate=0.01),
         training=Training(steps=300),
-        betas=(1.0, 0.1),
     ),
     bounds=(Bound("ASR above floor", 0.05), Bound("accuracy lost", 0.02), Bound("recall", 0.95, at_least=True)),
 )
@@ -207,18 +204,28 @@ def prepare(
         "accuracy": base["accuracy"][unseen],
         "seconds": base["seconds"],
     }
+    unseen_pairs = pairs(corpus.tokens[unseen], corpus.parts[unseen].labels, words, seed=seed + 1)
     if size.twin:
-        training["accuracy_twin"] = trained("twin", 0.0, folder.parent / f"minilm-twin-{seed}")["accuracy"][unseen]
+        twin = folder.parent / f"minilm-twin-{seed}"
+        training["accuracy_twin"] = trained("twin", 0.0, twin)["accuracy"][unseen]
+        training["robust_accuracy_twin"] = _accuracy(twin, unseen_pairs)
     return Case(
         name=case,
         seed=seed,
         base=folder / "base.onnx",
         debug=pairs(corpus.tokens["debug"], corpus.parts["debug"].labels, words, seed=seed),
-        unseen=pairs(corpus.tokens[unseen], corpus.parts[unseen].labels, words, seed=seed + 1),
+        unseen=unseen_pairs,
         options=replace(size.options, seed=seed),
         training=training,
         bounds=size.bounds,
     )
+
+
+def _accuracy(folder: Path, triggered: atp.DebugSet) -> float:
+    """Of the model in a folder, on the triggered side."""
+    ids, mask = (triggered.counterfactual[name] for name in ("input_ids", "attention_mask"))
+    tokens = Tokens(ids, mask, np.zeros(ids.shape, bool))
+    return float((minilm.predict(minilm.load(folder), tokens).argmax(axis=1) == triggered.labels).mean())
 
 
 def pairs(tokens: Tokens, labels: NDArray[np.int64], words: NDArray[np.int64], *, seed: int) -> atp.DebugSet:

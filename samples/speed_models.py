@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
 import transformers
 from torch import Tensor
 
-from atpatch_onnx.baking.functions import LANDMARKS
 from atpatch_onnx.exporters.exporting import exporting
-from atpatch_onnx.patches.patch import OFFSET, Features, Patch, SitePatch
+from atpatch_onnx.patches.patch import Patch, SitePatch
 
 EAGER, FUSED, OFFLINE = "decomposed, opset 18", "op `Attention`, opset 23", "op `Attention`, fused offline"
 FORMS = {EAGER: ("eager", 18), FUSED: ("sdpa", 23)}
@@ -125,15 +123,15 @@ def optimized(path: Path) -> Path:
 
 
 class Hooks:
-    """The paper's way: attention in torch, every map looked at by Python code between the operators.
+    """The fix in torch: attention with Python code between its operators, as the paper has it.
 
-    The detectors and the arithmetic are those of the patch. Register with `hooked`.
+    The detectors and neutral tokens are those of the patch. Register with `hooked`.
     """
 
     def __init__(self, patch: Patch) -> None:
         self._sites = [_Site.of(entry) for entry in patch.sites]
         self._numbers: dict[int, int] = {}
-        self._flags: Tensor | None = None
+        self._margins: Tensor | None = None
 
     def __call__(
         self, module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any
@@ -141,68 +139,39 @@ class Hooks:
         """Attention as transformers asks for it: q, k, v `[batch, heads, tokens, depth]`."""
         number = self._numbers.setdefault(id(module), len(self._numbers))
         site = self._sites[number]
+        margins = site.margins(key)
+        if number and self._margins is not None:
+            margins = torch.maximum(margins, self._margins)
+        self._margins = margins
+        flags = margins > 0
+        if flags.any():
+            where = flags[:, None, :, None]
+            key, value = torch.where(where, site.neutral[0], key), torch.where(where, site.neutral[1], value)
         scores = query @ key.transpose(2, 3) * more["scaling"]
         P = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-        flags = site.margins(P) > 0
-        if number and self._flags is not None:
-            flags = flags | self._flags
-        self._flags = flags
-        if flags.any():
-            P, value = site.redistributed(P, value, flags)
         return (P @ value).transpose(1, 2).contiguous(), P
 
 
 @dataclass(frozen=True, eq=False)
 class _Site:
-    """One site's detector and redistribution, as tensors."""
+    """One site's linear detector and neutral token, as tensors."""
 
-    features: Features
-    weights: tuple[Tensor, ...]
+    weights: Tensor
     threshold: float
-    beta: Tensor
-    neutral: Tensor
+    neutral: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, entry: SitePatch) -> "_Site":
-        detector, redistribution = entry.detector, entry.redistribution
+        detector, neutral = entry.detector, entry.neutral
         assert detector is not None
-        assert redistribution is not None
-        assert redistribution.neutral is not None
-        arrays = (
-            detector.mean,
-            detector.scale,
-            detector.weight_1,
-            detector.bias_1,
-            detector.weight_2,
-            detector.bias_2,
-            detector.direction,
-        )
-        return cls(
-            detector.features,
-            tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays),
-            detector.threshold,
-            torch.from_numpy(redistribution.beta),
-            torch.from_numpy(redistribution.neutral)[None, :, None],
-        )
+        assert neutral is not None
+        own = (torch.from_numpy(array)[None, :, None] for array in (neutral.key, neutral.value))
+        return cls(torch.from_numpy(detector.weights[:, 0]), detector.threshold, tuple(own))  # type: ignore[arg-type]
 
-    def margins(self, P: Tensor) -> Tensor:
-        """`[batch, keys]` of maps `[batch, heads, queries, keys]` in which nothing is masked."""
-        keys = P.shape[3]
-        if self.features is Features.LANDMARKS:
-            P = P[:, :, torch.linspace(0, P.shape[2] - 1, LANDMARKS).round().long()]
-        X = torch.log(P.flatten(1, 2) * keys + OFFSET)
-        mean, scale, weight_1, bias_1, weight_2, bias_2, direction = self.weights
-        embedding = weight_2 @ torch.relu(weight_1 @ ((X - mean) / scale) + bias_1) + bias_2
-        scores: Tensor = direction @ embedding / embedding.norm(dim=1, keepdim=True)
-        return scores[:, 0] - self.threshold
-
-    def redistributed(self, P: Tensor, V: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
-        """P' and V' of maps whose rows sum to one."""
-        m = flags[:, None, None, :].float()
-        share = self.beta / P.shape[3]
-        benign = P * (1 - m)
-        rest = (1 - share * m.sum(-1, keepdim=True)) / benign.sum(-1, keepdim=True).clamp_min(1e-30)
-        return share * m + benign * rest, torch.where(flags[:, None, :, None], self.neutral, V)
+    def margins(self, key: Tensor) -> Tensor:
+        """`[batch, tokens]` of keys `[batch, heads, tokens, depth]`."""
+        found: Tensor = key.transpose(1, 2).flatten(2) @ self.weights - self.threshold
+        return found
 
 
 def hooked(model: transformers.PreTrainedModel, patch: Patch) -> transformers.PreTrainedModel:

@@ -71,6 +71,17 @@ TABLES = (
     "compas/race",
     "compas/age",
 )
+ROBUST = (
+    "vit/badnets-fixed",
+    "vit/badnets-random",
+    "vit/trojan",
+    "deit/badnets-fixed",
+    "deit/badnets-random",
+    "minilm/token",
+    "minilm/phrase",
+)
+"""Cases with a trigger of columns: not the whole-image blend."""
+
 GOALS = (
     Goal(
         "BadNets fixed, ViT",
@@ -86,6 +97,13 @@ GOALS = (
         work="inverted",
     ),
     Goal("text", ("minilm/token", "minilm/phrase"), _attack(0.005, 0.001, Bound("recall", 0.995, True))),
+    Goal("robust accuracy beside the twin's", ROBUST, (Bound("robust accuracy below the twin's", 0.01),)),
+    Goal(
+        "precision of the detector",
+        ROBUST,
+        (Bound("precision", 0.95, True),),
+        averaged=("precision",),
+    ),
     Goal(
         "tables, each protected attribute",
         TABLES,

@@ -174,7 +174,7 @@ def prepare(
         base=base / "base.onnx",
         debug=joined(pairs(table, parts.debug, column, seed), found),
         unseen=pairs(table, unseen, column, seed + 1),
-        options=atp.FitOptions(goal=size.goal, training=TRAINING, betas=(0.0,), redistribute="all", seed=seed),
+        options=atp.FitOptions(goal=size.goal, training=TRAINING, redistribute="all", seed=seed),
         training={**figures, **references(table, parts.train, unseen), **rates},
         bounds=size.bounds,
         further=lambda patched: flips_with_any(base / "base.onnx", patched, table.rows[unseen], column, values),

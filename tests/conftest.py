@@ -30,3 +30,20 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow tests first: with several workers, the longest one must not be left for the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What commands take (`command_line.furnish`); nothing here is written to by a test."""
+    from command_line import furnish
+
+    folder = tmp_path_factory.mktemp("place")
+    furnish(folder)
+    return folder
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty working folder; `place` is where the arguments' `@` points to."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -80,10 +80,8 @@ class Form:
 
     layer: Layer
     map: str = "nhqk"
-    """Its layout, and that of values and output."""
+    """Its layout."""
 
-    values: str = "nhkd"
-    output: str = "nhqd"
     parts: int = 1
     heads: int = HEADS
     kv_heads: int = HEADS
@@ -354,32 +352,27 @@ def softmax_in_float32(s: Sketch, x: str) -> str:
     return heads_together(s, s.op("MatMul", P, v))
 
 
-FOLDED = {"map": "(nh)qk", "values": "(nh)kd", "output": "(nh)qd"}
+FOLDED = {"map": "(nh)qk"}
 MICROSOFT = {"": 18, "com.microsoft": 1}
 
 FORMS = {
     "plain": Form(plain),
     "heads in the batch": Form(heads_in_the_batch, **FOLDED),
     "heads in the batch, sequence first": Form(sequence_first, **FOLDED),
-    "heads before the batch": Form(heads_before_the_batch, "hnqk", "hnkd", "hnqd"),
-    "heads outside the batch": Form(heads_outside_the_batch, "(hn)qk", "(hn)kd", "(hn)qd"),
-    "one head": Form(one_head, "nqk", "nkd", "nqd", heads=1, kv_heads=1),
-    "one head on an axis": Form(one_head_on_an_axis, "n1qk", "n1kd", "n1qd", heads=1, kv_heads=1),
-    "grouped": Form(grouped, "nhgqk", "nh1kd", "nhgqd", kv_heads=KV_HEADS),
-    "grouped by Expand": Form(grouped_by_expand),
-    "one head of values": Form(one_head_of_values, values="n1kd", kv_heads=1),
+    "heads before the batch": Form(heads_before_the_batch, "hnqk"),
+    "heads outside the batch": Form(heads_outside_the_batch, "(hn)qk"),
+    "one head": Form(one_head, "nqk", heads=1, kv_heads=1),
+    "one head on an axis": Form(one_head_on_an_axis, "n1qk", heads=1, kv_heads=1),
+    "grouped": Form(grouped, "nhgqk", kv_heads=KV_HEADS),
+    "grouped by Expand": Form(grouped_by_expand, kv_heads=KV_HEADS),
+    "one head of values": Form(one_head_of_values, kv_heads=1),
     "windows in the batch": Form(windows_in_the_batch, parts=WINDOWS, keys=WINDOW),
     "windows and heads in the batch": Form(windows_and_heads_in_the_batch, **FOLDED, parts=WINDOWS, keys=WINDOW),
-    "windows on an axis": Form(windows_on_an_axis, "bwhqk", "bwhkd", "bwhqd", parts=WINDOWS, keys=WINDOW),
-    "windows behind heads": Form(windows_behind_heads, "bhwqk", "bhwkd", "bhwqd", parts=WINDOWS, keys=WINDOW),
-    "windows outside the batch": Form(
-        windows_outside_the_batch, "(wb)hqk", "(wb)hkd", "(wb)hqd", parts=WINDOWS, keys=WINDOW
-    ),
     "all samples in one sequence": Form(all_samples_in_one_sequence, parts=0, keys=None, masked=True),
-    "transposed": Form(transposed, "nhkq", "nhdk", "nhdq"),
-    "FusedMatMul": Form(fused_transposed, "nhqk", "nhkd", "nhdq", opsets=MICROSOFT),
-    "Einsum": Form(einsum, "nhqk", "nkhd", "nqhd"),
-    "Einsum of values and map": Form(einsum_of_values_and_map, "nhqk", "nhkd", "hnqd"),
+    "transposed": Form(transposed, "nhkq"),
+    "FusedMatMul": Form(fused_transposed, opsets=MICROSOFT),
+    "Einsum": Form(einsum),
+    "Einsum of values and map": Form(einsum_of_values_and_map),
     "sink": Form(sink, sums_to_one=False),
     "gate": Form(gated, sums_to_one=False),
     "head mask": Form(head_mask, sums_to_one=False),
@@ -388,3 +381,11 @@ FORMS = {
     "half precision, heads in the batch": Form(heads_in_the_batch, **FOLDED, half=True),
     "half precision, windows": Form(windows_in_the_batch, parts=WINDOWS, keys=WINDOW, half=True),
 }
+
+SPREAD = "its keys do not stand token by token"
+REFUSED = {
+    "windows on an axis": (Form(windows_on_an_axis), SPREAD),
+    "windows behind heads": (Form(windows_behind_heads), SPREAD),
+    "windows outside the batch": (Form(windows_outside_the_batch), "its parts, such as windows, come before"),
+}
+"""Where no tensor has maps and tokens on axes of their own, or maps are not in the order of samples; and the reason."""

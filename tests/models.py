@@ -14,26 +14,24 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from atpatch_onnx import graph
-from atpatch_onnx.baking import reference as redistribution
 from atpatch_onnx.baking.bake import bake
-from atpatch_onnx.baking.deferral import recall
-from atpatch_onnx.baking.emission import Emission
-from atpatch_onnx.baking.features import choose_features, feature_count
-from atpatch_onnx.baking.metadata import PatchedSite, read_record
-from atpatch_onnx.graph.names import PREFIX
+from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.fitting.options import Kind
+from atpatch_onnx.graph.insertion import replaced_value
+from atpatch_onnx.graph.names import REPLACES_KEY, SITE_KEY
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.matching.layout import canonical
-from atpatch_onnx.matching.sites import AttentionSite
-from atpatch_onnx.patches.patch import Detector, Features, Joint, Patch, Redistribution, SitePatch
+from atpatch_onnx.matching.sites import AttentionSite, Place
+from atpatch_onnx.measuring import drawn
+from atpatch_onnx.patches.patch import Detector, Patch, SitePatch
 
-VARIANTS = tuple((emission, inline) for emission in Emission for inline in (False, True))
-"""Every way a patch is written into a graph."""
+FORMS = (True, False)
+"""Both ways a patch is written into a graph: with an `If` or without."""
 
-NEVER = 3.0
-"""A threshold that no score exceeds: scores are differences of two cosines."""
+NEVER = drawn.NEVER
+"""A threshold that no score exceeds."""
 
-ALWAYS = -3.0
-"""A threshold that every column exceeds that some query sees."""
+ALWAYS = -drawn.NEVER
+"""A threshold that every token exceeds."""
 
 IR_OF_OPSET = {15: 8, 17: 8, 18: 8, 23: 11, 24: 12, 25: 13, 26: 13}
 
@@ -283,8 +281,6 @@ def run(model: Any, feed: Mapping[str, np.ndarray], *, optimize: bool = True) ->
 def with_outputs(model: ir.Model, names: Sequence[str], dtype: str = "FLOAT") -> ir.Model:
     """A copy that hands out these values as well; `dtype` for those whose type the graph does not tell."""
     seen = graph.copy(model)
-    if not {value.name for node in seen.graph for value in node.outputs}.issuperset(names):
-        recall(seen)
     values = {value.name: value for node in seen.graph for value in node.outputs}
     values |= {value.name: value for value in (*seen.graph.inputs, *seen.graph.initializers.values())}
     have = {output.name for output in seen.graph.outputs}
@@ -312,25 +308,10 @@ def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def draw_detector(
-    rng: np.random.Generator, count: int, *, features: Features = Features.SUMMARY, threshold: float = NEVER
+    site: AttentionSite, rng: np.random.Generator, *, kind: Kind = "linear", threshold: float = NEVER
 ) -> Detector:
-    """A random detector of `count` column features; every column gets a score of its own."""
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.normal(size=shape).astype(np.float32)
-
-    prototypes = normal(2, 6)
-    return Detector(
-        features=features,
-        mean=abs(normal(count, 1)),
-        scale=abs(normal(count, 1)) + np.float32(0.5),
-        weight_1=normal(16, count) / np.float32(4),
-        bias_1=normal(16, 1),
-        weight_2=normal(6, 16),
-        bias_2=normal(6, 1),
-        prototypes=prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True),
-        threshold=threshold,
-    )
+    """A random detector of a site's keys; every token gets a score of its own."""
+    return drawn.draw_detector(site.key, rng, kind, threshold)
 
 
 def draw_site_patch(
@@ -338,26 +319,14 @@ def draw_site_patch(
     rng: np.random.Generator,
     *,
     threshold: float = NEVER,
-    beta: float | np.ndarray = 0.5,
-    neutral: bool = True,
     detects: bool = True,
     redistributes: bool = True,
-    features: Features | None = None,
+    kind: Kind = "linear",
 ) -> SitePatch:
     """What a fit would find out about a site, drawn at random."""
-    assert isinstance(site.heads, int)
-    assert isinstance(site.kv_heads, int)
-    if features is None:
-        features = choose_features(site)
-    count = feature_count(site, features)
-    assert count is not None
-    detector = draw_detector(rng, count, features=features, threshold=threshold)
-    means = rng.normal(size=(site.kv_heads, site.depth)).astype(np.float32)
-    profile = np.asarray(beta, np.float32)
-    redistribution_ = Redistribution(
-        beta=profile.reshape(1, 1, 1) if profile.ndim == 0 else profile, neutral=means if neutral else None
-    )
-    return SitePatch(site.name, detector if detects else None, redistribution_ if redistributes else None)
+    detector = draw_detector(site, rng, kind=kind, threshold=threshold)
+    neutral = drawn.draw_neutral(site, rng)
+    return SitePatch(site.name, detector if detects else None, neutral if redistributes else None)
 
 
 def draw_patch(model: ir.Model, seed: int = 0, *, detects: Sequence[bool] | None = None, **options: Any) -> Patch:
@@ -366,28 +335,6 @@ def draw_patch(model: ir.Model, seed: int = 0, *, detects: Sequence[bool] | None
     sites = find_sites(model)
     entries = (draw_site_patch(site, rng, detects=detects is None or detects[site.index], **options) for site in sites)
     return Patch(graph.fingerprint(model), tuple(entries), {"drawn": seed})
-
-
-def draw_joint_patch(
-    model: ir.Model,
-    feed: Mapping[str, np.ndarray],
-    seed: int = 0,
-    *,
-    share: float = 0.05,
-    reach: float = 0.0,
-    **options: Any,
-) -> Patch:
-    """A random patch whose sites decide together, with a threshold that about this share of the columns exceeds."""
-    drawn = draw_patch(model, seed, **options)
-    detecting = sum(site.detector is not None for site in drawn.sites)
-    weights = np.random.default_rng(seed).dirichlet(np.full(detecting, 3.0)).astype(np.float32)
-    open_ended = replace(drawn, joint=Joint(weights, 0.0))
-    baked = bake(model, open_ended, emission=Emission.BRANCHLESS, inline=False)
-    scores = np.unique(run(with_outputs(baked, ["atpatch/joint/margin"]), feed)["atpatch/joint/margin"])
-    scores = scores[scores > -NEVER]  # columns that no query sees stand far below
-    around = np.arange(int(len(scores) * (1 - 2 * share)), int(len(scores) * (1 - share / 2)))
-    at = around[np.diff(scores)[around].argmax()]  # the widest gap: no flag hangs by a rounding error
-    return replace(drawn, joint=Joint(weights, float(np.float32((scores[at] + scores[at + 1]) / 2)), reach))
 
 
 def with_threshold(patch: Patch, number: int, threshold: float) -> Patch:
@@ -399,26 +346,26 @@ def with_threshold(patch: Patch, number: int, threshold: float) -> Patch:
 
 
 def margins(model: ir.Model, patch: Patch, number: int, feed: Mapping[str, np.ndarray]) -> np.ndarray:
-    """How far each column of the site `number` is above its threshold, `[batch, keys]`."""
-    name = f"{PREFIX}{patch.sites[number].site}/margin"
-    baked = with_outputs(bake(model, patch, emission=Emission.BRANCHLESS, inline=False), [name])
-    return run(baked, feed)[name]
+    """How far each token of the site `number` is above its own threshold, `[maps, tokens]`."""
+    baked = bake(model, patch, conditional=False)
+    name = read_record(baked).sites[number].own
+    assert name is not None, "the site detects"
+    return run(with_outputs(baked, [name]), feed)[name][..., 0]
 
 
 def fire_on_some(model: ir.Model, patch: Patch, feed: Mapping[str, np.ndarray], share: float | None = None) -> Patch:
-    """The same patch with thresholds that some columns exceed and some do not.
+    """The same patch with thresholds that some tokens exceed and some do not.
 
     A threshold lies in the middle of a gap between two scores: of the widest gap, or, given a `share`, of the one that
-    lets about this share of the columns fire. Sites are set one after the other, since flags of one move the next.
+    lets about this share of the tokens fire. Sites are set one after the other, since flags of one move the next.
     """
     for number, entry in enumerate(patch.sites):
         if entry.detector is None:
             continue
-        patch = with_threshold(patch, number, NEVER)
-        scores = np.unique(margins(model, patch, number, feed)) + NEVER
-        scores = scores[scores > -NEVER]  # columns that no query sees stand far below
+        patch = with_threshold(patch, number, 0.0)
+        scores = np.unique(margins(model, patch, number, feed))
         if len(scores) < 2:
-            raise AssertionError(f"site {entry.site}: all columns have the same score")
+            raise AssertionError(f"site {entry.site}: all tokens have the same score")
         gaps = np.diff(scores)
         at = int(gaps.argmax()) if share is None else min(int(len(gaps) * (1 - share)), len(gaps) - 1)
         if gaps[at] < 1e-5:  # far above float32's rounding of scores: the flags do not hang by a rounding error
@@ -430,42 +377,52 @@ def fire_on_some(model: ir.Model, patch: Patch, feed: Mapping[str, np.ndarray], 
 # What a site of a patched model must have computed
 
 
-def site_values(patched: ir.Model, number: int) -> dict[str, str]:
-    """Names of the map, the values, the base's output, the corrected output and the flags in a patched model.
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A redistributing site of a patched model, for some inputs: keys and values `[maps, heads, tokens, depth]`."""
 
-    The flags are an output if the model was baked with `site_flags`. `in_canonical_axes` lays all of them out alike.
-    """
-    site = read_record(patched).sites[number]
-    return {
-        "P": site.map,
-        "V": site.values,
-        "base": site.base_output,
-        "Y": site.output,
-        "M": f"{PREFIX}{site.site}/flags",
-    }
+    key: np.ndarray
+    """As the base computes it."""
 
-
-def in_canonical_axes(found: Mapping[str, np.ndarray], site: PatchedSite) -> dict[str, np.ndarray]:
-    """The values that `site_values` names, in the four canonical axes; the flags as `[maps, keys]`."""
-    P = found["P"]
-    maps, heads, _, keys = P.shape
-
-    def laid_out(array: np.ndarray, layout: str, own_heads: int) -> np.ndarray:
-        return canonical(array, layout, {"h": own_heads, "w": site.parts or 1})
-
-    return {
-        "P": P,
-        "V": laid_out(found["V"], site.value_layout, site.kv_heads),
-        "base": laid_out(found["base"], site.output_layout, heads),
-        "Y": laid_out(found["Y"], site.output_layout, heads),
-        "M": found["M"].reshape(maps, keys),
-    }
+    replaced_key: np.ndarray
+    value: np.ndarray
+    replaced_value: np.ndarray
+    flags: np.ndarray
+    """`[maps, tokens]`."""
 
 
-def expected_output(found: Mapping[str, np.ndarray], entry: SitePatch) -> np.ndarray:
-    """The site's output by the numpy reference, from P, V, the base's output and the flags, all in canonical axes."""
-    chosen = entry.redistribution
-    assert chosen is not None
-    return redistribution.redistributed_output(
-        found["P"], found["V"], found["base"], found["M"], chosen.beta, chosen.neutral
-    )
+def see(patched: ir.Model, base: ir.Model, feed: Mapping[str, np.ndarray]) -> dict[str, Seen]:
+    """What a patched model computes at its redistributing sites, by name, brought to the same axes everywhere."""
+    chosen = [site for site in read_record(patched).sites if site.redistributes]
+    places = {site.name: site for site in find_sites(base)}
+    handed = {}
+    for node in patched.graph:
+        if REPLACES_KEY in node.metadata_props:
+            value = replaced_value(node)
+            assert value is not None
+            handed[node.metadata_props[SITE_KEY], node.metadata_props[REPLACES_KEY]] = (
+                str(value.name),
+                str(node.outputs[0].name),
+            )
+    names = [name for pair in handed.values() for name in pair] + [site.margin for site in chosen]
+    (dtype,) = {site.dtype for site in places.values()}
+    found = run(with_outputs(patched, list(dict.fromkeys(names)), dtype), feed)
+    found |= {name.removesuffix("/seen"): array for name, array in found.items()}
+    result = {}
+    for site in chosen:
+        key, value = places[site.site].key, places[site.site].value
+        pairs = [[found[name] for name in handed[site.site, place.value]] for place in (key, value)]
+        laid_out = [[in_axes(array, place) for array in pair] for pair, place in zip(pairs, (key, value), strict=True)]
+        result[site.site] = Seen(*laid_out[0], *laid_out[1], flags=found[site.margin][..., 0] > 0)
+    return result
+
+
+def in_axes(array: np.ndarray, place: Place) -> np.ndarray:
+    """The keys or values that a tensor holds, `[maps, heads, tokens, depth]`."""
+    tokens = [axis for axis, letters in enumerate(place.axes) if letters]
+    features = [axis for axis, letters in enumerate(place.axes) if not letters]
+    assert len(tokens) == 2, "maps and tokens on axes of their own"
+    flat = array.transpose(tokens + features).reshape(*(array.shape[axis] for axis in tokens), -1)
+    if [place.axes[axis] for axis in tokens] == ["k", "n"]:
+        flat = flat.swapaxes(0, 1)
+    return flat[..., place.columns.reshape(-1)].reshape(*flat.shape[:2], place.heads, place.depth).swapaxes(1, 2)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from atpatch_onnx.baking.reference import redistributed_map
+from atpatch_onnx.baking.reference import attention_map, replaced
 from atpatch_onnx.measuring.evaluate import Backdoor, Curve, Detection, Evaluation, Fairness
 from atpatch_onnx.measuring.examples import Example, ExampleSide, Prediction, SiteView, Story
 from atpatch_onnx.measuring.verify import Check, Verification
@@ -19,12 +19,15 @@ def rate(value: float, count: int = 200) -> Rate:
     return Rate.of(np.arange(count) < round(value * count))
 
 
-def outcome(remaining: float, *, kind: str = "backdoor", flag_rate: float = 0.0) -> dict[str, Any]:
+def outcome(
+    remaining: float, *, kind: str = "backdoor", flag_rate: float = 0.0, robust: float = 0.011
+) -> dict[str, Any]:
     return {
         "kind": kind,
         "remaining": remaining,
         "accuracy_base": 0.97,
         "accuracy": 0.968,
+        "robust_accuracy_loss": robust if kind == "backdoor" else 0.0,
         "clean_flag_rate": flag_rate,
         "recall": 1.0,
         "precision": 0.99,
@@ -48,7 +51,6 @@ def figures(
             "threshold": 0.5,
             "detects": number == 0,
             "redistributes": number == 0,
-            "beta": 0.7 if number == 0 else None,
             "without": {"detect": outcome(0.995, kind=kind), "redistribute": outcome(0.31, kind=kind)}
             if number == 0 and met
             else {},
@@ -60,8 +62,17 @@ def figures(
         "target": 0 if kind == "backdoor" else None,
         "meets_target": met,
         "shortfalls": [] if met else ["ASR above floor 14.00%, 13.00% over the bound of 1.00%"],
-        "goal": {"asr_above_floor": 0.01, "flip_rate": 0.005, "accuracy_loss": 0.005, "clean_flag_rate": 0.01},
-        "value": "neutral",
+        "goal": {
+            "asr_above_floor": 0.01,
+            "flip_rate": 0.005,
+            "accuracy_loss": 0.005,
+            "clean_flag_rate": 0.01,
+            "robust_accuracy_loss": 0.02,
+            "columns_missed": 1.0,
+        },
+        "reading": "keys",
+        "detectors": "linear",
+        "tried": [{"detectors": "linear", "shortfalls": []}],
         "pairs": {"fit": 500, "calibration": 250, "validation": 250},
         "outcome": outcome(remaining, kind=kind),
         "settings_tried": 1234,
@@ -79,8 +90,12 @@ def detection(value: float = 0.99) -> Detection:
     return Detection(rate(value), rate(0.995), Curve(precision, recall, 0.9987))
 
 
+def lost(value: float) -> Difference:
+    return Difference(value, value - 0.007, value + 0.007)
+
+
 def evaluation(
-    *, kind: str = "backdoor", asr: float = 0.005, identical: bool = True, binary: bool = True
+    *, kind: str = "backdoor", asr: float = 0.005, robust: float = 0.96, identical: bool = True, binary: bool = True
 ) -> Evaluation:
     return Evaluation(
         inputs=200,
@@ -92,7 +107,7 @@ def evaluation(
         clean_bit_identical=identical,
         columns=detection(),
         input_level=detection(0.98),
-        backdoor=Backdoor(0, rate(0.98), rate(asr), rate(0.01), rate(asr), rate(0.1), rate(0.95))
+        backdoor=Backdoor(0, rate(0.98), rate(asr), rate(0.01), rate(asr), rate(0.1), rate(robust), lost(0.97 - robust))
         if kind == "backdoor"
         else None,
         fairness=Fairness(
@@ -111,18 +126,22 @@ def evaluation(
 
 
 def verification(*failed: str, sites: tuple[str, ...] = ("layer0", "layer1")) -> Verification:
-    names = ["invariants", "unbake", *(f"site {site}, clean inputs, no optimization" for site in sites)]
+    side = "clean inputs, no optimization"
+    names = ["invariants", "unbake", *(f"{what} {site}, {side}" for what in ("scores at", "site") for site in sites)]
     checks = [Check(name, name not in failed, f"what was found of {name}") for name in (*names, *failed)]
     return Verification(tuple({check.name: check for check in checks}.values()))
 
 
 def view(site: str, flags: np.ndarray, seed: int, *, padding: int = 0) -> SiteView:
     tokens = len(flags)
-    P = np.random.default_rng(seed).random((1, 2, tokens, tokens)) + 3 * flags
-    P[..., tokens - padding :] = 0
-    P /= P.sum(axis=-1, keepdims=True)
-    after = redistributed_map(P, flags[None], 0.7)
-    return SiteView(site, P[0].mean(axis=0).astype(np.float32), after[0].mean(axis=0).astype(np.float32))
+    rng = np.random.default_rng(seed)
+    Q, K = np.abs(rng.normal(size=(2, 1, 2, tokens, 4)))
+    K += 2 * flags[:, None]  # which draws attention
+    hidden = np.where(np.arange(tokens) < tokens - padding, 0.0, -np.inf)
+    before, after = (
+        attention_map(Q, keys, bias=hidden)[0].mean(axis=0) for keys in (K, replaced(K, flags[None], np.zeros((2, 4))))
+    )
+    return SiteView(site, before.astype(np.float32), after.astype(np.float32))
 
 
 def side(

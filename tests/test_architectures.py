@@ -32,7 +32,7 @@ def test_every_attention_of_the_architecture_is_a_site(name: str) -> None:
     assert len(matches.sites) == architecture.attentions - architecture.mapless, others
     assert [miss.reason for miss in matches.near_misses if miss.attention] == []
     assert len(others) == architecture.softmaxes, others
-    assert all(None not in (site.parts, site.heads, site.queries, site.keys, site.depth) for site in matches.sites)
+    assert all(None not in (site.parts, site.heads, site.queries, site.keys) for site in matches.sites)
 
 
 @pytest.mark.parametrize("name", WITH_MAPS)

@@ -1,39 +1,35 @@
-"""Baking: what is written into the graph, and that every way of writing it computes what the reference computes."""
+"""Baking: what is written into the graph, and that the base does the rest, whichever way it is written."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from driving import driven
+from form_nets import FORMS as FORM_NETS
 from models import (
     ALWAYS,
+    FORMS,
     NEVER,
-    VARIANTS,
     Net,
     draw_patch,
-    expected_output,
     fire_on_some,
-    in_canonical_axes,
     margins,
     run,
     same_bits,
-    site_values,
-    with_outputs,
+    see,
 )
 from onnx.reference import ReferenceEvaluator
 
 from atpatch_onnx import graph
 from atpatch_onnx.baking.bake import bake
-from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.baking.invariants import violations
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.baking.targets import TARGETS
 from atpatch_onnx.errors import BakeError, PatchMismatchError
-from atpatch_onnx.graph.names import DOMAIN
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.patches.patch import Features, Patch
+from atpatch_onnx.patches.patch import Patch
 
 NETS = {
     "opset 15": Net(opset=15),
@@ -71,44 +67,68 @@ def tolerance(net: Net) -> dict[str, float]:
 
 
 @nets
-def test_all_ways_of_writing_agree_with_each_other_and_with_the_reference(net: Net) -> None:
+@pytest.mark.parametrize("kind", ["linear", "hidden"])
+def test_outputs_are_the_bases_that_is_given_neutral_keys_and_values(net: Net, kind: str) -> None:
+    """Bit for bit as the graph is written; where onnxruntime rewrites both graphs, but for rounding."""
+    model, feed = net.model(), net.feed(np.random.default_rng(1))
+    patch = fire_on_some(model, draw_patch(model, kind=kind), feed)
+    for conditional in FORMS:
+        baked = bake(model, patch, conditional=conditional, site_flags=True)
+        wanted = driven(model, baked, feed)
+        found = run(baked, feed, optimize=False)
+        for name, value in wanted.items():
+            assert same_bits(found[name], value), f"{name}, conditional={conditional}"
+        optimized = run(baked, feed)
+        for name, value in found.items():
+            np.testing.assert_allclose(optimized[name], value, **tolerance(net), err_msg=name)
+        flags = [found[f"atpatch/{site.name}/flags"] for site in find_sites(model)]
+        assert flags[0].any(), "the test is about something"
+        assert not flags[0].all()
+        flagged = np.logical_or.reduce([one.any(-1) for one in flags])
+        assert np.array_equal(found["atpatch/flagged"][:, 0], flagged)
+        assert np.array_equal(found["atpatch/score"][:, 0] > 0, flagged)
+
+
+@nets
+def test_flagged_tokens_are_neutral_and_all_others_keep_their_bits(net: Net) -> None:
     model, feed = net.model(), net.feed(np.random.default_rng(1))
     patch = fire_on_some(model, draw_patch(model), feed)
-    sites = find_sites(model)
-    results = []
-    for emission, inline in VARIANTS:
-        baked = bake(model, patch, emission=emission, inline=inline, site_flags=True)
-        for optimize in (True, False):
-            where = f"{emission}, inline={inline}, optimize={optimize}"
-            results.append(run(baked, feed, optimize=optimize))  # optimize=False: what is written, nothing rewritten
-            for name, first in results[0].items():
-                np.testing.assert_allclose(results[-1][name], first, **tolerance(net), err_msg=f"{name}, {where}")
-        names = [site_values(baked, number) for number in range(len(sites))]
-        dtype = sites[0].dtype
-        seen = run(with_outputs(baked, [name for site in names for name in site.values()], dtype), feed)
-        records = read_record(baked).sites
-        for site, entry, values, record in zip(sites, patch.sites, names, records, strict=True):
-            found = in_canonical_axes({key: seen[name] for key, name in values.items()}, record)
-            wanted = expected_output(found, entry)
-            np.testing.assert_allclose(found["Y"], wanted, **tolerance(net), err_msg=f"{site.name}, {where}")
-            quiet = ~found["M"].any(-1)
-            assert same_bits(found["Y"][quiet], found["base"][quiet])
-            assert np.array_equal(results[-1][f"atpatch/{site.name}/flags"], found["M"])
-    flagged = np.logical_or.reduce([results[0][f"atpatch/{site.name}/flags"].any(-1) for site in sites])
-    assert flagged.any(), "the test is about something"
-    assert np.array_equal(results[0]["atpatch/flagged"][:, 0], flagged)
+    for conditional in FORMS:
+        found = see(bake(model, patch, conditional=conditional), model, feed)
+        assert list(found) == [entry.site for entry in patch.sites]
+        for entry in patch.sites:
+            seen = found[entry.site]
+            assert entry.neutral is not None
+            for neutral, before, after in (
+                (entry.neutral.key, seen.key, seen.replaced_key),
+                (entry.neutral.value, seen.value, seen.replaced_value),
+            ):
+                chosen = seen.flags[:, None, :, None]
+                assert same_bits(after, np.where(chosen, neutral.astype(before.dtype)[None, :, None], before))
+
+
+@nets
+def test_both_ways_of_writing_give_the_same_bits(net: Net) -> None:
+    """No attention stands in the `If`: its outputs do not depend on it, on what is flagged either."""
+    model, feed = net.model(), net.feed(np.random.default_rng(1))
+    patch = fire_on_some(model, draw_patch(model), feed)
+    for optimize in (True, False):
+        one, other = (run(bake(model, patch, conditional=form), feed, optimize=optimize) for form in FORMS)
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert same_bits(other[name], value), f"{name}, optimize={optimize}"
 
 
 @nets
 def test_a_detector_that_never_fires_changes_no_bit(net: Net) -> None:
     model, feed = net.model(), net.feed(np.random.default_rng(2))
     patch = draw_patch(model, threshold=NEVER)
-    for optimize, variants in ((True, VARIANTS), (False, VARIANTS[1:3])):
+    for optimize in (True, False):
         base = run(model, feed, optimize=optimize)
-        for emission, inline in variants:
-            patched = run(bake(model, patch, emission=emission, inline=inline), feed, optimize=optimize)
+        for conditional in FORMS:
+            patched = run(bake(model, patch, conditional=conditional), feed, optimize=optimize)
             for name, value in base.items():
-                assert same_bits(patched[name], value), f"{name}, {emission}, inline={inline}, optimize={optimize}"
+                assert same_bits(patched[name], value), f"{name}, conditional={conditional}, optimize={optimize}"
             assert not patched["atpatch/flagged"].any()
             assert (patched["atpatch/score"] < 0).all()
 
@@ -117,8 +137,8 @@ def test_a_detector_that_never_fires_changes_no_bit(net: Net) -> None:
 def test_the_models_own_interface_stays(net: Net) -> None:
     model = net.model()
     patch = draw_patch(model)
-    for emission, inline in VARIANTS[1:3]:
-        baked = graph.to_bytes(bake(model, patch, emission=emission, inline=inline, site_flags=True))
+    for conditional in FORMS:
+        baked = graph.to_bytes(bake(model, patch, conditional=conditional, site_flags=True))
         old, new = net.proto().graph, onnx.load_from_string(baked).graph
         assert list(new.input) == list(old.input)
         count = len(old.output)
@@ -140,14 +160,14 @@ def test_the_models_own_interface_stays(net: Net) -> None:
 def test_everything_that_is_added_is_named_as_ours(net: Net) -> None:
     model = net.model()
     own = _names(model)
-    for emission, inline in VARIANTS:
-        baked = bake(model, draw_patch(model), emission=emission, inline=inline, site_flags=True)
+    for conditional in FORMS:
+        baked = bake(model, draw_patch(model), conditional=conditional, site_flags=True)
         added = _names(baked) - own
         assert added
         assert [name for name in added if not name.startswith("atpatch/")] == []
         assert own <= _names(baked)
-        assert bool(baked.functions) is not inline
-        assert (DOMAIN in baked.opset_imports) is not inline
+        assert baked.functions == model.functions
+        assert baked.opset_imports == model.opset_imports, "nothing but ONNX's own operators is added"
         assert violations(baked) == ()
         onnx.checker.check_model(onnx.load_from_string(graph.to_bytes(baked)), full_check=True)
 
@@ -170,38 +190,45 @@ def test_the_base_is_left_alone() -> None:
     assert graph.to_bytes(bake(model, patch)) == first, "the same patch gives the same bytes"
 
 
-def test_the_file_says_what_it_is() -> None:
+@pytest.mark.parametrize("conditional", FORMS)
+def test_the_file_says_what_it_is(conditional: bool) -> None:
     model = Net().model()
     patch = draw_patch(model).with_figures({"asr": 0.01})
-    baked = graph.to_bytes(bake(model, patch, emission=Emission.BRANCHLESS, site_flags=True))
+    baked = graph.to_bytes(bake(model, patch, conditional=conditional, site_flags=True))
     record = read_record(ir.from_proto(onnx.load_from_string(baked)))
     assert record.base == graph.fingerprint(model) == patch.base
     assert record.patch == patch.id
-    assert record.emission == "branchless"
+    assert record.conditional is conditional
     assert record.figures == {"asr": 0.01}
-    names = [site.name for site in find_sites(model)]
-    assert [site.site for site in record.sites] == names
-    assert record.monitors == ("atpatch/flagged", "atpatch/score", *(f"atpatch/{name}/flags" for name in names))
-    proto = onnx.load_from_string(baked)
-    assert all(json.dumps(entry.value) for entry in proto.metadata_props if entry.key.startswith("atpatch."))
+    sites = find_sites(model)
+    assert [(one.site, one.key, one.value) for one in record.sites] == [
+        (site.name, site.key.value, site.value.value) for site in sites
+    ]
+    assert all(one.redistributes and one.own is not None for one in record.sites)
+    flags = [f"atpatch/{site.name}/flags" for site in sites]
+    assert record.monitors == ("atpatch/flagged", "atpatch/score", *flags)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_targets(target: str) -> None:
+@pytest.mark.parametrize("wanted", [None, *FORMS])
+def test_replacements_stand_in_an_if_as_asked_or_as_the_target_has_it(target: str, wanted: bool | None) -> None:
     model = Net().model()
-    baked = bake(model, draw_patch(model), target=target)
-    conditional = any(node.op_type == "If" for node in baked.graph.all_nodes())
-    assert conditional is (TARGETS[target].emission is Emission.CONDITIONAL)
-    assert bool(baked.functions) is not TARGETS[target].inline
+    patch = draw_patch(model)
+    if wanted and "If" in TARGETS[target].without:
+        with pytest.raises(BakeError, match="the operator If"):
+            bake(model, patch, target=target, conditional=wanted)
+        return
+    baked = bake(model, patch, target=target, conditional=wanted)
+    expected = TARGETS[target].conditional if wanted is None else wanted
+    assert any(node.op_type == "If" for node in baked.graph.all_nodes()) is expected
+    assert read_record(baked).conditional is expected
 
 
 @pytest.mark.parametrize("ir_version", [4, 7, 8])
-def test_files_from_before_model_local_functions_get_none(ir_version: int) -> None:
+def test_old_files_are_patched_and_stay_what_they_are(ir_version: int) -> None:
     net = Net(opset=15, ir_version=ir_version)
     model, feed = net.model(), net.feed(np.random.default_rng(0))
-    patch = fire_on_some(Net(opset=15, ir_version=8).model(), draw_patch(Net(opset=15, ir_version=8).model()), feed)
-    baked = bake(model, replace(patch, base=graph.fingerprint(model)), inline=False)
-    assert bool(baked.functions) is (ir_version == 8)
+    baked = bake(model, fire_on_some(model, draw_patch(model), feed))
     assert baked.ir_version == ir_version
     assert run(baked, feed)["atpatch/flagged"].any()
 
@@ -221,65 +248,64 @@ def test_the_score_is_the_largest_margin_over_all_sites() -> None:
     assert np.array_equal(run(bake(model, patch), feed)["atpatch/score"], wanted)
 
 
-@pytest.mark.parametrize(("emission", "inline"), VARIANTS)
-def test_flags_are_carried_along_the_token_axis(emission: Emission, inline: bool) -> None:
-    """The second site does not detect: its flags are the first site's."""
+@pytest.mark.parametrize("conditional", FORMS)
+def test_flags_are_carried_along_the_token_axis(conditional: bool) -> None:
+    """The second site does not detect: its flags are the first site's, and it acts on them."""
     net = Net(layers=3)
     model, feed = net.model(), net.feed(np.random.default_rng(3))
-    patch = fire_on_some(model, draw_patch(model, detects=(True, False, True)), feed)
-    baked = bake(model, patch, emission=emission, inline=inline, site_flags=True)
-    flags = [run(baked, feed)[f"atpatch/site_{number}/flags"] for number in range(3)]
+    patch = fire_on_some(model, draw_patch(model, detects=(True, False, True)), feed, share=0.3)
+    baked = bake(model, patch, conditional=conditional, site_flags=True)
+    found = run(baked, feed, optimize=False)
+    flags = [found[f"atpatch/site_{number}/flags"] for number in range(3)]
     assert np.array_equal(flags[0], flags[1])
     own = margins(model, patch, 2, feed) > 0
     assert np.array_equal(flags[2], own | flags[0])
     assert flags[0].any()
     assert (flags[2] != flags[0]).any(), "the third site adds flags of its own"
+    seen = see(baked, model, feed)
+    assert all(np.array_equal(seen[f"site_{number}"].flags, flags[number]) for number in range(3))
+    for name, value in driven(model, baked, feed).items():
+        assert same_bits(found[name], value), name
 
 
 def test_flags_are_not_carried_to_another_token_axis() -> None:
-    """With a past, the keys of the first site are more positions than those of the second."""
-    model = Net(opset=24, form="attention", past=2).model()
+    """Windows attend on their own: the tokens of one are not those of the other."""
+    model = FORM_NETS["windows in the batch"].model()
     with pytest.raises(PatchMismatchError, match="a detecting site before it on its token axis"):
         bake(model, draw_patch(model, detects=(True, False)))
 
 
-@pytest.mark.parametrize(("emission", "inline"), VARIANTS)
-def test_a_site_may_detect_only(emission: Emission, inline: bool) -> None:
+@pytest.mark.parametrize("conditional", FORMS)
+def test_keys_in_a_cache_are_not_flagged_again(conditional: bool) -> None:
+    """Their own run replaced them: flags are of the tokens that are computed here, at every site."""
+    net = Net(opset=24, form="attention", past=2)
+    model, feed = net.model(), net.feed(np.random.default_rng(0))
+    patch = fire_on_some(model, draw_patch(model, detects=(True, False)), feed)
+    found = run(bake(model, patch, conditional=conditional, site_flags=True), feed)
+    for site in find_sites(model):
+        assert found[f"atpatch/{site.name}/flags"].shape == feed["x"].shape[:2]
+
+
+@pytest.mark.parametrize("conditional", FORMS)
+def test_a_site_may_detect_only(conditional: bool) -> None:
     net = Net()
     model, feed = net.model(), net.feed(np.random.default_rng(0))
     patch = draw_patch(model, threshold=ALWAYS, redistributes=False)
-    baked = bake(model, patch, emission=emission, inline=inline)
+    baked = bake(model, patch, conditional=conditional)
     base, patched = run(model, feed), run(baked, feed)
     assert patched["atpatch/flagged"].all()
     assert all(same_bits(patched[name], value) for name, value in base.items())
-    assert read_record(baked).outputs == {}
+    assert not any(site.redistributes for site in read_record(baked).sites)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, "profile"])
-@pytest.mark.parametrize("neutral", [True, False], ids=["neutral", "own"])
-@pytest.mark.parametrize("name", ["opset 18, fixed", "opset 23, op, fixed"])
-def test_benign_attention_and_values(name: str, neutral: bool, beta: float | str) -> None:
-    net = NETS[name]
-    model, feed = net.model(), net.feed(np.random.default_rng(4))
-    value = np.random.default_rng(5).random((2, 5, 1)) if beta == "profile" else beta
-    patch = fire_on_some(model, draw_patch(model, neutral=neutral, beta=value), feed)
-    for number, (emission, inline) in enumerate(VARIANTS):
-        baked = bake(model, patch, emission=emission, inline=inline, site_flags=True)
-        site = number % 2
-        names = site_values(baked, site)
-        seen = run(with_outputs(baked, list(names.values())), feed)
-        found = in_canonical_axes({key: seen[name] for key, name in names.items()}, read_record(baked).sites[site])
-        wanted = expected_output(found, patch.sites[site])
-        np.testing.assert_allclose(found["Y"], wanted, **tolerance(net))
-
-
-def test_onnxs_own_evaluator_agrees() -> None:
+@pytest.mark.parametrize("kind", ["linear", "hidden"])
+def test_onnxs_own_evaluator_agrees(kind: str) -> None:
     """Another implementation of every operator: nothing here hangs by onnxruntime."""
     net = NETS["opset 18, masked"]
     model, feed = net.model(), net.feed(np.random.default_rng(1))
-    patch = fire_on_some(model, draw_patch(model), feed)
-    for emission, inline in VARIANTS:
-        baked = bake(model, patch, emission=emission, inline=inline)
+    patch = fire_on_some(model, draw_patch(model, kind=kind), feed)
+    for conditional in FORMS:
+        baked = bake(model, patch, conditional=conditional)
         evaluator = ReferenceEvaluator(onnx.load_from_string(graph.to_bytes(baked)))
         found = dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True))
         for name, wanted in run(baked, feed).items():
@@ -323,8 +349,8 @@ def test_names_of_ours_that_are_taken(kind: str) -> None:
 def test_old_opsets() -> None:
     model = Net().model()
     patch = draw_patch(model)
-    model.graph.opset_imports[""] = 14
-    with pytest.raises(BakeError, match="opset 15 or later"):
+    model.graph.opset_imports[""] = 12
+    with pytest.raises(BakeError, match="opset 13 or later"):
         bake(model, patch)
 
 
@@ -350,32 +376,25 @@ def test_arrays_that_do_not_fit_the_site() -> None:
     model = Net(batch=3, tokens=5).model()
     patch = draw_patch(model)
     wider = draw_patch(Net(heads=3, kv_heads=3, batch=3, tokens=5).model()).sites[0]
-    redistribution = patch.sites[0].redistribution
-    assert redistribution is not None
-    with pytest.raises(PatchMismatchError, match="column features"):
+    neutral = patch.sites[0].neutral
+    assert neutral is not None
+    assert wider.neutral is not None
+    with pytest.raises(PatchMismatchError, match="a detector of 8 features"):
         bake(model, _with_first_site(patch, detector=wider.detector))
-    with pytest.raises(PatchMismatchError, match="neutral value"):
-        bake(model, _with_first_site(patch, redistribution=wider.redistribution))
-    profile = replace(redistribution, beta=np.full((2, 4, 1), 0.5, np.float32))
-    with pytest.raises(PatchMismatchError, match="profile"):
-        bake(model, _with_first_site(patch, redistribution=profile))
-
-
-def test_whole_columns_of_a_free_length() -> None:
-    fixed, free = Net(batch=3, tokens=5).model(), Net().model()
-    detector = draw_patch(fixed, features=Features.WHOLE).sites[0].detector
-    with pytest.raises(PatchMismatchError, match="free length"):
-        bake(free, _with_first_site(draw_patch(free), detector=detector))
+    with pytest.raises(PatchMismatchError, match="a neutral key of 2 x 4; found one of 3 x 4"):
+        bake(model, _with_first_site(patch, neutral=replace(neutral, key=wider.neutral.key)))
+    with pytest.raises(PatchMismatchError, match="a neutral value of 2 x 4; found one of 3 x 4"):
+        bake(model, _with_first_site(patch, neutral=replace(neutral, value=wider.neutral.value)))
 
 
 def test_a_patch_without_sites() -> None:
     model = Net().model()
-    with pytest.raises((BakeError, PatchMismatchError)):
+    with pytest.raises(PatchMismatchError, match="at least one site or neuron edit"):
         bake(model, Patch(graph.fingerprint(model), ()))
 
 
 def test_a_patch_with_one_site_twice() -> None:
     model = Net().model()
     patch = draw_patch(model)
-    with pytest.raises((BakeError, PatchMismatchError)):
+    with pytest.raises(PatchMismatchError, match="each site once"):
         bake(model, replace(patch, sites=(patch.sites[0], patch.sites[0])))

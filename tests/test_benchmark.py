@@ -16,7 +16,6 @@ from atpatch_onnx.cli import main
 from atpatch_onnx.errors import BenchmarkError
 from atpatch_onnx.fitting.training import Training
 from atpatch_onnx.measuring.benchmark import _Files, synthetic_patch
-from atpatch_onnx.patches.patch import Features
 from atpatch_onnx.running.sessions import FileSession, SessionOptions
 from atpatch_onnx.running.timing import WARM
 
@@ -72,7 +71,7 @@ def test_every_batch_and_number_of_threads(files):
     )
     assert [(one.batch, one.threads) for one in result.timings] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert result.patch == fitted(PLANTED).id
-    assert (result.sites, result.detecting, result.emission) == (1, 1, "conditional")
+    assert (result.sites, result.detecting, result.conditional) == (1, 1, True)
     assert result.memory is None or 0.2 < result.memory < 5
     assert told[-1] == ("timing batches of 2, 2 threads", 3, 3)
 
@@ -95,26 +94,26 @@ def test_sizes_that_the_model_fixes_are_timed_once(tmp_path):
 
 
 @pytest.mark.parametrize("planted", [Planted(), Planted(form="attention", masked=True), Planted(free=True)])
-def test_a_synthetic_patch_does_all_at_every_site_in_a_fits_sizes(planted):
+@pytest.mark.parametrize("kind", ["linear", "hidden"])
+def test_a_synthetic_patch_does_all_at_every_site_in_a_fits_sizes(planted, kind):
     model, sizes = planted.model(), Training()
-    patch = synthetic_patch(model)
+    patch = synthetic_patch(model, kind)
     assert [site.site for site in patch.sites] == list(planted.sites)
-    assert all(site.redistribution is not None for site in patch.sites)
-    real = fitted(Planted()).sites[0].detector if planted == Planted() else None
+    assert all(site.neutral is not None for site in patch.sites)
+    [real] = fitted(Planted()).sites
+    features = real.detector.weights.shape[0]
     for site in patch.sites:
-        assert site.detector.weight_1.shape[0] == sizes.hidden
-        assert site.detector.weight_2.shape == (sizes.embedding, sizes.hidden)
-        if real is not None:
-            assert site.detector.features is real.features is Features.WHOLE
-            assert site.detector.weight_1.shape[1] == real.weight_1.shape[1]
+        units = 1 if kind == "linear" else sizes.hidden
+        assert site.detector.is_linear == (kind == "linear")
+        assert site.detector.weights.shape == (features, units)
+        assert (site.neutral.key.shape, site.neutral.value.shape) == (real.neutral.key.shape, real.neutral.value.shape)
+        if kind == "hidden":
+            assert site.detector.bias.shape == site.detector.output.shape == (sizes.hidden,)
 
 
-def test_a_synthetic_joint_decision(files, capsys):
-    patch = synthetic_patch(atp.load(files.base), decision="joint")
-    assert patch.joint.weights.sum() == pytest.approx(1)
-    assert all(site.detector and site.redistribution for site in patch.sites)
+def test_synthetic_detectors_with_a_hidden_layer(files, capsys):
     quick = ["--batch", "1", "--threads", "1", "--rounds", "2", "--no-memory", "--json"]
-    assert main(["benchmark", str(files.base), "--synthetic", "--decision", "joint", *quick]) == 0
+    assert main(["benchmark", str(files.base), "--synthetic", "--detectors", "hidden", *quick]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["detecting"] == said["sites"] == 3
     assert said["timings"][0]["flagged_ratio"] > 0
@@ -130,7 +129,7 @@ def test_the_command_line(files, tmp_path, capsys):
     assert set(timing) >= {"batch", "threads", "base_ms", "flagged_ratio", "flagged_interval", "itself_ratio"}
     assert said["memory_ratio"] is None
     assert main(["benchmark", str(files.base), "--synthetic", *quick]) == 0
-    assert "Cost of a patch at 3 sites, conditional" in capsys.readouterr().out
+    assert "Cost of a patch at 3 sites, with If" in capsys.readouterr().out
     for wrong in ([str(files.base)], [str(files.base), str(files.patched), "--synthetic"]):
         assert main(["benchmark", *wrong]) == 2
     for name in ("rounds", "sessions"):

@@ -1,20 +1,21 @@
-"""Suspects, and the columns that detectors are trained on, against naive recomputation."""
+"""Suspects, and the keys that detectors are trained on, against naive recomputation."""
 
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from models import run
 from planted import HEADS, Planted
 
-from atpatch_onnx.baking.features import choose_features, shares_in_one
-from atpatch_onnx.baking.read import features_output, probe, values_output
+from atpatch_onnx.baking.maps import map_outputs, with_maps
+from atpatch_onnx.baking.probe import key_output, probe, value_output
 from atpatch_onnx.debugset import DebugSet, InputSpec
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
 from atpatch_onnx.fitting import collect as collecting
 from atpatch_onnx.fitting.collect import MAX_BENIGN, anomalous_columns, collect, find_suspects, input_specs
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.patches.patch import Features
+from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.running.sessions import Session
 
 SHAPES = [
@@ -26,7 +27,7 @@ SHAPES = [
 
 
 def rounding(found: np.ndarray, expected: np.ndarray) -> None:
-    # float32: batches of other sizes may take other kernels; weights in units of the uniform share are up to 12
+    # float32: batches of other sizes may take other kernels
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -101,116 +102,121 @@ def test_what_should_be_flagged_on_either_side(kind):
         Planted(kind="attribute", form="packed"),
         Planted(form="attention", masked=True),
     ],
-    ids=["whole", "masked", "attribute", "fused"],
+    ids=["apart", "masked", "attribute", "fused"],
 )
-def test_columns_are_those_of_a_naive_loop(planted):
+def test_tokens_are_those_of_a_naive_loop(planted):
     debug, model = planted.debug(30, suspects=True), planted.model()
-    kinds = {site: choose_features(site) for site in find_sites(model)}
-    session = Session(probe(model, kinds))
+    sites = find_sites(model)
+    session = Session(probe(model, sites))
     clean, other = session.run(debug.clean), session.run(debug.counterfactual)
-    mask = debug.clean.get("mask", np.ones(debug.suspects.shape, int)) == 1
     attribute = debug.kind == "attribute"
-    for columns in collect(model, kinds, debug, batch_size=7):
-        site = columns.site
-        unit = np.float32(shares_in_one(site, kinds[site]))
-        rows = [(side[features_output(site)] * unit).transpose(0, 2, 1) for side in (clean, other)]
-        marked, plain = debug.suspects, mask & ~debug.suspects
+    for tokens in collect(model, sites, debug, batch_size=7):
+        keys = [side[key_output(tokens.site)] for side in (clean, other)]
+        marked, plain = debug.suspects, ~debug.suspects
         if attribute:
-            rounding(columns.anomalous, np.concatenate([rows[0][marked], rows[1][marked]]))
-            assert columns.hard.shape == (0, rows[0].shape[2])
+            rounding(tokens.anomalous, np.concatenate([keys[0][marked], keys[1][marked]]))
+            assert tokens.hard.shape == (0, HEADS * planted.depth)
         else:
-            rounding(columns.anomalous, rows[1][marked])
-            rounding(columns.hard, rows[0][marked])
+            rounding(tokens.anomalous, keys[1][marked])
+            rounding(tokens.hard, keys[0][marked])
         wanted = sum(min(MAX_BENIGN, int(count)) for count in plain.sum(axis=1)) * 2
-        assert len(columns.benign) == wanted
-        everything = np.concatenate([side[plain] for side in rows])
-        nearest = np.abs(columns.benign[:, None] - everything[None]).max(axis=2).min(axis=1)
-        assert nearest.max() < 1e-4  # each is one of the benign columns; rounding as above
+        assert len(tokens.benign) == wanted
+        everything = np.concatenate([side[plain] for side in keys])
+        nearest = np.abs(tokens.benign[:, None] - everything[None]).max(axis=2).min(axis=1)
+        assert nearest.max() < 1e-4  # each is one of the benign tokens; rounding as above
 
-        V = clean[values_output(site)]
-        kept = [
-            V[b, :, j]
-            for b in range(30)
-            for j in range(planted.tokens)
-            if mask[b, j] and not (attribute and debug.suspects[b, j])
-        ]
-        assert columns.neutral.shape == (HEADS, planted.depth)
-        # float32 values, summed in float64: the mean's rounding is that of float32
-        np.testing.assert_allclose(columns.neutral, np.mean(kept, axis=0, dtype=np.float64), rtol=1e-5, atol=1e-6)
+        kept = np.ones_like(marked) if not attribute else plain
+        kept &= ~unseen_or_sinks(model, tokens.site, debug.clean)
+        assert tokens.left_out == (~kept & (plain if attribute else True)).sum()
+        for output, neutral in ((key_output, tokens.neutral.key), (value_output, tokens.neutral.value)):
+            array = clean[output(tokens.site)]
+            rows = [array[b, j] for b in range(30) for j in range(planted.tokens) if kept[b, j]]
+            assert neutral.shape == (HEADS, planted.depth)
+            mean = np.mean(rows, axis=0, dtype=np.float64).reshape(neutral.shape)
+            # float32 numbers, summed in float64: the mean's rounding is that of float32
+            np.testing.assert_allclose(neutral, mean, rtol=1e-5, atol=1e-6)
 
 
-def test_the_same_seed_gives_the_same_columns_and_another_other_benign_ones():
+def unseen_or_sinks(model: ir.Model, site: AttentionSite, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Tokens that no query sees, and those that draw four times an even share of a sample's attention, by loops."""
+    name = map_outputs([site])[site.name]
+    P = run(with_maps(model, [site], []), inputs)[name].astype(np.float64)
+    found = np.zeros((len(P), P.shape[3]), bool)
+    for b in range(len(P)):
+        drawn = P[b].mean(axis=(0, 1))
+        found[b] = (drawn == 0) | (drawn > 4 / (drawn > 0).sum())
+    return found
+
+
+def test_padding_and_sinks_stay_out_of_the_neutral_token():
+    """The trigger draws all attention: were it taken for benign, it would be a sink."""
+    planted = Planted(masked=True, tokens=12)
+    model, debug = planted.model(), planted.debug(30, suspects=True)
+    site = find_sites(model)[1]
+    swapped = DebugSet.from_pairs(
+        {name: debug.counterfactual[name] for name in ("x", "mask")},
+        {"x": debug.clean["x"], "mask": debug.clean["mask"]},
+        suspects=np.zeros_like(debug.suspects) | (np.arange(12) == 0),
+    )
+    (tokens,) = collect(model, [site], swapped)
+    padding = int((debug.clean["mask"] == 0).sum())
+    assert tokens.left_out == padding + len(debug)
+    trigger = HEADS * [planted.draw * planted.depth**0.5]
+    assert (np.abs(tokens.neutral.key[:, 0] - trigger) > 0.9 * planted.draw).all(), "none of the trigger is in it"
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_other_benign_ones():
     planted = Planted(tokens=12)
     debug, model = planted.debug(20, suspects=True), planted.model()
-    kinds = {find_sites(model)[0]: Features.WHOLE}
-    (one,), (same,), (other,) = (collect(model, kinds, debug, seed=seed) for seed in (0, 0, 1))
-    for name in ("anomalous", "hard", "benign", "neutral"):
+    sites = find_sites(model)[:1]
+    (one,), (same,), (other,) = (collect(model, sites, debug, seed=seed) for seed in (0, 0, 1))
+    for name in ("anomalous", "hard", "benign"):
         assert np.array_equal(getattr(one, name), getattr(same, name))
+    for name in ("key", "value"):
+        assert np.array_equal(getattr(one.neutral, name), getattr(same.neutral, name))
     assert np.array_equal(one.anomalous, other.anomalous)
     assert one.benign.shape == other.benign.shape
     assert not np.array_equal(one.benign, other.benign)
 
 
-def test_whole_columns_are_relative_to_the_uniform_share():
-    """Where no noise and no trigger meets the keys the map is uniform: every weight is one share, at any length."""
-    for tokens in (5, 11):
-        planted = Planted(tokens=tokens, drawn=(2,))
-        inputs, labels, positions = planted.inputs(10)
-        inputs["x"][:, :, 2 + planted.classes : 5 + planted.classes] = 0
-        debug = DebugSet.from_pairs(inputs, planted.changed(inputs, positions), labels, suspects=positions)
-        model = planted.model()
-        (columns,) = collect(model, {find_sites(model)[0]: Features.WHOLE}, debug)
-        assert columns.anomalous.shape == (10, HEADS * tokens)
-        for rows in (columns.anomalous, columns.hard, columns.benign):
-            np.testing.assert_allclose(rows, 1, rtol=1e-6)  # float32: one over tokens, times tokens
-
-
-def test_a_full_store_keeps_anomalous_columns(monkeypatch):
+def test_a_full_store_keeps_anomalous_tokens(monkeypatch):
     """Clean inputs come first; they must not use up what triggered ones need."""
     planted = Planted()
     debug, model = planted.debug(64, suspects=True), planted.model()
-    kinds = {find_sites(model)[1]: Features.WHOLE}
-    row = HEADS * planted.tokens * 4
+    row = HEADS * planted.depth * 4
     monkeypatch.setattr(collecting, "MAX_BYTES", 60 * row)
-    (columns,) = collect(model, kinds, debug, batch_size=4)
-    counts = [len(getattr(columns, name)) for name in ("anomalous", "hard", "benign")]
+    (tokens,) = collect(model, find_sites(model)[1:2], debug, batch_size=4)
+    counts = [len(getattr(tokens, name)) for name in ("anomalous", "hard", "benign")]
     assert sum(counts) <= 60
     assert min(counts) >= 15, counts
 
 
-def test_a_full_store_keeps_benign_columns_of_both_sides(monkeypatch):
+def test_a_full_store_keeps_benign_tokens_of_both_sides(monkeypatch):
     planted = Planted()
     debug, model = planted.debug(64, suspects=True), planted.model()
+    other = {"x": debug.counterfactual["x"] + np.float32(0.5)}  # every key of one side differs from all of the other
+    debug = DebugSet.from_pairs(debug.clean, other, suspects=debug.suspects)
     site = find_sites(model)[1]
-    row = HEADS * planted.tokens * 4
+    row = HEADS * planted.depth * 4
     monkeypatch.setattr(collecting, "MAX_BYTES", 60 * row)
-    session = Session(probe(model, {site: Features.WHOLE}))
+    session = Session(probe(model, [site]))
     sides = [
-        {
-            column.tobytes()
-            for columns in session.collect(inputs, [features_output(site)]).values()
-            for column in rows(columns)
-        }
+        {key.tobytes() for key in session.run(inputs)[key_output(site)].reshape(-1, HEADS * planted.depth)}
         for inputs in (debug.clean, debug.counterfactual)
     ]
-    (kept,) = collect(model, {site: Features.WHOLE}, debug, batch_size=4)
-    uniform = np.float32(planted.tokens)
-    of_clean = [column.tobytes() in sides[0] for column in kept.benign / uniform]
+    (kept,) = collect(model, [site], debug, batch_size=len(debug))
+    of_clean = [key.tobytes() in sides[0] for key in kept.benign]
+    assert all(own or key.tobytes() in sides[1] for own, key in zip(of_clean, kept.benign, strict=True))
     assert 0 < sum(of_clean) < len(of_clean)
 
 
-def rows(features: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(features.transpose(0, 2, 1).reshape(-1, features.shape[1]))
-
-
-def test_maps_of_another_length_than_the_suspects_are_refused():
+def test_another_length_than_that_of_the_suspects_is_refused():
     planted = Planted(free=True)
     debug, model = planted.debug(20).with_suspects(np.ones((20, 5), bool)), planted.model()
-    kinds = dict.fromkeys(find_sites(model), Features.SUMMARY)
     with pytest.raises(
-        FitError, match=r"site layer0\.attention: expected 5 keys, as the suspects have positions; found 8"
+        FitError, match=r"site layer0\.attention: expected 5 tokens, as the suspects have positions; found 8"
     ):
-        collect(model, kinds, debug)
+        collect(model, find_sites(model), debug)
 
 
 def test_what_a_debug_set_has_to_bring():
@@ -237,6 +243,6 @@ def test_suspects_are_found_without_running_what_lies_behind_the_first_site(monk
     sites = find_sites(model)
     find_suspects(model, sites, planted.debug(20))
     ((nodes, outputs),) = built
-    assert outputs == [values_output(sites[0])]
+    assert outputs == [key_output(sites[0]), value_output(sites[0])]
     assert nodes < sum(1 for _ in model.graph) / 3
     assert len(model.graph.outputs) == 1, "the model itself is left as it is"

@@ -91,12 +91,15 @@ def test_pairs_without_labels_are_refused_before_anything_is_fitted():
 # Recommendations, from figures alone
 
 
-def fix(name: str, left: float, *, changed: float = 0.0, accuracy: float = 0.9) -> Fix:
+def fix(name: str, left: float, *, changed: float = 0.0, accuracy: float = 0.9, robust: float = 0.9) -> Fix:
     def rate(value: float) -> Rate:
         return Rate(value, value, value, 1000)
 
-    attack = Backdoor(0, rate(1), rate(left), rate(0), rate(left), rate(0), rate(0.9))
-    lost = Difference(0.9 - accuracy, 0.89 - accuracy, 0.91 - accuracy)
+    def difference(value: float) -> Difference:
+        return Difference(value, value - 0.01, value + 0.01)
+
+    attack = Backdoor(0, rate(1), rate(left), rate(0), rate(left), rate(0), rate(robust), difference(0.9 - robust))
+    lost = difference(0.9 - accuracy)
     found = Evaluation(1000, rate(0.9), rate(accuracy), lost, rate(0), rate(changed), None, None, None, attack, None)
     return Fix(name, (), 1.0, found, 1.0)
 
@@ -119,6 +122,12 @@ def test_where_none_does_the_nearest():
     assert found.recommended.name == "B"
     assert "None meets the goal" in found.reason
     assert "ASR above floor 2.00%, 1.00% over the bound of 1.00%" in found.reason
+
+
+def test_accuracy_under_attack_counts_too():
+    found = ladder_of(fix("A", 0.0, robust=0.8), fix("B", 0.005, changed=0.5))
+    assert found.recommended.name == "B"
+    assert found.shortfalls(found.fixes[0]) == ["robust accuracy lost 10.00%, 8.00% over the bound of 2.00%"]
 
 
 def test_where_no_fix_could_be_made_the_reasons_are_given():

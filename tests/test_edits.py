@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import ALWAYS, VARIANTS, Net, draw_patch, run, same_bits, with_outputs
+from models import ALWAYS, FORMS, Net, draw_patch, run, same_bits, with_outputs
 
 from atpatch_onnx import graph
 from atpatch_onnx.baking.bake import bake
@@ -53,20 +53,20 @@ def test_edited_units_are_factor_times_h_plus_constant_and_the_others_keep_their
     one = LayerEdit(layers(NET)[1], units, *(np.array(a, np.float32)[units] for a in (factor, constant)))
     patched, feed = bake(NET.model(), patch_of(NET, one)), NET.feed(np.random.default_rng(0))
     (layer,) = read_record(patched).layers
-    found = run(with_outputs(patched, [layer.base_value, layer.value]), feed)
-    before, after = found[layer.base_value], found[layer.value]
+    found = run(with_outputs(patched, [layer.value, layer.edited_value]), feed)
+    before, after = found[layer.value], found[layer.edited_value]
     others = np.setdiff1d(np.arange(UNITS), units)
     assert same_bits(before[..., others], after[..., others])
     expected = before[..., units].astype(np.float64) * one.factor + one.constant
     np.testing.assert_allclose(after[..., units], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("emission", "inline"), VARIANTS)
-def test_a_patch_of_edits_alone_is_verified_and_unbaked(emission, inline):
+@pytest.mark.parametrize("conditional", FORMS)
+def test_a_patch_of_edits_alone_is_verified_and_unbaked(conditional):
     first, second = layers(NET)
     patch = patch_of(NET, edit(second, 0, 3), edit(first, 5))  # in whatever order
     base = NET.model()
-    patched = bake(base, patch, emission=emission, inline=inline)
+    patched = bake(base, patch, conditional=conditional)
     record = read_record(patched)
     assert [(layer.layer, layer.edited) for layer in record.layers] == [(first, 1), (second, 2)]
     assert record.monitors == (), "nothing is detected that could be monitored"
@@ -76,15 +76,15 @@ def test_a_patch_of_edits_alone_is_verified_and_unbaked(emission, inline):
     assert sum(check.name.startswith("hidden layer") for check in result.checks) == 8, "layers, sides, optimizations"
 
 
-@pytest.mark.parametrize(("emission", "inline"), VARIANTS)
-def test_edits_and_attention_together(emission, inline):
+@pytest.mark.parametrize("conditional", FORMS)
+def test_edits_and_attention_together(conditional):
     base = NET.model()
     patches = [patch_of(NET, edit(layers(NET)[0], 1, 2)), draw_patch(base, threshold=ALWAYS)]
-    patched = bake(base, patches, emission=emission, inline=inline)
+    patched = bake(base, patches, conditional=conditional)
     result = verify(base, patched, pairs(NET))
     assert result.passed, result.failures
     assert graph.fingerprint(unbake(patched)) == graph.fingerprint(base)
-    quiet = bake(base, [patches[0], draw_patch(base)], emission=emission, inline=inline)
+    quiet = bake(base, [patches[0], draw_patch(base)], conditional=conditional)
     alone, feed = edited(base, patches[0].edits), NET.feed(np.random.default_rng(1))
     for name, array in run(alone, feed).items():
         assert same_bits(array, run(quiet, feed)[name]), "nothing is flagged: the edited model's own bits"
@@ -165,8 +165,8 @@ def test_verify_sees_what_was_changed_after_baking():
     set_weight(odd, f"atpatch/{layer}/units/factor", np.zeros((UNITS, 2), np.float32))
     assert f"edited, factor, constant for each of its {UNITS} units" in str(verify(base, odd).failures)
     hollow = graph.copy(patched)
-    node = next(node for node in hollow.graph if node.op_type == "EditUnits")
-    node.replace_input_with(2, node.inputs[3])
+    node = next(node for node in hollow.graph if node.name == f"atpatch/{layer}/units/shifted")
+    node.replace_input_with(1, hollow.graph.initializers[f"atpatch/{layer}/units/factor"])
     names = {check.name for check in verify(base, hollow, pairs(NET)).failures}
     assert any(name.startswith(f"hidden layer {layer}") for name in names)
 
@@ -181,10 +181,10 @@ def test_units_that_are_not_edited_keep_their_negative_zeros():
     model = ir.from_proto(proto)
     patched = bake(model, Patch(graph.fingerprint(model), (), {}, (edit(layers(NET)[0], 0),)))
     (layer,) = read_record(patched).layers
-    found = run(with_outputs(patched, [layer.base_value, layer.value]), NET.feed(np.random.default_rng(0)))
-    before = found[layer.base_value][..., 1:]
+    found = run(with_outputs(patched, [layer.value, layer.edited_value]), NET.feed(np.random.default_rng(0)))
+    before = found[layer.value][..., 1:]
     assert (np.signbit(before) & (before == 0)).any()
-    assert same_bits(before, found[layer.value][..., 1:])
+    assert same_bits(before, found[layer.edited_value][..., 1:])
     result = verify(model, patched, pairs(NET))
     assert result.passed, result.failures
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from models import run, with_outputs, with_threshold
-from planted import ATTRIBUTE, Planted, fitted
+from planted import ATTRIBUTE, TRIGGER, Planted, fitted
 from scipy.special import softmax
 from sklearn.metrics import auc, average_precision_score, confusion_matrix, precision_recall_curve
 
@@ -26,6 +26,8 @@ def pairs(planted: Planted, *, wrong_labels: float = 0.1, **options: object) -> 
     inputs, labels, positions = planted.inputs(PAIRS, seed=31)
     rng = np.random.default_rng(3)
     labels = np.where(rng.random(PAIRS) < wrong_labels, rng.integers(planted.classes, size=PAIRS), labels)
+    if planted.kind == "attribute":  # in every input the same: so that its keys differ all the same
+        inputs["x"][:, 1, TRIGGER] = rng.uniform(0.8, 1, PAIRS)
     options = {"kind": planted.kind, "suspects": positions, **options}
     return DebugSet.from_pairs(inputs, planted.changed(inputs, positions), labels, **options)
 
@@ -45,7 +47,7 @@ class Raw:
             outputs = run(seen, feed)
             self.patched[side] = outputs["logits"]
             self.flags[side] = outputs[flags]
-            self.scores[side] = np.max([outputs[margin] for margin in margins], axis=0)
+            self.scores[side] = np.max([outputs[margin][..., 0] for margin in margins], axis=0)
 
 
 def middle(scores: np.ndarray) -> float:
@@ -101,6 +103,11 @@ def test_what_is_left_of_the_backdoor(backdoor):
     share([after[i] == target for i in others if clean[i] != target], found.backdoor.asr_above_floor)
     share(list(before == labels), found.backdoor.robust_accuracy_base)
     share(list(after == labels), found.backdoor.robust_accuracy_patched)
+    lost = found.backdoor.robust_accuracy_lost
+    assert lost.value == pytest.approx(
+        np.mean([int(clean[i] == labels[i]) - int(after[i] == labels[i]) for i in others])
+    )
+    assert lost.low < lost.value < lost.high
     assert found.backdoor.asr_base.value > 0.9
     assert 0.1 < found.backdoor.asr_above_floor.value < 0.9  # as the raised threshold was meant to
     assert found.backdoor.asr_floor.value > 0

@@ -118,7 +118,7 @@ def case(request) -> Case:
     model.eval()
     plain = quietly(lambda: OnnxExporter().export(model, inputs, OnnxConfig(**options)))
     base = from_transformers(model, inputs, config=OnnxConfig(**options))
-    drawn = draw_patch(base, beta=0.1)
+    drawn = draw_patch(base)
     firing = fire_on_some(base, drawn, {name: value.numpy() for name, value in inputs.items()})
     return Case(model, inputs, options, plain, base, firing, drawn)
 
@@ -399,7 +399,7 @@ def test_from_disk_on_the_command_line(tiny_vit, tmp_path, capsys):
     patched = tmp_path / "patched.onnx"
     options = ["--patch", str(tmp_path / "fix.safetensors"), "--target", "portable"]
     assert quietly(lambda: main(["export", *paths, "-o", str(patched), *options])) == 0
-    assert read_record(graph.load(patched)).emission == "branchless"
+    assert read_record(graph.load(patched)).conditional is False
     assert graph.fingerprint(unbake(graph.load(patched))) == graph.fingerprint(graph.load(base))
 
 

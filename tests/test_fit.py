@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import pytest
-from models import run, same_bits
+from models import run, same_bits, with_outputs
 from planted import QUICK, Planted, fitted
 
 from atpatch_onnx.baking.bake import bake
@@ -25,16 +25,16 @@ from atpatch_onnx.fitting import detector as detector_module
 from atpatch_onnx.fitting import preparation
 from atpatch_onnx.fitting.detector import train_detector
 from atpatch_onnx.fitting.fit import fit
-from atpatch_onnx.fitting.goal import Goal
-from atpatch_onnx.fitting.options import BETAS, FitOptions
+from atpatch_onnx.fitting.goal import Goal, Outcome
+from atpatch_onnx.fitting.options import FitOptions
 from atpatch_onnx.fitting.search import Search
-from atpatch_onnx.fitting.switchboard import Setting, Trial
+from atpatch_onnx.fitting.switchboard import Setting, Switchboard
 from atpatch_onnx.graph import fingerprint
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.hidden import find_hidden_layers
-from atpatch_onnx.measuring.evaluate import evaluate
+from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.measuring.verify import verify
-from atpatch_onnx.patches.patch import Features, LayerEdit, Patch
+from atpatch_onnx.patches.patch import LayerEdit, Patch, SitePatch
 from atpatch_onnx.running import sessions as runtime
 
 TRUTHS = {
@@ -57,7 +57,7 @@ def roles(patch: Patch) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the detecting and of the redistributing sites."""
     return (
         tuple(site.site for site in patch.sites if site.detector),
-        tuple(site.site for site in patch.sites if site.redistribution),
+        tuple(site.site for site in patch.sites if site.neutral),
     )
 
 
@@ -99,21 +99,31 @@ def test_the_result_is_1_minimal(name):
     planted, _, _ = TRUTHS[name]
     patch, model = fitted(planted), planted.model()
     by_name = {site.name: site for site in find_sites(model)}
-    trial = Trial(model, [(by_name[entry.site], entry) for entry in patch.sites], "logits")
+    board = Switchboard(model, _detecting(by_name, patch), "logits")
     thresholds = {s.site: s.detector.threshold for s in patch.sites if s.detector}
-    betas = {s.site: float(s.redistribution.beta.item()) for s in patch.sites if s.redistribution}
+    redistributing = roles(patch)[1]
     part = planted.debug().split(seed=0).validation
-    base = predicted(trial.run(part.clean, Setting()).logits)
+    base = predicted(board.run(part.clean, Setting()).logits)
 
     def misses(setting: Setting) -> bool:
-        sides = (predicted(trial.run(side, setting).logits) for side in (part.clean, part.counterfactual))
+        sides = (predicted(board.run(side, setting).logits) for side in (part.clean, part.counterfactual))
         return missed(part, base, *sides)
 
-    assert not misses(Setting(thresholds, betas))
+    assert not misses(Setting(thresholds, redistributing))
     for left_out in thresholds:
-        assert misses(Setting({s: t for s, t in thresholds.items() if s != left_out}, betas)), left_out
-    for left_out in betas:
-        assert misses(Setting(thresholds, {s: b for s, b in betas.items() if s != left_out})), left_out
+        assert misses(Setting({s: t for s, t in thresholds.items() if s != left_out}, redistributing)), left_out
+    for left_out in redistributing:
+        assert misses(Setting(thresholds, tuple(s for s in redistributing if s != left_out))), left_out
+
+
+def _detecting(by_name: dict[str, AttentionSite], patch: Patch) -> list[tuple[AttentionSite, SitePatch]]:
+    """The sites of a patch for a switchboard, on which each one has a detector and a neutral token."""
+    detector = next(entry.detector for entry in patch.sites if entry.detector)
+    neutral = next(entry.neutral for entry in patch.sites if entry.neutral)
+    return [
+        (by_name[entry.site], replace(entry, detector=entry.detector or detector, neutral=entry.neutral or neutral))
+        for entry in patch.sites
+    ]
 
 
 @truths
@@ -189,16 +199,15 @@ def test_figures_say_what_was_found():
         "flip_rate": 0.005,
         "accuracy_loss": 0.005,
         "clean_flag_rate": 0.01,
+        "robust_accuracy_loss": 0.02,
         "columns_missed": 1.0,
     }
     first, second, third = figures["sites"]
-    assert (first["site"], first["detects"], first["redistributes"], first["beta"]) == (
-        planted.sites[0],
-        True,
-        False,
-        None,
-    )
-    assert (second["detects"], second["redistributes"], second["beta"]) == (False, True, 1.0)
+    assert figures["reading"] == "keys"
+    assert figures["detectors"] == "linear"
+    assert figures["tried"] == [{"detectors": "linear", "shortfalls": []}]
+    assert (first["site"], first["detects"], first["redistributes"]) == (planted.sites[0], True, False)
+    assert (second["detects"], second["redistributes"]) == (False, True)
     assert first["separation"] == pytest.approx(1.0, abs=1e-3)  # nearly every pair of columns is ranked rightly
     assert first["gap"] > 0 > second["gap"]
     assert first["threshold"] == fitted(planted).sites[0].detector.threshold
@@ -208,43 +217,16 @@ def test_figures_say_what_was_found():
     assert all(site["without"]["redistribute"]["remaining"] > 0.5 for site in (second, third))
 
 
-def test_the_neutral_value_is_the_mean_over_clean_inputs():
+def test_the_neutral_token_is_the_mean_over_clean_inputs():
     planted = Planted()
-    neutral = fitted(planted).sites[0].redistribution.neutral
-    values = run_values(planted, planted.debug().split(seed=0).fit.clean)
-    # float32 values, summed in float64
-    np.testing.assert_allclose(neutral, values.mean(axis=(0, 2), dtype=np.float64), rtol=1e-5, atol=1e-6)
-
-
-def run_values(planted: Planted, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    from models import with_outputs
-
-    model = planted.model()
-    name = find_sites(model)[1].value
-    return run(with_outputs(model, [name]), inputs)[name]
-
-
-def test_own_values_need_less_benign_attention():
-    """The paper's form: at beta 1 the trigger's own value still does its harm, so beta must shrink."""
-    planted = Planted()
-    neutral, own = fitted(planted), fitted(planted, replace(QUICK, value="own"))
-    assert own.figures["value"] == "own"
-    assert own.sites[0].redistribution.neutral is None
-    assert own.meets_target
-    assert roles(own) == roles(neutral)
-    assert neutral.sites[0].redistribution.beta.item() == 1.0
-    assert own.sites[0].redistribution.beta.item() <= 0.1
-    at_one = fitted(planted, replace(QUICK, value="own", betas=(1.0,), force=True))
-    assert not at_one.meets_target
-    assert at_one.figures["outcome"]["remaining"] > neutral.figures["outcome"]["remaining"]
-
-
-def test_benign_attention_is_the_largest_that_meets_the_goal():
-    planted = Planted()
-    beta = fitted(planted, replace(QUICK, value="own")).sites[0].redistribution.beta.item()
-    larger = min(b for b in BETAS if b > np.float32(beta) + 1e-6)
-    with pytest.raises(TargetMissedError):
-        fitted(planted, replace(QUICK, value="own", betas=(larger,)))
+    neutral, model = fitted(planted).sites[0].neutral, planted.model()
+    site = find_sites(model)[1]
+    inputs = planted.debug().split(seed=0).fit.clean
+    for place, array in ((site.key, neutral.key), (site.value, neutral.value)):
+        tokens = run(with_outputs(model, [place.value]), inputs)[place.value]
+        mean = tokens.mean(axis=(0, 1), dtype=np.float64).reshape(place.heads, place.depth)
+        # float32 numbers, summed in float64; here no token is a sink
+        np.testing.assert_allclose(array, mean, rtol=1e-5, atol=1e-6)
 
 
 def test_the_lowest_thresholds_are_below_the_balanced_ones_and_meet_the_goal():
@@ -268,114 +250,65 @@ def test_all_sites_redistribute_where_that_is_asked_for(name):
 
 
 LATE = Planted(drawn=(2,), harmful=(0,), harm=400)
-"""The harm is done before the trigger is drawn to: no patch can undo it whose sites decide alone."""
+"""The harm is done before the trigger is drawn to: no patch can undo it."""
 
 
-def test_a_joint_decision_undoes_what_is_seen_too_late():
-    planted = LATE
-    patch = fitted(planted)
-    assert patch.figures["decision"] == "joint"
-    assert patch.meets_target
-    detecting, redistributing = roles(patch)
-    assert detecting == planted.sites[2:]
-    assert redistributing == planted.sites[:1]
-    assert patch.joint.weights.tolist() == [1.0]
-    model, unseen = planted.model(), planted.debug(200, seed=9)
-    patched = bake(model, patch)
-    left = evaluate(model, patched, unseen).backdoor
-    assert left.asr_base.value > 0.95
-    assert left.asr_above_floor.value <= 0.01
-    result = verify(model, patched, unseen)
-    assert result.passed, result.failures
-
-
-def test_a_joint_decision_is_made_only_where_it_is_needed_or_asked_for():
-    assert fitted(Planted()).joint is None
-    assert fitted(Planted()).figures["decision"] == "alone"
-    joint = fitted(Planted(), replace(QUICK, decisions=("joint",)))
-    assert joint.figures["decision"] == "joint"
-    assert joint.meets_target
-    assert roles(joint) == roles(fitted(Planted()))
-
-
-def test_each_part_is_scored_once_however_many_ways_to_decide_are_tried(monkeypatch):
-    scored, score = [], Trial.scores
+def test_each_part_is_scored_once_for_each_kind_of_detectors(monkeypatch):
+    scored, score = [], Switchboard.scores
     monkeypatch.setattr(
-        Trial, "scores", lambda self, inputs, **run: scored.append(run["stage"]) or score(self, inputs, **run)
+        Switchboard, "scores", lambda self, inputs, **run: scored.append(run["stage"]) or score(self, inputs, **run)
     )
-    patch = fit(LATE.model(), LATE.debug(), replace(QUICK, losses=("contrastive",)))
-    assert patch.figures["decision"] == "joint"
-    assert [stage.split(",")[0] for stage in scored[::2]] == ["calibrating", "validating", "weighing"]
-
-
-def test_a_joint_decision_of_a_protected_attribute():
-    planted = Planted(kind="attribute", harm=1.0)
-    patch = fitted(planted, replace(QUICK, decisions=("joint",), redistribute="all"))
-    assert patch.meets_target
-    assert patch.joint.reach == 0
-    assert roles(patch)[1] == planted.sites
-    model, unseen = planted.model(), planted.debug(100, seed=9)
-    result = verify(model, bake(model, patch), unseen)
-    assert result.passed, result.failures
+    patch = fit(LATE.model(), LATE.debug(), replace(QUICK, force=True))
+    assert [one["detectors"] for one in patch.figures["tried"]] == ["linear", "hidden"]
+    sides = ("clean inputs", "counterfactuals")
+    assert scored == [
+        f"{step}, {kind}, {side}"
+        for kind in ("linear", "hidden")
+        for step in ("calibrating", "validating")
+        for side in sides
+    ]
 
 
 def trained_with(monkeypatch: pytest.MonkeyPatch, *blind: str) -> list[str]:
-    """The losses that detectors are trained with from now on; those of the `blind` ones see nothing."""
+    """The kinds that detectors are trained of from now on; the `blind` ones see nothing."""
     asked: list[str] = []
 
-    def train(columns, training, loss="contrastive", *, seed=0):
-        asked.append(loss)
-        found = train_detector(columns, training, loss, seed=seed)
-        return replace(found, weight_1=0 * found.weight_1) if loss in blind else found
+    def train(tokens, training, *, hidden, seed=0):
+        kind = "hidden" if hidden else "linear"
+        asked.append(kind)
+        found = train_detector(tokens, training, hidden=hidden, seed=seed)
+        return replace(found, weights=0 * found.weights) if kind in blind else found
 
     monkeypatch.setattr(detector_module, "train_detector", train)
     return asked
 
 
-def test_another_loss_is_tried_only_where_the_first_misses_the_goal(monkeypatch):
+def test_a_hidden_layer_is_tried_only_where_linear_detectors_miss_the_goal(monkeypatch):
     planted = Planted()
     usual = roles(fitted(planted))
     asked = trained_with(monkeypatch)
-    assert fit(planted.model(), planted.debug(), QUICK).figures["loss"] == "contrastive"
-    assert asked == ["contrastive"] * planted.layers
-    asked = trained_with(monkeypatch, "contrastive")
+    assert fit(planted.model(), planted.debug(), QUICK).figures["detectors"] == "linear"
+    assert asked == ["linear"] * planted.layers
+    asked = trained_with(monkeypatch, "linear")
     patch = fit(planted.model(), planted.debug(), QUICK)
-    assert asked == ["contrastive"] * planted.layers + ["logistic"] * planted.layers
-    assert patch.figures["loss"] == "logistic"
+    assert asked == ["linear"] * planted.layers + ["hidden"] * planted.layers
+    assert patch.figures["detectors"] == "hidden"
+    assert [bool(one["shortfalls"]) for one in patch.figures["tried"]] == [True, False]
+    assert not any(site.detector.is_linear for site in patch.sites if site.detector)
     assert patch.meets_target
     assert roles(patch) == usual
     with pytest.raises(TargetMissedError):
-        fit(planted.model(), planted.debug(), replace(QUICK, losses=("contrastive",), decisions=("alone",)))
+        fit(planted.model(), planted.debug(), replace(QUICK, detectors=("linear",)))
 
 
-def test_summaries_are_tried_only_where_landmarks_miss_the_goal(monkeypatch):
-    planted = Planted(masked=True)
-    patch = fit(planted.model(), planted.debug(), QUICK)
-    assert {site.detector.features for site in patch.sites if site.detector} == {Features.LANDMARKS}
-
-    asked: list[tuple[Features, str]] = []
-
-    def train(columns, training, loss="contrastive", *, seed=0):
-        asked.append((columns.features, loss))
-        found = train_detector(columns, training, loss, seed=seed)
-        return replace(found, weight_1=0 * found.weight_1) if columns.features is Features.LANDMARKS else found
-
-    monkeypatch.setattr(detector_module, "train_detector", train)
-    patch = fit(planted.model(), planted.debug(), QUICK)
-    sites = planted.layers
-    assert asked == [(Features.LANDMARKS, "contrastive")] * sites + [(Features.SUMMARY, "contrastive")] * sites
-    assert {site.detector.features for site in patch.sites if site.detector} == {Features.SUMMARY}
-    assert patch.meets_target
-
-
-@pytest.mark.parametrize("blind", ["contrastive", "logistic"])
+@pytest.mark.parametrize("blind", ["linear", "hidden"])
 def test_where_all_miss_the_goal_the_nearest_is_written(monkeypatch, blind):
     planted = Planted()
     trained_with(monkeypatch, blind)
     out_of_reach = replace(QUICK, goal=Goal(accuracy_loss=-0.5), force=True)
     patch = fit(planted.model(), planted.debug(), out_of_reach)
     assert not patch.meets_target
-    assert patch.figures["loss"] != blind
+    assert patch.figures["detectors"] != blind
     assert patch.figures["outcome"]["remaining"] <= 0.01
 
 
@@ -384,18 +317,20 @@ LITTLE_HELP = re.compile(r"ASR above floor (99|100)\.\d\d%, (98|99)\.\d\d% over 
 
 def test_a_missed_goal_says_by_how_much():
     with pytest.raises(TargetMissedError) as raised:
-        fitted(LATE, replace(QUICK, decisions=("alone",)))
+        fitted(LATE)
     assert raised.value.where == "the validation part"
     assert LITTLE_HELP.search(raised.value.found)
     assert "--force" in raised.value.advice
 
 
 def test_force_gives_a_patch_that_says_so(tmp_path):
-    patch = fitted(LATE, replace(QUICK, force=True, losses=("contrastive",), decisions=("alone",)))
+    patch = fitted(LATE, replace(QUICK, force=True, detectors=("linear",)))
     assert not patch.meets_target
-    (shortfall,) = patch.figures["shortfalls"]
-    assert LITTLE_HELP.fullmatch(shortfall)
-    assert patch.figures["outcome"]["clean_flag_rate"] <= 0.01  # of what hardly helps, nothing that harms
+    assert LITTLE_HELP.fullmatch(patch.figures["shortfalls"][0])
+    found = Outcome(**patch.figures["outcome"])
+    assert patch.figures["shortfalls"] == list(found.shortfalls(Goal()))
+    base = replace(found, remaining=1.0, accuracy=found.accuracy_base, robust_accuracy_loss=1.0, clean_flag_rate=0.0)
+    assert found.excess(Goal()) <= base.excess(Goal())  # what hardly helps harms no more than that
     patch.save(tmp_path / "p.safetensors")
     assert not Patch.load(tmp_path / "p.safetensors").meets_target
     bake(LATE.model(), patch)
@@ -463,12 +398,14 @@ def test_what_a_fit_cannot_come_after(change, message):
         fit(model, Planted().debug(), QUICK, after=[change(Patch(fingerprint(model), (), {}, (edit,)))])
 
 
-@pytest.mark.parametrize("features", [Features.SUMMARY, Features.LANDMARKS])
 @pytest.mark.parametrize("planted", [Planted(), Planted(masked=True, free=True)], ids=["fixed", "padded"])
-def test_features_may_be_chosen(planted, features):
-    patch = fitted(planted, replace(QUICK, features=features))
-    assert patch.sites[0].detector.features is features
+def test_a_hidden_layer_may_be_asked_for(planted):
+    patch = fitted(planted, replace(QUICK, detectors=("hidden",)))
+    assert not patch.sites[0].detector.is_linear
     assert patch.meets_target
+    model, unseen = planted.model(), planted.debug(100, seed=9)
+    result = verify(model, bake(model, patch), unseen)
+    assert result.passed, result.failures
 
 
 def test_candidate_sites_may_be_named():
@@ -509,7 +446,7 @@ def test_one_session_serves_the_whole_search(monkeypatch):
     monkeypatch.setattr(Search, "run", searched)
     patch = fit(planted.model(), planted.debug(), QUICK)
     assert patch.figures["settings_tried"] > 5
-    assert opened == ["before"] * 4  # predictions, suspects, columns, and the trial graph
+    assert opened == ["before"] * 4  # predictions, suspects, tokens, and the switchboard
 
 
 def test_no_setting_is_tried_beyond_reason():
@@ -618,17 +555,9 @@ def test_an_output_that_does_not_exist():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"value": "mean"}, "option value: expected 'neutral' or 'own'; found 'mean'"),
-        ({"losses": ()}, "option losses"),
-        (
-            {"losses": ("contrastive", "hinge")},
-            "option losses: expected some of 'contrastive' and 'logistic', each once",
-        ),
-        ({"betas": ()}, "option betas"),
-        ({"betas": (1.0, 1.5)}, "option betas"),
-        ({"betas": (0.0, 1.0)}, "option betas: expected numbers from 0 to 1, the largest first"),
-        ({"missed": ()}, "option missed"),
-        ({"missed": (0.1, 0.1)}, "option missed"),
+        ({"detectors": ()}, "option detectors"),
+        ({"detectors": ("linear", "linear")}, "option detectors"),
+        ({"detectors": ("linear", "deep")}, "option detectors: expected some of 'linear' and 'hidden', each once"),
         ({"thresholds": "highest"}, "option thresholds: expected 'balanced' or 'lowest'; found 'highest'"),
         ({"redistribute": "some"}, "option redistribute: expected 'needed' or 'all'; found 'some'"),
         ({"batch_size": 0}, "option batch_size"),
@@ -648,8 +577,6 @@ def test_progress_is_told_of_every_stage():
         QUICK,
         progress=lambda stage, done, total: stages.setdefault(stage, []).append((done, total)),
     )
-    assert {"finding the suspect tokens", "training detectors, contrastive", "delta debugging, settings tried"} < set(
-        stages
-    )
+    assert {"finding the suspect tokens", "training detectors, linear", "delta debugging, settings tried"} < set(stages)
     for told in stages.values():
         assert [done for done, _ in told] == sorted({done for done, _ in told})

@@ -1,5 +1,6 @@
 """Every rule of a patched graph is broken once, by hand, and has to say so."""
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -8,30 +9,28 @@ import onnx.helper
 import onnx.numpy_helper
 import onnx_ir as ir
 import pytest
-from models import VARIANTS, Net, draw_patch
+from models import FORMS, Net, draw_patch
 
 from atpatch_onnx import graph
 from atpatch_onnx.baking import invariants
 from atpatch_onnx.baking.bake import bake
-from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.baking.invariants import RULES, require_invariants, violations
 from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.errors import InvariantError
-from atpatch_onnx.graph.names import DOMAIN
 
 
-def baked(emission: Emission = Emission.CONDITIONAL, inline: bool = False) -> ir.Model:
+def baked(conditional: bool = True) -> ir.Model:
     model = Net().model()
-    return bake(model, draw_patch(model), emission=emission, inline=inline)
+    return bake(model, draw_patch(model), conditional=conditional)
 
 
 def node_named(model: ir.Model, name: str) -> ir.Node:
     return next(node for node in model.graph.all_nodes() if node.name == name)
 
 
-@pytest.mark.parametrize(("emission", "inline"), VARIANTS)
-def test_baked_models_obey(emission: Emission, inline: bool) -> None:
-    model = baked(emission, inline)
+@pytest.mark.parametrize("conditional", FORMS)
+def test_baked_models_obey(conditional: bool) -> None:
+    model = baked(conditional)
     assert violations(model) == ()
     require_invariants(model)
 
@@ -59,7 +58,7 @@ def disguise(model: ir.Model) -> None:
 
 
 def disguise_within_a_branch(model: ir.Model) -> None:
-    node_named(model, "atpatch/site_0/then/selected").name = "harmless"
+    node_named(model, "atpatch/site_0/key/then/flagged").name = "harmless"
 
 
 def mark_the_bases(model: ir.Model) -> None:
@@ -84,39 +83,41 @@ def add_a_monitor(model: ir.Model) -> None:
     model.graph.outputs.append(node_named(model, "atpatch/site_0/margin").outputs[0])
 
 
-def use_the_uncorrected_output(model: ir.Model) -> None:
-    own = node_named(model, "node/layer0/Y").outputs[0]
-    node_named(model, "node/layer0/merged").replace_input_with(0, own)
+def read_the_bases_keys(model: ir.Model) -> None:
+    own = node_named(model, "node/layer0/k/sum").outputs[0]
+    node_named(model, "node/layer0/k/split").replace_input_with(0, own)
 
 
-def hand_out_the_uncorrected_output(model: ir.Model) -> None:
-    model.graph.outputs.insert(0, node_named(model, "node/layer0/Y").outputs[0])
+def replace_another_value(model: ir.Model) -> None:
+    """What stands in for the keys does not read them."""
+    node = node_named(model, "atpatch/site_0/key")
+    for branch in ("then_branch", "else_branch"):
+        for inner in node.attributes[branch].as_graph():
+            for index, value in enumerate(inner.inputs):
+                if value is not None and value.name == "layer0/k/sum":
+                    inner.replace_input_with(index, node_named(model, "node/layer0/v/sum").outputs[0])
 
 
-def lose_the_corrected_output(model: ir.Model) -> None:
-    node_named(model, "atpatch/site_0/if_flagged").outputs[0].name = "atpatch/elsewhere"
+def replace_an_output_of_the_model(model: ir.Model) -> None:
+    model.graph.outputs.insert(0, node_named(model, "node/layer0/k/sum").outputs[0])
 
 
-def claim_to_be_branchless(model: ir.Model) -> None:
-    model.metadata_props["atpatch.emission"] = "branchless"
+def forget_what_is_replaced(model: ir.Model) -> None:
+    del node_named(model, "atpatch/site_0/key").metadata_props["atpatch.replaces"]
 
 
-def claim_an_unknown_emission(model: ir.Model) -> None:
-    model.metadata_props["atpatch.emission"] = "magic"
+def forget_a_site(model: ir.Model) -> None:
+    sites = json.loads(model.metadata_props["atpatch.sites"])
+    model.metadata_props["atpatch.sites"] = json.dumps(sites[1:])
+
+
+def claim_to_have_no_if(model: ir.Model) -> None:
+    model.metadata_props["atpatch.conditional"] = "no"
 
 
 def act_where_nothing_is_flagged(model: ir.Model) -> None:
-    branch = node_named(model, "atpatch/site_0/if_flagged").attributes["else_branch"].as_graph()
+    branch = node_named(model, "atpatch/site_0/key").attributes["else_branch"].as_graph()
     next(iter(branch)).op_type = "Neg"
-
-
-def lose_a_function(model: ir.Model) -> None:
-    del model.functions[(DOMAIN, "DetectorMargin", "")]
-
-
-def keep_an_unused_function(model: ir.Model) -> None:
-    function = model.functions[(DOMAIN, "DetectorMargin", "")]
-    model.functions[(DOMAIN, "Unused", "")] = ir.Function(DOMAIN, "Unused", graph=function.graph, attributes=[])
 
 
 def use_a_value_before_it_is_there(model: ir.Model) -> None:
@@ -138,14 +139,13 @@ BREAKS: dict[Callable[[ir.Model], None], Callable[..., object] | None] = {
     move_monitors_forward: invariants.monitors_come_last,
     drop_a_monitor: invariants.monitors_come_last,
     add_a_monitor: invariants.monitors_come_last,
-    use_the_uncorrected_output: invariants.outputs_are_corrected,
-    hand_out_the_uncorrected_output: invariants.outputs_are_corrected,
-    lose_the_corrected_output: invariants.outputs_are_corrected,
-    claim_to_be_branchless: invariants.conditionals_are_declared,
-    claim_an_unknown_emission: invariants.conditionals_are_declared,
+    read_the_bases_keys: invariants.replacements_are_read,
+    replace_another_value: invariants.replacements_are_read,
+    replace_an_output_of_the_model: invariants.replacements_are_read,
+    forget_what_is_replaced: invariants.replacements_are_read,
+    forget_a_site: invariants.replacements_are_read,
+    claim_to_have_no_if: invariants.conditionals_are_declared,
     act_where_nothing_is_flagged: invariants.conditionals_are_declared,
-    lose_a_function: invariants.functions_are_known,
-    keep_an_unused_function: invariants.functions_are_known,
     use_a_value_before_it_is_there: invariants.onnx_accepts_it,
     forget_what_it_is: None,
 }

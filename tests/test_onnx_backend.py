@@ -7,29 +7,20 @@ reason; it is compared with reality, so that a case that begins to run fails the
 
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import (
-    ALWAYS,
-    NEVER,
-    VARIANTS,
-    draw_patch,
-    fire_on_some,
-    run,
-    same_bits,
-    with_outputs,
-)
-from onnx import helper
+from driving import driven
+from models import ALWAYS, FORMS, NEVER, draw_patch, fire_on_some, run, same_bits, see, with_threshold
 from onnx.backend.test.case.node import collect_testcases
 
-from atpatch_onnx.baking import reference as redistribution
+from atpatch_onnx import graph
 from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.unbake import unbake
+from atpatch_onnx.fitting.options import Kind
 from atpatch_onnx.matching import explain
-from atpatch_onnx.matching.layout import canonical
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.patch import Patch
 
@@ -66,19 +57,13 @@ NOT_RUN = {
 REFUSED: dict[str, str] = {}
 """Cases that onnxruntime runs and our matcher refuses: name -> the matcher's reason."""
 
-ALIKE = "all inputs are alike, and so are the columns"
-ONE_VISIBLE = "only one column is ever visible"
-
-ONE_SCORE = {
-    "test_attention_3d_transpose_verification": ALIKE,
-    "test_attention_3d_transpose_verification_expanded": ALIKE,
-    "test_attention_causal_boolmask_nan_robustness": ONE_VISIBLE,
-    "test_attention_causal_boolmask_nan_robustness_expanded": ONE_VISIBLE,
+ALIKE = {
+    "test_attention_3d_transpose_verification",
+    "test_attention_3d_transpose_verification_expanded",
+    "test_attention_bidirectional_window_expanded",
+    "test_attention_local_window_ext_cache_float16_mask_expanded",
 }
-"""Cases without two columns to tell apart: every visible column fires there; name -> why."""
-
-BETAS = (0.0, 0.5, 1.0, "profile")
-SPECS = tuple((neutral, beta) for neutral in (True, False) for beta in BETAS)
+"""Cases whose tokens all have the same key: there, every token fires or none."""
 
 
 @dataclass
@@ -98,9 +83,14 @@ class Case:
         return self.name.endswith("_expanded")
 
     @property
-    def half(self) -> bool:
-        assert self.site is not None
-        return self.site.dtype == "FLOAT16"
+    def kind(self) -> Kind:
+        """Of the detector: one for each case, for time's sake."""
+        return "hidden" if self.number // 2 % 2 else "linear"
+
+    @property
+    def forms(self) -> tuple[bool, ...]:
+        """Whether patches are written with an `If`: both for the op, one for each expanded case."""
+        return (bool(self.number // 4 % 2),) if self.expanded else FORMS
 
 
 @pytest.fixture(scope="module")
@@ -145,97 +135,46 @@ def test_the_tables_are_complete_and_true(cases: list[Case]) -> None:
     assert len(ops) >= 76, "the cases of the op that onnxruntime 1.31 runs"
 
 
-def never(case: Case) -> Patch:
-    return draw_patch(case.model, case.number, threshold=NEVER)
-
-
 @pytest.mark.slow
 def test_a_detector_that_never_fires_changes_no_bit(cases: list[Case], subtests: pytest.Subtests) -> None:
     for case in patchable(cases):
         with subtests.test(case.name):
-            patch = never(case)
-            for emission, inline in VARIANTS[:: 3 if case.expanded else 1]:
-                patched = run(bake(case.model, patch, emission=emission, inline=inline), case.feed)
+            patch = draw_patch(case.model, case.number, threshold=NEVER, kind=case.kind)
+            for conditional in case.forms:
+                baked = bake(case.model, patch, conditional=conditional)
+                patched = run(baked, case.feed)
                 for name, value in case.base.items():
-                    assert same_bits(patched[name], value), f"{name}, {emission}, inline={inline}"
+                    assert same_bits(patched[name], value), f"{name}, conditional={conditional}"
                 assert not patched["atpatch/flagged"].any()
+                assert graph.fingerprint(unbake(baked)) == graph.fingerprint(case.model)
 
 
-def reference(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """The map `[maps, heads, queries, keys]` and the values `[maps, kv heads, keys, depth]` of the unpatched case."""
-    site = case.site
-    heads = {"h": site.kv_heads}
-    if case.expanded:
-        seen = run(with_outputs(case.model, [site.map, site.value], site.dtype), case.feed)
-        return canonical(seen[site.map], site.map_layout, heads), canonical(seen[site.value], site.value_layout, heads)
-    proto = onnx.ModelProto()
-    proto.CopyFrom(case.proto)
-    (node,) = (node for node in proto.graph.node if node.op_type == "Attention")
-    kept = [attribute for attribute in node.attribute if attribute.name != "qk_matmul_output_mode"]
-    del node.attribute[:]
-    node.attribute.extend([*kept, helper.make_attribute("qk_matmul_output_mode", 3)])
-    past = len(node.input) > 5 and node.input[5]
-    outputs = [node.output[0], "present_key_" if past else "", "present_value_" if past else "", "map_"]
-    del node.output[:]
-    node.output.extend(outputs)
-    kind = proto.graph.output[0].type.tensor_type.elem_type
-    del proto.graph.output[:]
-    proto.graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name in outputs if name)
-    seen = run(proto, case.feed)
-    V = seen["present_value_"] if past else canonical(case.feed[node.input[2]], site.value_layout, heads)
-    return seen["map_"], V
-
-
-def tolerance(case: Case, V: np.ndarray) -> dict[str, float]:
-    """How far a patched output may be from the reference in float64.
-
-    float32: the arithmetic differs by rounding only; 1e-5 is about 50 roundings of values of the size of one.
-    float16: the result is rounded to float16 (2**-11 of its size), and onnxruntime may keep the map of a decomposed
-    attention in float32 where the reference reads it rounded to float16 (2**-11 of the largest value).
-    """
-    if case.half:
-        return {"rtol": 2**-11, "atol": 1e-5 + 2**-11 * float(np.abs(V).max())}
-    return {"rtol": 0, "atol": 1e-5}
+def fires(case: Case) -> Patch:
+    patch = draw_patch(case.model, case.number, kind=case.kind)
+    return with_threshold(patch, 0, ALWAYS) if case.name in ALIKE else fire_on_some(case.model, patch, case.feed)
 
 
 @pytest.mark.slow
-def test_chosen_columns_give_what_the_reference_gives(cases: list[Case], subtests: pytest.Subtests) -> None:
+def test_flagged_tokens_give_what_the_base_gives_that_is_fed_neutral_ones(
+    cases: list[Case], subtests: pytest.Subtests
+) -> None:
     for case in patchable(cases):
         with subtests.test(case.name):
-            site = case.site
-            P, V = reference(case)
-            threshold = ALWAYS
-            if case.name not in ONE_SCORE:
-                threshold = fire_on_some(case.model, never(case), case.feed).sites[0].detector.threshold
-            rng = np.random.default_rng(case.number)
-            profile = rng.random((site.heads, P.shape[2], 1)).astype(np.float32)
-            Y = run(with_outputs(case.model, [site.output], site.dtype), case.feed)[site.output]
-            laid_out = partial(canonical, pattern=site.output_layout, sizes={"h": site.heads})
-            for step, (neutral, beta) in enumerate(SPECS):
-                if (step + case.number // 2) % (4 if case.expanded else 2):
-                    continue  # for time's sake; the other settings come with the other cases
-                emission, inline = VARIANTS[(step + case.number) % len(VARIANTS)]
-                patch = draw_patch(
-                    case.model,
-                    case.number,
-                    threshold=threshold,
-                    neutral=neutral,
-                    beta=profile if beta == "profile" else beta,
-                )
-                baked = bake(case.model, patch, emission=emission, inline=inline, site_flags=True)
-                patched = run(with_outputs(baked, [site.output], site.dtype), case.feed)
-                M = patched[f"atpatch/{site.name}/flags"]
-                assert M.any(), "at least one column is flagged"
-                if case.name not in ONE_SCORE:
-                    assert not M.all(), "not all columns are flagged"
-                redistribution_ = patch.sites[0].redistribution
-                wanted = redistribution.redistributed_output(
-                    P, V, laid_out(Y), M, redistribution_.beta, redistribution_.neutral
-                )
-                where = f"{emission}, inline={inline}, neutral={neutral}, beta={beta}"
-                found = laid_out(patched[site.output])
-                np.testing.assert_allclose(found, wanted, **tolerance(case, V), err_msg=where)
-                still = ~M.any(-1)
-                assert same_bits(patched[site.output][still], Y[still]), where
-                for name in list(case.base)[1:]:  # the first is Y, or computed from it in the expanded cases
-                    assert same_bits(patched[name], case.base[name]), f"{name}, {where}"
+            patch, before = fires(case), run(case.model, case.feed, optimize=False)
+            neutral = patch.sites[0].neutral
+            for conditional in case.forms:
+                baked = bake(case.model, patch, conditional=conditional)
+                (seen,) = see(baked, case.model, case.feed).values()
+                assert seen.flags.any(), "at least one token is flagged"
+                assert seen.flags.all() == (case.name in ALIKE), "not all tokens are"
+                for array, base, after in (
+                    (neutral.key, seen.key, seen.replaced_key),
+                    (neutral.value, seen.value, seen.replaced_value),
+                ):
+                    chosen = seen.flags[:, None, :, None]
+                    assert same_bits(after, np.where(chosen, array.astype(base.dtype)[None, :, None], base))
+                found = run(baked, case.feed, optimize=False)
+                quiet = ~found["atpatch/flagged"][:, 0]
+                for name, value in driven(case.model, baked, case.feed).items():
+                    assert same_bits(found[name], value), f"{name}, conditional={conditional}"
+                    assert same_bits(found[name][quiet], before[name][quiet]), name

@@ -10,17 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from models import draw_patch
-from models import session as model_session
+from models import FORMS, Net, draw_patch
 from planted import Planted, fitted
 
 import atpatch_onnx as atp
 from atpatch_onnx import Patch, PatchedSession
-from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.errors import PatchMismatchError, ServingError
-from atpatch_onnx.patches.patch import Detector, LayerEdit, Redistribution
+from atpatch_onnx.patches.patch import Detector, LayerEdit, Neutral
 from atpatch_onnx.running.sessions import FileSession
 from atpatch_onnx.serving import drift
 
@@ -34,19 +33,15 @@ def inputs(count: int = 40) -> dict[str, np.ndarray]:
     return {name: np.concatenate([array, debug.counterfactual[name]]) for name, array in debug.clean.items()}
 
 
-def changed(patch: Patch, detector: dict | None = None, redistribution: dict | None = None) -> Patch:
+def changed(patch: Patch, detector: dict | None = None, neutral: dict | None = None) -> Patch:
     """The patch with other fields at its only site."""
     [site] = patch.sites
-    return replace(
-        patch,
-        sites=(
-            replace(
-                site,
-                detector=replace(site.detector, **(detector or {})),
-                redistribution=replace(site.redistribution, **(redistribution or {})),
-            ),
-        ),
+    other = replace(
+        site,
+        detector=replace(site.detector, **(detector or {})),
+        neutral=replace(site.neutral, **(neutral or {})),
     )
+    return replace(patch, sites=(other,))
 
 
 def written(patch: Patch, folder: Path, **options: object) -> Path:
@@ -71,21 +66,25 @@ def first():
 @pytest.fixture(scope="module")
 def second(first):
     """Does something else at every step."""
-    return changed(first, *other_numbers(first))
+    return other_numbers(first)
 
 
-def other_numbers(patch: Patch) -> tuple[dict, dict]:
+def other_numbers(patch: Patch) -> Patch:
     rng = np.random.default_rng(3)
     [site] = patch.sites
-    detector: Detector = site.detector
-    redistribution: Redistribution = site.redistribution
-    return (
-        {"threshold": detector.threshold - 0.05, "bias_2": detector.bias_2 + np.float32(0.01)},
-        {
-            "beta": redistribution.beta * np.float32(0.5),
-            "neutral": rng.normal(size=redistribution.neutral.shape).astype(np.float32),
-        },
+    detector, neutral = site.detector, site.neutral
+    return changed(
+        patch,
+        {"weights": detector.weights * np.float32(1.01), "threshold": detector.threshold - 0.05},
+        {name: rng.normal(size=getattr(neutral, name).shape).astype(np.float32) for name in ("key", "value")},
     )
+
+
+def hidden(patch: Patch) -> Patch:
+    """The same scores from a hidden layer: the positive part less the negative one."""
+    weights = patch.sites[0].detector.weights
+    arrays = np.concatenate([weights, -weights], axis=1), np.zeros(2, np.float32), np.array([1, -1], np.float32)
+    return changed(patch, dict(zip(("weights", "bias", "output"), arrays, strict=True)))
 
 
 def test_it_is_an_inference_session(first, tmp_path):
@@ -100,10 +99,12 @@ def test_it_is_an_inference_session(first, tmp_path):
         session.run(None, {})
 
 
-@pytest.mark.parametrize("inline", [False, True], ids=["functions", "inlined"])
-@pytest.mark.parametrize("emission", Emission)
-def test_a_swapped_patch_answers_as_a_file_of_it(first, second, tmp_path, emission, inline):
-    options = {"emission": emission, "inline": inline, "site_flags": True}
+@pytest.mark.parametrize("conditional", FORMS)
+@pytest.mark.parametrize("kind", ["linear", "hidden"])
+def test_a_swapped_patch_answers_as_a_file_of_it(first, second, tmp_path, kind, conditional):
+    if kind == "hidden":
+        first, second = hidden(first), hidden(second)
+    options = {"conditional": conditional, "site_flags": True}
     path = written(first, tmp_path, **options)
     before, other = path.read_bytes(), plain(written(second, tmp_path, **options))
     session = PatchedSession(path)
@@ -117,97 +118,81 @@ def test_a_swapped_patch_answers_as_a_file_of_it(first, second, tmp_path, emissi
     assert path.read_bytes() == before
 
 
-NEUTRAL = np.zeros((2, 4), np.float32)
 FOLDABLE = {
-    "threshold": ({"threshold": 0.0}, {}, {"threshold": 0.5}, {}),
-    "reach": ({"threshold": 0.3, "reach": 0.1}, {}, {"threshold": 0.3, "reach": 1.5}, {}),
-    "beta": ({"threshold": 0.0}, {"beta": np.ones((1, 1, 1), np.float32)}, {"threshold": 0.0}, {"beta": 0.25}),
-    "neutral": ({"threshold": 0.0}, {"neutral": NEUTRAL}, {"threshold": 0.0}, {"neutral": NEUTRAL + 3}),
-    "biases": ({"bias_1": 0, "bias_2": 0}, {}, {"bias_1": 0.2, "bias_2": -0.3}, {}),
-    "scale and mean": ({"scale": 1, "mean": 0}, {}, {"scale": 2, "mean": 1}, {}),
+    "neutral key": ({}, {"key": 0}, {}, {"key": 3}),
+    "neutral value": ({}, {"value": 0}, {}, {"value": 3}),
+    "biases": ({"bias": 0}, {}, {"bias": 0.2}, {}),
+    "output": ({"output": 1}, {}, {"output": -3}, {}),
+    "weights": ({"weights": 0, "output": 1}, {}, {"weights": 1, "output": 1}, {}),
 }
 
 
-@pytest.mark.parametrize("emission", Emission)
+@pytest.mark.parametrize("conditional", FORMS)
 @pytest.mark.parametrize("case", FOLDABLE)
-def test_no_optimizer_has_used_up_what_is_exchanged(first, tmp_path, case, emission):
+def test_no_optimizer_has_used_up_what_is_exchanged(first, tmp_path, case, conditional):
     """The values in the file are those that optimizers drop: nothing added, all multiplied by one."""
+    patch = hidden(first) if case in ("biases", "output", "weights") else first
     before, after = (
-        changed(first, *(sized(fields, of) for fields, of in zip(numbers, parts(first), strict=True)))
+        changed(patch, *(sized(fields, of) for fields, of in zip(numbers, parts(patch), strict=True)))
         for numbers in (FOLDABLE[case][:2], FOLDABLE[case][2:])
     )
-    session = PatchedSession(written(before, tmp_path, emission=emission))
+    session = PatchedSession(written(before, tmp_path, conditional=conditional))
+    own = answers(session, inputs())
     session.swap(after)
-    assert answers(session, inputs()) == answers(plain(written(after, tmp_path, emission=emission)), inputs())
+    expected = answers(plain(written(after, tmp_path, conditional=conditional)), inputs())
+    assert answers(session, inputs()) == expected != own
 
 
-def parts(patch: Patch) -> tuple[Detector, Redistribution]:
-    return patch.sites[0].detector, patch.sites[0].redistribution
+def parts(patch: Patch) -> tuple[Detector, Neutral]:
+    return patch.sites[0].detector, patch.sites[0].neutral
 
 
-def sized(fields: dict, of: Detector | Redistribution) -> dict:
+def sized(fields: dict, of: Detector | Neutral) -> dict:
     """Numbers as arrays of the size that the patch has."""
     return {
-        name: np.full_like(getattr(of, name), value)
-        if isinstance(getattr(of, name), np.ndarray) and np.isscalar(value)
-        else value
+        name: np.full_like(getattr(of, name), value) if isinstance(getattr(of, name), np.ndarray) else value
         for name, value in fields.items()
     }
 
 
-def test_a_site_is_switched_off_and_on(first, second, tmp_path):
-    session = PatchedSession(written(first, tmp_path))
+def saved(model: ir.Model, folder: Path) -> ort.InferenceSession:
+    atp.save(model, folder / "base.onnx")
+    return plain(folder / "base.onnx")
+
+
+def test_a_threshold_that_the_optimizer_has_used_up(first, second, tmp_path):
+    """One of exactly 0, which it need not subtract: no other one can be handed in, and that is noticed."""
+    none = changed(first, {"threshold": 0.0})
+    session = PatchedSession(written(none, tmp_path))
     own = answers(session, inputs())
-    base = PLANTED.model()
-    atp.save(base, tmp_path / "base.onnx")
-    session.disable(SITE)
-    assert session.disabled == {SITE}
-    logits, flagged, score = session.run(None, inputs())
-    assert logits.tobytes() == answers(plain(tmp_path / "base.onnx"), inputs())[0]
-    assert not flagged.any()
-    assert (score < 0).all()
-    session.swap(second)
-    assert session.disabled == {SITE}
-    assert session.run(["logits"], inputs())[0].tobytes() == logits.tobytes()
-    session.swap(first)
-    session.enable(SITE)
-    assert not session.disabled
-    assert answers(session, inputs()) == own
-    with pytest.raises(ServingError, match=SITE):
-        session.disable("layer7.attention")
+    for change in (lambda: session.swap(second), lambda: session.disable(SITE)):
+        with pytest.raises(ServingError, match="did not take all of them"):
+            change()
+        assert (session.patch, session.disabled) == (none.id, frozenset())
+        assert answers(session, inputs()) == own
 
 
-def test_one_of_several_sites_is_switched_off(tmp_path):
-    planted = Planted(drawn=(0, 1), harmful=(1, 2))
-    patch = fitted(planted)
-    path = tmp_path / "patched.onnx"
-    atp.save(atp.bake(planted.model(), patch, site_flags=True), path)
-    session, debug = PatchedSession(path), planted.debug(20, seed=7)
-    assert len(session.sites) > 1
-    before = session.run(["logits"], debug.counterfactual)[0]
-    redistributing = [site.site for site in patch.sites if site.redistribution is not None]
-    session.disable(redistributing[-1])
-    after = session.run(["logits"], debug.counterfactual)[0]
-    assert not np.array_equal(before, after)
-    atp.save(planted.model(), tmp_path / "base.onnx")
-    base = plain(tmp_path / "base.onnx").run(["logits"], debug.counterfactual)[0]
-    assert not np.array_equal(base, after)
+def test_a_probe_of_one_token_proves_neutral_values_too(tmp_path, monkeypatch):
+    """It must be flagged, and half of one token is none."""
+    net = Net(batch=1, tokens=1, layers=1)
+    model = net.model()
+    one, other = (draw_patch(model, seed, threshold=0.5) for seed in (1, 21))
+    atp.save(atp.bake(model, one), tmp_path / "patched.onnx")
+    session = PatchedSession(tmp_path / "patched.onnx")
+    forget(monkeypatch, "neutral_value")
+    with pytest.raises(ServingError, match="did not take all of them"):
+        session.swap(other)
 
 
 def test_what_other_numbers_cannot_say_is_refused(first, tmp_path):
     session = PatchedSession(written(first, tmp_path))
     own = answers(session, inputs())
     [site] = first.sites
-    hidden = {
-        name: np.repeat(getattr(site.detector, name), 2, axis)
-        for name, axis in (("weight_1", 0), ("bias_1", 0), ("weight_2", 1))
-    }
     refused = {
-        "neutral values": changed(first, {}, {"neutral": None}),
-        "of shape": changed(first, hidden),
-        "others": replace(first, sites=(replace(site, site="layer0.attention"),)),
-        "reach": changed(first, {"reach": 0.2}),
-        "fitted on": replace(first, base="sha256:0"),
+        "without a neutral token": replace(first, sites=(replace(site, neutral=None),)),
+        "a hidden layer": hidden(first),
+        "another site": replace(first, sites=(replace(site, site="layer0.attention"),)),
+        "another base": replace(first, base="sha256:0"),
     }
     for patch in refused.values():
         with pytest.raises(PatchMismatchError):
@@ -216,17 +201,22 @@ def test_what_other_numbers_cannot_say_is_refused(first, tmp_path):
     assert answers(session, inputs()) == own
 
 
-@pytest.mark.parametrize("ignored", ["threshold", "beta", "neutral", "bias_2"])
-def test_a_session_that_ignores_a_weight_never_serves(first, second, tmp_path, monkeypatch, ignored):
-    path = written(first, tmp_path)
-    session = PatchedSession(path)
-    own = answers(session, inputs())
+def forget(monkeypatch: pytest.MonkeyPatch, ignored: str) -> None:
+    """Let sessions ignore one of the weights that they are handed."""
     usual = FileSession.__init__
 
     def forgetful(self, path, weights, **options):
         usual(self, path, {name: array for name, array in weights.items() if not name.endswith(ignored)}, **options)
 
     monkeypatch.setattr(FileSession, "__init__", forgetful)
+
+
+@pytest.mark.parametrize("ignored", ["threshold", "neutral_key", "neutral_value", "detector"])
+def test_a_session_that_ignores_a_weight_never_serves(first, second, tmp_path, monkeypatch, ignored):
+    path = written(first, tmp_path)
+    session = PatchedSession(path)
+    own = answers(session, inputs())
+    forget(monkeypatch, ignored)
     with pytest.raises(ServingError, match="did not take all of them"):
         session.swap(second)
     assert session.patch == first.id
@@ -349,56 +339,3 @@ def test_a_file_of_neuron_edits_alone_has_nothing_to_count(tmp_path):
     atp.save(atp.bake(model, patch), tmp_path / "patched.onnx")
     with pytest.raises(ServingError, match="edits of hidden units alone"):
         PatchedSession(tmp_path / "patched.onnx")
-
-
-# Sites that decide together
-
-LATE = Planted(drawn=(2,), harmful=(0,), harm=400)
-
-
-@pytest.fixture(scope="module")
-def joint():
-    """Detects at one site and redistributes at another, with a second site that detects a little."""
-    model = LATE.model()
-    patch = fitted(LATE)
-    drawn = draw_patch(model).sites[1]
-    [redistributing, detecting] = patch.sites
-    sites = (redistributing, replace(drawn, redistribution=None), detecting)
-    weights = np.array([0.1, 0.9], np.float32)
-    return replace(patch, sites=sites, joint=replace(patch.joint, weights=weights))
-
-
-def joint_file(patch: Patch, folder: Path) -> Path:
-    path = folder / f"{patch.id}.onnx"
-    atp.save(atp.bake(LATE.model(), patch, site_flags=True), path)
-    return path
-
-
-def test_a_joint_decision_is_swapped(joint, tmp_path):
-    other = replace(joint, joint=replace(joint.joint, weights=np.array([0.2, 0.8], np.float32), threshold=0.3))
-    session, expected = PatchedSession(joint_file(joint, tmp_path)), plain(joint_file(other, tmp_path))
-    feed = LATE.debug(20, seed=7).counterfactual
-    session.swap(other)
-    assert session.patch == other.id
-    assert answers(session, feed) == answers(expected, feed)
-    with pytest.raises(PatchMismatchError, match="each doing the same"):
-        session.swap(replace(joint, joint=None, sites=joint.sites[1:]))
-
-
-def test_sites_of_a_joint_decision_are_switched_off(joint, tmp_path):
-    session, feed = PatchedSession(joint_file(joint, tmp_path)), LATE.debug(20, seed=7).counterfactual
-    flagged = session.run(["atpatch/flagged"], feed)[0]
-    assert flagged.all()
-    own = answers(session, feed)
-    session.disable("layer0.attention")  # flags are still raised, and nothing is done
-    logits, still = session.run(["logits", "atpatch/flagged"], feed)
-    assert still.all()
-    expected = model_session(LATE.model()).run(["logits"], feed)[0]
-    assert logits.tobytes() == expected.tobytes()
-    session.enable("layer0.attention")
-    assert answers(session, feed) == own
-    session.disable("layer1.attention")  # the other one decides alone, its weight 1 now
-    assert session.run(["atpatch/flagged"], feed)[0].all()
-    assert not session.run(["atpatch/flagged"], LATE.debug(20, seed=7).clean)[0].any()
-    session.disable("layer2.attention")
-    assert not session.run(["atpatch/flagged"], feed)[0].any()

@@ -1,4 +1,4 @@
-"""Quantized bases with a patch: it stays in float32, fires as before, comes out again, and is measured again."""
+"""Quantized bases with a patch: its detectors stay in float32, it fires as before, and comes out again."""
 
 import json
 from dataclasses import replace
@@ -53,9 +53,14 @@ def test_the_base_is_quantized_and_the_patch_is_not(precision):
         assert "MatMulInteger" in [node.op_type for node in quantized.graph]
     else:
         assert ir.DataType.FLOAT16 in {value.dtype for value in quantized.graph.initializers.values()}
-    ours = [value for value in patched.graph.initializers.values() if value.name.startswith("atpatch/")]
-    assert ours
-    assert not [value for value in ours if value.dtype in (ir.DataType.FLOAT16, ir.DataType.INT8)]
+    ours = {name: value.dtype for name, value in patched.graph.initializers.items() if name.startswith("atpatch/")}
+    neutral = {dtype for name, dtype in ours.items() if "/neutral_" in name}
+    assert neutral == {ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT}, (
+        "the type of what it replaces"
+    )
+    rest = {dtype for name, dtype in ours.items() if "/neutral_" not in name}
+    assert rest
+    assert not rest & {ir.DataType.FLOAT16, ir.DataType.INT8}
 
 
 @tools_warn

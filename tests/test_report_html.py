@@ -90,7 +90,7 @@ def test_everything_is_there(html):
         "98.00%",
         "layer0",
         "sha256:" + "ab" * 32,
-        "benign attention 0.7",
+        "Neutral key and value",
         "12.3 s",
         "ASR above floor",
     ):
@@ -151,10 +151,10 @@ def test_what_was_not_measured_is_left_out(html, missing, sections):
 
 
 def test_a_bare_patch_has_a_report():
-    record = PatchRecord("sha256:00", "feed", "branchless", ("atpatch/flagged",), (), None, (), "00", {})
+    record = PatchRecord("sha256:00", "feed", False, ("atpatch/flagged",), (), (), "00", {})
     page = Page(render_html(title="Bare", patch=record))
     assert page.sections == ["identity", "glossary"]
-    assert "branchless" in page.words
+    assert "without If" in page.words
     assert "atpatch/flagged" in page.words
 
 

@@ -12,6 +12,7 @@ from atpatch_onnx.report.rows import (
     number,
     pairs_used,
     percent,
+    reading,
     shown,
     site_rows,
 )
@@ -51,9 +52,9 @@ def test_group_metrics_need_two_classes():
 
 def test_each_element_tells_what_is_left_and_missed_without_it():
     used, idle = site_rows(r.figures())
-    assert [(e.role, e.beta, e.left, e.missed) for e in used.elements] == [
-        ("detect", None, 0.995, "ASR above floor"),
-        ("redistribute", 0.7, 0.31, "ASR above floor"),
+    assert [(e.role, e.left, e.missed) for e in used.elements] == [
+        ("detect", 0.995, "ASR above floor"),
+        ("redistribute", 0.31, "ASR above floor"),
     ]
     assert idle.elements == ()
     assert used.flag_rate == 0.004
@@ -63,11 +64,34 @@ def test_a_bound_other_than_the_attack_can_be_what_is_missed():
     figures = r.figures()
     figures["sites"][0]["without"]["detect"] = r.outcome(0.0, flag_rate=0.5)
     assert site_rows(figures)[0].elements[0].missed == "clean flag rate"
+    figures["sites"][0]["without"]["detect"] = r.outcome(0.0, robust=0.3)
+    assert site_rows(figures)[0].elements[0].missed == "robust accuracy lost"
 
 
 def test_an_attribute_is_measured_by_its_flip_rate():
     goal = goal_rows(r.figures(kind="attribute"))[0]
     assert (goal.name, goal.bound, goal.reached, goal.met) == ("flip rate", 0.005, 0.002, True)
+    assert "robust accuracy lost" not in [goal.name for goal in goal_rows(r.figures(kind="attribute"))]
+
+
+def test_accuracy_under_attack_has_its_bound():
+    goals = {goal.name: (goal.bound, goal.reached, goal.met) for goal in goal_rows(r.figures())}
+    assert goals["robust accuracy lost"] == (0.02, 0.011, True)
+    assert [goal.name for goal in goal_rows({**r.figures(), "goal": {"asr_above_floor": 0.1}})] == [
+        "ASR above floor",
+        "accuracy lost",
+        "clean flag rate",
+    ]
+
+
+def test_what_detectors_read_and_why():
+    assert reading({}) is None
+    assert reading(r.figures()) == "one product with each token's key"
+    missed = {"detectors": "linear", "shortfalls": ["ASR above floor 14.00%", r.HOSTILE]}
+    figures = {**r.figures(), "detectors": "hidden", "tried": [missed, {"detectors": "hidden", "shortfalls": []}]}
+    assert reading(figures) == (
+        f"each token's key, by a hidden layer; linear ones missed ASR above floor 14.00%; {shown(r.HOSTILE)}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +100,8 @@ def test_an_attribute_is_measured_by_its_flip_rate():
         {},
         {"sites": None, "goal": 3, "outcome": "x", "pairs": [], "shortfalls": 1, "meets_target": "no"},
         {"sites": [1, {}, {"site": 5, "detects": True, "without": {"detect": 7}}], "goal": {}, "outcome": []},
-        {"sites": [{"site": "a", "redistributes": True, "beta": "1", "without": []}], "kind": ["x"]},
+        {"sites": [{"site": "a", "redistributes": True, "without": []}], "kind": ["x"], "detectors": ["linear"]},
+        {"detectors": "hidden", "tried": [3, {}, {"detectors": [], "shortfalls": [{}, 1]}, {"shortfalls": "no"}]},
         {"units": [3, {}, {"layer": 5, "unit": [], "factor": "x", "rank": "1", "lowers": None}], "composed": 3},
         {"composed": [3, {}, {"units": "x"}, {"units": [{}]}]},
         {"units": [{"factor": 10**400, "rank": 10**400}], "goal": {"accuracy_loss": 10**400}},
@@ -88,19 +113,22 @@ def test_foreign_figures_do_not_break_anything(figures):
     goal_rows(figures)
     pairs_used(figures)
     edit_rows(figures)
+    reading(figures)
     judge(patch, r.evaluation(), None)
 
 
 def test_sites_that_pass_alike_share_a_line():
     lines = check_lines(r.verification())
-    assert [name for _, name, _ in lines] == ["invariants", "unbake", "2 sites, clean inputs, no optimization"]
+    side = "clean inputs, no optimization"
+    assert [name for _, name, _ in lines] == ["invariants", "unbake", f"scores at 2 sites, {side}", f"2 sites, {side}"]
 
 
 def test_failures_come_first_and_alone():
     failed = "site layer1, clean inputs, no optimization"
     lines = check_lines(r.verification(failed))
     assert lines[0] == (False, failed, f"what was found of {failed}")
-    assert [name for _, name, _ in lines[1:]] == ["invariants", "unbake", "site layer0, clean inputs, no optimization"]
+    names = ["invariants", "unbake", "scores at 2 sites, clean inputs, no optimization"]
+    assert [name for _, name, _ in lines[1:]] == [*names, "site layer0, clean inputs, no optimization"]
 
 
 # Verdict
@@ -138,6 +166,9 @@ def test_unseen_inputs_can_refute_the_validation():
     verdict = judge(r.patch(), r.evaluation(asr=0.3), r.verification())
     assert (verdict.tone, verdict.label) == (Tone.WARNING, "Look closer")
     assert verdict.objections == ("On the evaluated inputs: ASR above floor 30.00%, over the bound of 1.00%.",)
+    verdict = judge(r.patch(), r.evaluation(robust=0.84), r.verification())
+    assert (verdict.tone, verdict.label) == (Tone.WARNING, "Look closer")
+    assert verdict.objections == ("On the evaluated inputs: robust accuracy lost 13.00%, over the bound of 2.00%.",)
 
 
 def test_what_was_not_done_is_not_claimed():

@@ -47,8 +47,8 @@ def test_sites():
     for site in matches.sites:
         assert site.name in shown
     assert "2 5 x 5 4 float no" in shown
-    assert matches.sites[0].value not in shown
-    assert matches.sites[0].value in words(sites_table(matches, why=True))
+    assert matches.sites[0].value.value not in shown
+    assert matches.sites[0].value.value in words(sites_table(matches, why=True))
 
 
 def test_no_sites():
@@ -98,7 +98,7 @@ def test_near_misses_say_why_and_unsupported_attention_comes_first():
 
 def test_a_fit_shows_what_each_site_contributes():
     shown = words(fit_table(r.patch()))
-    assert "layer0 0.999 0.25 98.0% 99.5% 0.40% detect 99.5% redistr. 0.7 31.0%" in shown
+    assert "layer0 0.999 0.25 98.0% 99.5% 0.40% detect 99.5% redistr. 31.0%" in shown
     assert "layer1 0.999 -0.75 98.0% 99.5% 0.40% - -" in shown
     assert "ASR above floor when this element alone is switched off" in shown
 
@@ -120,18 +120,15 @@ def test_a_fit_that_meets_its_goal():
     assert "1,234" in shown
 
 
-def test_a_joint_decision_is_told():
+def test_what_detectors_read_is_told():
     figures = r.figures()
-    assert "Decided by" not in words(fit_summary(r.patch()))  # a patch of before
-    alone = r.patch().with_figures({**figures, "decision": "alone"})
-    assert "Decided by each site alone, flags carried" in words(fit_summary(alone))
-    figures["sites"][0]["weight"] = 0.625
-    joint = r.patch().with_figures({**figures, "decision": "joint"})
-    shown = words(fit_summary(joint))
-    assert "Decided by all sites together, then a second pass" in shown
-    assert "Detects at layer0 (weight 0.62)" in shown
-    assert "Redistributes at layer0 " in shown
-    assert "of each site alone" in words(fit_table(joint))
+    assert "Detectors read one product with each token's key" in words(fit_summary(r.patch()))
+    del figures["detectors"]
+    assert "Detectors read" not in words(fit_summary(r.patch().with_figures(figures)))
+    missed = {"detectors": "linear", "shortfalls": ["ASR above floor 14.00%, 13.00% over the bound of 1.00%"]}
+    figures |= {"detectors": "hidden", "tried": [missed, {"detectors": "hidden", "shortfalls": []}]}
+    shown = words(fit_summary(r.patch().with_figures(figures)))
+    assert "by a hidden layer; linear ones missed ASR above floor 14.00%, 13.00% over the bound of 1.00%" in shown
 
 
 def test_a_goal_for_columns_is_told_where_there_is_one():
@@ -185,10 +182,10 @@ def test_a_rate_of_nothing_is_no_rate():
 
 
 def test_checks():
-    assert words(verification_table(r.verification())).endswith("All 4 checks passed.")
+    assert words(verification_table(r.verification())).endswith("All 6 checks passed.")
     shown = words(verification_table(r.verification("unbake")))
     assert shown.index("FAILED unbake") < shown.index("passed invariants")
-    assert shown.endswith("1 of 4 checks FAILED: do not ship this file.")
+    assert shown.endswith("1 of 6 checks FAILED: do not ship this file.")
 
 
 def test_names_are_neither_markup_nor_escape_sequences():

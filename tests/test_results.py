@@ -31,7 +31,7 @@ def backdoor(case: str, seed: int, left: int, *, patched: int = 90, work: str = 
     return {
         "case": case,
         "seed": seed,
-        "training": {"accuracy_twin": 0.91},
+        "training": {"accuracy_twin": 0.91, "robust_accuracy_twin": 0.905},
         "evaluation": {
             "accuracy_base": rate(90, 100),
             "accuracy_patched": rate(patched, 100),
@@ -46,6 +46,7 @@ def backdoor(case: str, seed: int, left: int, *, patched: int = 90, work: str = 
                 "asr_floor": rate(2, 100),
                 "asr_above_floor": rate(left, 100),
                 "robust_accuracy_patched": rate(89, 100),
+                "robust_accuracy_lost": {"value": 0.01, "low": 0.0, "high": 0.02},
             },
             "fairness": None,
         },
@@ -88,7 +89,7 @@ def test_a_goal_that_is_missed_or_not_measured_is_not_met():
 
 
 def test_the_tables_lose_accuracy_on_average_and_flip_nowhere():
-    cases = next(goal.cases for goal in GOALS if goal.averaged)
+    cases = next(goal.cases for goal in GOALS if goal.name.startswith("tables"))
     figures = {
         ("measured", case): {"UF, patched": even(0.0), "accuracy lost": even(0.004 if case == "adult/age" else 0.0)}
         for case in cases
@@ -146,6 +147,7 @@ def test_the_page_says_what_was_found(tmp_path):
             "remaining": left,
             "accuracy_base": 0.9,
             "accuracy": 0.89,
+            "robust_accuracy_loss": 0.02,
             "clean_flag_rate": 0.01,
             "recall": 1.0,
             "precision": 0.5,
@@ -163,7 +165,9 @@ def test_the_page_says_what_was_found(tmp_path):
     )
     assert "| vit/badnets-fixed | 1.50% [0.00%, 3.00%] (0.55%, 7.00%) | +0.00 [+0.00, +0.00] (-9.00, +5.00) |" in page
     assert "| BadNets fixed, ViT | vit/badnets-fixed | ASR above floor | <= 0.200% | 1.500% | **no** |" in page
-    assert "| without carry | 70.00% (63.32%, 75.93%) | +1.00 |" in page
+    assert "| without carry | 70.00% (63.32%, 75.93%) | +1.00 | +2.00 |" in page
+    assert "| robust accuracy beside the twin's | vit/badnets-fixed |" in page
+    assert "<= 1.000 points | +1.500 points | **no** |" in page
     assert "not measured" in page
     for picture in ("precision_recall", "thresholds", "contributions"):
         assert (tmp_path / "docs" / "results" / f"{picture}.png").stat().st_size > 5_000

@@ -12,13 +12,10 @@ from onnx import TensorProto, helper
 from planted import Planted, fitted
 
 import atpatch_onnx as atp
-from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.baking.targets import TARGETS
 from atpatch_onnx.errors import BakeError
 from samples import runtimes
-from samples.runtimes import RUNTIMES, Outcome, Runtime, bake_all, compare, inputs, missing, page
-
-REFUSES_FUNCTIONS = ("OpenVINO, f32", "tract")
+from samples.runtimes import RUNTIMES, Outcome, Runtime, bake_all, compare, inputs, missing, onnxruntime, page
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +23,42 @@ def files(demo, tmp_path_factory) -> dict[str, Path]:
     return bake_all(demo, tmp_path_factory.mktemp("targets"))
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("demo")
-@pytest.mark.parametrize("runtime", RUNTIMES, ids=[runtime.name for runtime in RUNTIMES])
-def test_the_demo_on_every_runtime(runtime: Runtime, files):
-    """Flags equal, outputs within the tolerance; and where functions are refused, that is what is refused."""
+def works(target: str, path: Path, of: dict[str, np.ndarray], runtime: Runtime) -> None:
+    """Flags equal, outputs within the tolerance; but for what tract refuses, and OpenVINO does not get right."""
     if missing(runtime):
         pytest.skip(missing(runtime))
-    for target, path in files.items():
-        [outcome] = compare(target, path, inputs(count=16), [runtime])
-        has_functions = not TARGETS[target].inline
-        if has_functions and runtime.name in REFUSES_FUNCTIONS:
-            assert not outcome.works
-            assert "atpatch.Attend" in outcome.detail or "WholeColumns" in outcome.detail
-        else:
-            assert outcome.works, outcome
+    if TARGETS[target].conditional and runtime.name.startswith("OpenVINO"):
+        pytest.skip("what comes out of its If is not always wrong; the target openvino has none")
+    [outcome] = compare(target, path, of, [runtime])
+    if TARGETS[target].conditional and runtime.name == "tract":
+        assert not outcome.works
+        assert "Duplicate node name: If" in outcome.detail, outcome  # it takes one in a graph
+    else:
+        assert outcome.works, outcome
+
+
+runtimes_at_hand = pytest.mark.parametrize("runtime", RUNTIMES, ids=[runtime.name for runtime in RUNTIMES])
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("demo")
+@runtimes_at_hand
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_demo_on_every_runtime(target: str, runtime: Runtime, files):
+    works(target, files[target], inputs(count=16), runtime)
+
+
+@runtimes_at_hand
+@pytest.mark.parametrize("target", ["cpu", "cuda", "portable"])
+def test_flags_that_are_carried(target: str, runtime: Runtime, tmp_path):
+    """One site detects, two others redistribute: on clean and on triggered inputs in one batch."""
+    planted = Planted(drawn=(0,), harmful=(1, 2))
+    atp.save(atp.bake(planted.model(), fitted(planted), target=target), tmp_path / "patched.onnx")
+    debug = planted.debug(8, seed=3)
+    both = {"x": np.concatenate([debug.clean["x"], debug.counterfactual["x"]])}
+    flagged = onnxruntime()(tmp_path / "patched.onnx", both)["atpatch/flagged"][:, 0]
+    assert flagged.tolist() == [False] * 8 + [True] * 8
+    works(target, tmp_path / "patched.onnx", both, runtime)
 
 
 @pytest.mark.slow
@@ -102,9 +120,7 @@ def test_the_limits_of_onnxruntime_are_as_stated():
         ("portable", {"opset": 19}, "opset 19, it takes 18 at most"),
         ("portable", {"ir_version": 11}, "IR version 11, it takes 10 at most"),
         ("portable", {"form": "attention"}, "the operator Attention"),
-        ("cuda", {"form": "attention"}, "the operator Attention"),
         ("portable", {"domain": "com.microsoft"}, r"operators that are not ONNX's own \(com.microsoft.Gelu\)"),
-        ("openvino", {"function": True}, "the model-local function Twice"),
     ],
 )
 def test_what_a_target_does_not_take_is_refused(target, change, said):
@@ -121,35 +137,25 @@ def changed(
     opset: int | None = None,
     ir_version: int | None = None,
     domain: str | None = None,
-    function: bool = False,
 ) -> ir.Model:
     if opset is not None:
         model.graph.opset_imports[""] = opset
     if ir_version is not None:
         model.ir_version = ir_version
     [logits] = [output for output in model.graph.outputs if output.name == "logits"]
-    node = None
     if domain is not None:
         node = ir.Node(domain, "Gelu", [logits])
         model.graph.opset_imports[domain] = 1
-    if function:
-        node = ir.Node("tests", "Twice", [logits])
-        x = ir.Value(name="x")
-        add = ir.Node("", "Add", [x, x])
-        body = ir.Graph([x], add.outputs, nodes=[add], opset_imports={"": 18})
-        model.functions[("tests", "Twice", "")] = ir.Function("tests", "Twice", "", graph=body, attributes=[])
-        model.graph.opset_imports["tests"] = 1
-    if node is not None:
         node.outputs[0].name, node.outputs[0].shape, node.outputs[0].dtype = "more", logits.shape, logits.dtype
         model.graph.append(node)
         model.graph.outputs.append(node.outputs[0])
     return model
 
 
-def test_an_emission_that_the_target_does_not_take_is_refused():
+def test_an_if_that_the_target_does_not_take_is_refused():
     planted = Planted()
     with pytest.raises(BakeError, match="the operator If"):
-        atp.bake(planted.model(), fitted(planted), target="portable", emission=Emission.CONDITIONAL)
+        atp.bake(planted.model(), fitted(planted), target="portable", conditional=True)
 
 
 def test_every_target_says_why_and_what_shows_it():
@@ -172,6 +178,9 @@ def test_a_runtime_that_differs_or_fails_does_not_work():
     assert not judged(logits=np.array([[1.0, 100.02]])).works
     assert "1 of 2 differ in flagged" in judged(flagged=np.array([[True], [True]])).detail
     assert not judged(logits=np.array([1.0])).works
+    assert judged(logits=np.array([[1.0, np.nan]])) == Outcome(
+        "cpu", "other", False, "runs, and computes another logits"
+    )
 
 
 def test_a_page_of_what_was_seen(monkeypatch):
@@ -194,5 +203,5 @@ def test_the_pages_targets_are_those_of_the_code():
     """`docs/runtimes.md` is generated; it must not be older than the table of targets."""
     text = (Path(__file__).parent.parent / "docs" / "runtimes.md").read_text()
     for name, target in TARGETS.items():
-        assert f"| `{name}` | {target.emission.value}, " in text
+        assert f"| `{name}` | {'with' if target.conditional else 'without'} If | " in text
         assert target.why in text

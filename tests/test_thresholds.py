@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from atpatch_onnx.fitting.thresholds import calibrate, gap, reach
+from atpatch_onnx.fitting.thresholds import calibrate, gap
 
 SCORES = st.floats(-2, 2, width=32)
 
@@ -137,22 +137,3 @@ def test_the_lowest_threshold_by_hand():
     clean, anomalous = {"s": np.arange(10, dtype=np.float32)}, {"s": np.array([100], np.float32)}
     assert calibrate(clean, anomalous, 0.2) == {"s": 54.5}
     assert calibrate(clean, anomalous, 0.2, lowest=True) == {"s": 7.0}
-
-
-@settings(deadline=None, derandomize=True)
-@given(arrays.arrays(np.float32, st.integers(1, 60), elements=SCORES), SCORES, st.floats(0, 0.99))
-def test_a_lower_threshold_misses_at_most_the_share_asked_for(scores, threshold, missed):
-    """As the graph computes it, in float32."""
-    found = reach(scores, threshold, missed)
-    assert 0 <= found <= 4.001
-    margins = (scores - np.float32(threshold)) + np.float32(found)
-    assert (margins <= 0).mean() <= missed
-
-
-def test_reach_by_hand():
-    scores = np.array([-8, -8, 0.5, 1.0, 1.5], np.float32)  # two that no query sees
-    assert reach(scores, 1.2, 1.0) == 0
-    assert reach(scores, 1.2, 0.0) == pytest.approx(0.7, abs=1e-4)
-    assert reach(scores, 1.2, 0.34) == pytest.approx(1.2 - 0.75)  # between the one missed and the next
-    assert reach(scores, 0.1, 0.0) == 0  # nothing is missed
-    assert reach(scores[:2], 1.2, 0.0) == 0

@@ -8,16 +8,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import Net, draw_patch, fire_on_some, run
+from models import FORMS, Net, draw_patch, fire_on_some, run
 from onnxruntime.quantization import quantize_dynamic
 
 from atpatch_onnx import graph
 from atpatch_onnx.baking.bake import bake
-from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.baking.quantize import quantizer_settings
 from atpatch_onnx.errors import BakeError
 from atpatch_onnx.graph.names import SITE_KEY
 from atpatch_onnx.matching import explain
+from atpatch_onnx.measuring import rehearse
 from samples import after_tools
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def case(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize("tool", after_tools.TOOLS)
 def test_a_tool_before_or_after_the_patch_changes_nothing_of_it(case: Any, tool: str) -> None:
     findings = list(after_tools.examine(case, tool, after_tools.TOOLS[tool]))
-    assert [finding.emission for finding in findings] == list(Emission)
+    assert [finding.form for finding in findings] == list(rehearse.FORMS.values())
     for finding in findings:
         assert finding.sound, finding
         assert finding.after == finding.before == 2
@@ -86,9 +86,9 @@ def our_products(model: onnx.ModelProto) -> list[str]:
 
 
 @tools_warn
-@pytest.mark.parametrize("emission", Emission)
-def test_a_quantizer_that_is_told_leaves_the_patch_in_float32(emission: Emission, tmp_path: Path) -> None:
-    patched, feed = patched_net("attention", emission=emission, inline=True)
+@pytest.mark.parametrize("conditional", FORMS)
+def test_a_quantizer_that_is_told_leaves_the_patch_in_float32(conditional: bool, tmp_path: Path) -> None:
+    patched, feed = patched_net("attention", conditional=conditional)
     told = int8(patched, tmp_path, **quantizer_settings(patched))
     untold = int8(patched, tmp_path, op_types_to_quantize=["MatMul"])
     assert set(our_products(told)) == {"MatMul"}
@@ -97,21 +97,9 @@ def test_a_quantizer_that_is_told_leaves_the_patch_in_float32(emission: Emission
     assert np.array_equal(run(told, feed)["atpatch/flagged"], run(patched, feed)["atpatch/flagged"])
 
 
-@tools_warn
-def test_a_quantizer_leaves_the_bodies_of_functions_alone(tmp_path: Path) -> None:
-    patched, _ = patched_net("attention", emission=Emission.CONDITIONAL, inline=False)
-    told = int8(patched, tmp_path, **quantizer_settings(patched))
-    before, after = (
-        {function.name: [node.op_type for node in function.node] for function in proto.functions}
-        for proto in (onnx.load_from_string(graph.to_bytes(patched)), told)
-    )
-    assert after == before
-
-
-@pytest.mark.parametrize("emission", Emission)
-@pytest.mark.parametrize("inline", [False, True])
-def test_the_settings_name_every_node_of_ours_and_no_other(emission: Emission, inline: bool) -> None:
-    patched, _ = patched_net("softmax", emission=emission, inline=inline)
+@pytest.mark.parametrize("conditional", FORMS)
+def test_the_settings_name_every_node_of_ours_and_no_other(conditional: bool) -> None:
+    patched, _ = patched_net("softmax", conditional=conditional)
     settings = quantizer_settings(patched)
     ours = {node.name for node in patched.graph.all_nodes() if SITE_KEY in node.metadata_props}
     assert set(settings["nodes_to_exclude"]) == ours
@@ -120,11 +108,13 @@ def test_the_settings_name_every_node_of_ours_and_no_other(emission: Emission, i
     assert json.loads(json.dumps(settings)) == settings
 
 
-def test_the_settings_know_the_nodes_that_onnxruntime_inlined() -> None:
-    patched, _ = patched_net("softmax", inline=False)
+@pytest.mark.parametrize("conditional", FORMS)
+def test_the_settings_know_our_products_in_what_onnxruntime_optimized(conditional: bool) -> None:
+    patched, _ = patched_net("softmax", conditional=conditional)
     optimized = after_tools.TOOLS["onnxruntime, basic"](patched)
     products = {node.name for node in optimized.graph.all_nodes() if node.op_type == "MatMul"}
     base = {node.name for node in Net(opset=23).model().graph if node.op_type == "MatMul"}
+    assert len(products - base) == 2, "one for each site"
     assert products - base <= set(quantizer_settings(optimized)["nodes_to_exclude"])
     assert not base & set(quantizer_settings(optimized)["nodes_to_exclude"])
 

@@ -1,83 +1,116 @@
 """Verification: passes what was baked, and names everything that was changed since."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from models import VARIANTS, Net, draw_patch, fire_on_some
+from models import FORMS, Net, draw_patch, fire_on_some
 from planted import Planted, fitted
+from tampering import CARRY, TAMPERINGS, WEIGHTS, set_weight, sign, weight
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.bake import bake
-from atpatch_onnx.baking.emission import Emission
+from atpatch_onnx.baking.quantize import quantize, rebind
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, ModelFileError, UnbakeError, VerificationError
 from atpatch_onnx.measuring.verify import Verification, verify
-from atpatch_onnx.patches.patch import Joint, Patch
+from atpatch_onnx.patches.patch import Patch
 
 PAIRS = 24
 
+STRUCTURE = ["invariants", "base", "unbake", "outputs", "weights"]
+LEVELS = ("no optimization", "default optimization")
+SIDES = [f"{side} inputs, {level}" for level in LEVELS for side in ("clean", "counterfactual")]
+
 CASES = {
     "one-site": Planted(),
-    "carry": Planted(drawn=(0,), harmful=(1, 2)),
+    "carry": CARRY,
     "packed-masked": Planted(form="packed", masked=True, tokens=12),
     "fused-masked-free": Planted(form="attention", masked=True, free=True, tokens=12),
     "attribute": Planted(kind="attribute", harm=1.0),
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "emission", "inline"),
-    [(name, *variant) for name in CASES for variant in (VARIANTS if name == "one-site" else VARIANTS[::3])],
-)
-def test_a_baked_patch_passes_every_check(name, emission, inline):
+def patch_of(planted: Planted, fitted_on: Planted | None = None) -> tuple[ir.Model, Patch]:
+    """A planted model, and what was fitted on it, or on another that computes the same."""
+    model = planted.model()
+    return model, replace(fitted(fitted_on or planted), base=graphs.fingerprint(model))
+
+
+@pytest.mark.parametrize("conditional", FORMS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_baked_patch_passes_every_check(name: str, conditional: bool) -> None:
     planted = CASES[name]
-    model, debug = planted.model(), planted.debug(PAIRS, seed=5)
-    patched = bake(model, fitted(planted), emission=emission, inline=inline)
-    result = verify(model, patched, debug, batch_size=10)
+    model, patch = patch_of(planted)
+    result = verify(model, bake(model, patch, conditional=conditional), planted.debug(PAIRS, seed=5), batch_size=10)
     assert result.passed, result.failures
     assert result.failures == ()
     result.raise_if_failed()
-    levels = ("no optimization", "default optimization")
-    sides = [f"{side} inputs, {level}" for level in levels for side in ("clean", "counterfactual")]
-    names = [check.name for check in result.checks]
-    assert names[:5] == ["invariants", "base", "unbake", "outputs", "weights"]
-    assert {f"unflagged {side}" for side in sides} | {f"monitoring, {side}" for side in sides} < set(names)
-    redistributing = [site.site for site in fitted(planted).sites if site.redistribution]
-    for site in redistributing:
-        assert {f"site {site}, counterfactual inputs, {level}" for level in levels} < set(names)
+    wanted = [f"{what}{side}" for side in SIDES for what in ("unflagged ", "monitoring, ", "carried, ")]
+    wanted += [f"scores at {site.site}, {side}" for side in SIDES for site in patch.sites if site.detector]
+    wanted += [f"site {site.site}, {side}" for side in SIDES for site in patch.sites if site.neutral]
+    flagged = [side for side in SIDES[:2] if "counterfactual" in side or planted.kind == "attribute"]
+    wanted += [f"driven, {side}" for side in flagged]
+    assert [check.name for check in result.checks][:5] == STRUCTURE
+    assert {check.name for check in result.checks} == {*STRUCTURE, *wanted}
+    assert len({*STRUCTURE, *wanted}) == len(result.checks)
 
 
-def test_without_a_debug_set_the_structure_is_checked():
-    model = Planted().model()
-    result = verify(model, bake(model, fitted(Planted())))
+@pytest.mark.parametrize("conditional", FORMS)
+@pytest.mark.parametrize("kind", ["linear", "hidden"])
+@pytest.mark.parametrize(
+    "net",
+    [
+        Net(half=True),
+        Net(form="packed", opset=23, heads=4, kv_heads=2),
+        Net(form="attention", opset=23, past=3, layers=3),
+        Net(batch=4, tokens=6, y_is_output=True),
+    ],
+    ids=["half", "packed-grouped", "cached", "fixed"],
+)
+def test_drawn_patches_pass(net: Net, kind: str, conditional: bool) -> None:
+    """Every site detects and redistributes, and some tokens are flagged on both sides."""
+    model, rng = net.model(), np.random.default_rng(0)
+    clean, counterfactual = net.feed(rng, batch=9), net.feed(rng, batch=9)
+    patch = fire_on_some(model, draw_patch(model, 1, kind=kind), clean, share=0.1)
+    debug = DebugSet.from_pairs(clean, {**clean, "x": counterfactual["x"]})
+    result = verify(model, bake(model, patch, conditional=conditional), debug, batch_size=4)
+    assert result.passed, result.failures
+    assert {f"driven, {side} inputs, no optimization" for side in ("clean", "counterfactual")} <= {
+        check.name for check in result.checks
+    }
+
+
+def test_without_a_debug_set_the_structure_is_checked() -> None:
+    model, patch = patch_of(Planted())
+    result = verify(model, bake(model, patch))
     assert result.passed
-    assert [check.name for check in result.checks] == ["invariants", "base", "unbake", "outputs", "weights"]
+    assert [check.name for check in result.checks] == STRUCTURE
 
 
-def test_it_reads_both_models_from_their_paths(tmp_path):
-    model = Planted().model()
+def test_it_reads_both_models_from_their_paths(tmp_path) -> None:
+    model, patch = patch_of(Planted())
     graphs.save(model, tmp_path / "base.onnx")
-    graphs.save(bake(model, fitted(Planted())), tmp_path / "patched.onnx")
+    graphs.save(bake(model, patch), tmp_path / "patched.onnx")
     assert verify(tmp_path / "base.onnx", str(tmp_path / "patched.onnx"), Planted().debug(PAIRS)).passed
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_models_of_a_fixed_batch(batch):
+def test_models_of_a_fixed_batch(batch: int) -> None:
+    """The last batch of 10 is filled up to 4, and only two of its samples count."""
     planted = Planted(batch=batch)
-    model = planted.model()
-    patch = replace(fitted(Planted()), base=graphs.fingerprint(model))
+    model, patch = patch_of(planted, Planted())
     result = verify(model, bake(model, patch), planted.debug(10))
     assert result.passed, result.failures
+    [seen] = [c.detail for c in result.checks if c.name == "unflagged clean inputs, no optimization"]
+    assert seen == "10 of 10 bit-identical to the base"
 
 
-def test_outputs_without_a_sample_axis():
+def test_outputs_without_a_sample_axis() -> None:
     planted = Planted(scalar_output=True)
-    model = planted.model()
-    patch = replace(fitted(Planted()), base=graphs.fingerprint(model))
+    model, patch = patch_of(planted, Planted())
     result = verify(model, bake(model, patch), planted.debug(PAIRS), batch_size=10)
     assert result.passed, result.failures
 
@@ -97,14 +130,11 @@ def with_odd_outputs(model: ir.Model) -> ir.Model:
     return model
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["alone", "joint"])
 @pytest.mark.parametrize("batch", ["batch", 4], ids=["free", "fixed"])
-def test_outputs_that_are_sequences_or_texts(batch, joint):
+def test_outputs_that_are_sequences_or_texts(batch: int | str) -> None:
     planted = Planted(batch=batch)
     model = with_odd_outputs(planted.model())
     patch = replace(fitted(Planted()), base=graphs.fingerprint(model))
-    if joint:
-        patch = replace(patch, joint=Joint(np.ones(1, np.float32), patch.sites[0].detector.threshold))
     debug, patched = planted.debug(PAIRS), bake(model, patch)
     result = verify(model, patched, debug, batch_size=10)
     assert result.passed, result.failures
@@ -114,225 +144,116 @@ def test_outputs_that_are_sequences_or_texts(batch, joint):
         negated = ir.Node("", "Neg", [node.inputs[0]], name="negated")
         changed.graph.insert_before(node, negated)
         node.replace_input_with(0, negated.outputs[0])
-        names = failed(verify(model, changed, debug, batch_size=10))
-        assert {f"unflagged clean inputs, {level} optimization" for level in ("no", "default")} <= names, name
+        wanted = {"unbake", "unflagged clean", "driven, counterfactual"}
+        assert failed(verify(model, changed, debug, batch_size=10)) == wanted, name
 
 
-def test_half_precision_has_its_own_tolerance():
-    net = Net(half=True, opset=18, tokens=6, batch=4)
-    model = net.model()
-    feed = net.feed(np.random.default_rng(0))
+def quantized(precision: str) -> tuple[ir.Model, ir.Model, DebugSet]:
+    """A quantized base, patched, and pairs of which every third counterfactual is clean: batches have both."""
+    model, patch = patch_of(Planted())
+    base = quantize(model, precision)
+    debug = Planted().debug(PAIRS)
+    calm = np.arange(PAIRS) % 3 == 0
+    x = np.where(calm[:, None, None], debug.clean["x"], debug.counterfactual["x"])
+    return base, bake(base, rebind(patch, model, base)), DebugSet.from_pairs(debug.clean, {"x": x}, debug.labels)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the float16 tool tells of what it rounds to zero
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_quantized_bases(precision: str) -> None:
+    """Dynamic quantization takes its scale from the batch: a flagged sample moves the others, in the base as well."""
+    base, patched, debug = quantized(precision)
+    result = verify(base, patched, debug, batch_size=8)
+    assert result.passed, result.failures
+    details = {check.name: check.detail for check in result.checks}
+    assert details["unflagged counterfactual inputs, no optimization"] == "8 of 8 bit-identical to the base"
+
+
+def test_a_base_that_mixes_samples_excuses_no_other_difference() -> None:
+    base, patched, debug = quantized("int8")
+    node = next(node for node in patched.graph if node.outputs[0].name == "logits")
+    doubled = ir.Node("", "Add", [node.inputs[0], node.inputs[0]], name="doubled")
+    patched.graph.insert_before(node, doubled)
+    node.replace_input_with(0, doubled.outputs[0])
+    assert {"unflagged clean", "unflagged counterfactual"} <= failed(verify(base, patched, debug, batch_size=8))
+
+
+@pytest.mark.parametrize("conditional", FORMS)
+@pytest.mark.parametrize("half", [False, True])
+def test_a_neutral_of_minus_zero(half: bool, conditional: bool) -> None:
+    """onnxruntime's Where hands over 0 for it; in half precision, small negative means are rounded to it."""
+    net = Net(half=half, tokens=6)
+    model, feed = net.model(), net.feed(np.random.default_rng(0))
     patch = fire_on_some(model, draw_patch(model, 1), feed)
-    debug = DebugSet.from_pairs(feed, {"x": feed["x"] + np.float16(0.5)})
-    result = verify(model, bake(model, patch), debug)
+    tiny = np.float32(-1e-12) if half else np.float32(-0.0)
+    neutrals = (replace(site.neutral, key=np.full_like(site.neutral.key, tiny)) for site in patch.sites if site.neutral)
+    sites = tuple(replace(site, neutral=neutral) for site, neutral in zip(patch.sites, neutrals, strict=True))
+    patched = bake(model, replace(patch, sites=sites), conditional=conditional)
+    result = verify(model, patched, DebugSet.from_pairs(feed, {"x": feed["x"] + feed["x"].dtype.type(0.5)}))
     assert result.passed, result.failures
-    assert any("site" in check.name for check in result.checks)
 
 
-def test_a_patch_without_monitors_has_nothing_to_lie():
-    model = Planted().model()
-    result = verify(model, bake(model, fitted(Planted()), monitor=False), Planted().debug(PAIRS))
+def test_a_patch_without_monitors_has_nothing_to_lie() -> None:
+    model, patch = patch_of(Planted())
+    result = verify(model, bake(model, patch, monitor=False), Planted().debug(PAIRS))
     assert result.passed, result.failures
+    assert not any(check.name.startswith("monitoring") for check in result.checks)
 
 
 # What was changed since
 
 
-def weight(model: ir.Model, name: str) -> ir.Value:
-    return model.graph.initializers[f"atpatch/layer1.attention/{name}"]
-
-
-def set_weight(model: ir.Model, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    value = weight(model, name)
-    old = value.const_value.numpy()
-    value.const_value = ir.tensor(change(old.copy()).astype(old.dtype), name=value.name)
-
-
-def change_base_weight(model: ir.Model) -> None:
-    value = model.graph.initializers["readout"]
-    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.5), name="readout")
-
-
-def change_metadata_base(model: ir.Model) -> None:
-    model.metadata_props["atpatch.base"] = "sha256:0"
-
-
-def bypass_correction(model: ir.Model) -> None:
-    """The model reads the site's own output again; the correction is still computed, for nobody."""
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    own, corrected = values["atpatch/layer1.attention/base"], values["layer1.attention/Y"]
-    for node, index in list(corrected.uses()):
-        node.replace_input_with(index, own)
-
-
-def hollow_correction(model: ir.Model) -> None:
-    """The correction is ours by name and passes the site's own output on."""
-    node = next(node for node in model.graph if node.outputs[0].name == "layer1.attention/Y")
-    values = {value.name: value for n in model.graph for value in n.outputs}
-    own = values["atpatch/layer1.attention/base"]
-    added = ir.Node("", "Identity", [own], name=node.name, metadata_props=dict(node.metadata_props))
-    added.outputs[0].type, added.outputs[0].shape = own.type, own.shape
-    model.graph.insert_before(node, added)
-    old = node.outputs[0]
-    ir.convenience.replace_all_uses_with(old, added.outputs[0], replace_graph_outputs=True)
-    old.name = "unused"
-    model.graph.remove(node, safe=True)
-    added.outputs[0].name = "layer1.attention/Y"
-
-
-def lie_about_flags(model: ir.Model) -> None:
-    """`atpatch/flagged` says no, whatever is flagged."""
-    output = next(output for output in model.graph.outputs if output.name == "atpatch/flagged")
-    node = output.producer()
-    never = ir.Node("", "And", [node.inputs[0], negated(model, node)], name="atpatch/monitor/never")
-    never.metadata_props.update(node.metadata_props)
-    model.graph.insert_before(node, never)
-    node.replace_input_with(0, never.outputs[0])
-    never.outputs[0].name = "atpatch/monitor/never"
-
-
-def negated(model: ir.Model, node: ir.Node) -> ir.Value:
-    no = ir.Node("", "Not", [node.inputs[0]], name="atpatch/monitor/not")
-    no.metadata_props.update(node.metadata_props)
-    no.outputs[0].name = "atpatch/monitor/not"
-    model.graph.insert_before(node, no)
-    return no.outputs[0]
-
-
-def lie_about_score(model: ir.Model) -> None:
-    output = next(output for output in model.graph.outputs if output.name == "atpatch/score")
-    node = output.producer()
-    node.replace_input_with(0, one(model, node))
-
-
-def one(model: ir.Model, node: ir.Node) -> ir.Value:
-    absolute = ir.Node("", "Abs", [node.inputs[0]], name="atpatch/monitor/abs")
-    absolute.metadata_props.update(node.metadata_props)
-    absolute.outputs[0].name = "atpatch/monitor/abs"
-    model.graph.insert_before(node, absolute)
-    return absolute.outputs[0]
-
-
-def rename_output(model: ir.Model) -> None:
-    model.graph.outputs[0].name = "scores"
-
-
-def drop_output(model: ir.Model) -> None:
-    model.graph.outputs.pop(0)
-
-
-def busy_else_branch(model: ir.Model) -> None:
-    """The unflagged path does something after all: the signature of a hidden conditional."""
-    node = next(node for node in model.graph if node.op_type == "If")
-    branch = node.attributes["else_branch"].as_graph()
-    last = branch.outputs[0]
-    added = ir.Node("", "Neg", [last], name="atpatch/layer1.attention/neg")
-    added.metadata_props.update(node.metadata_props)
-    added.outputs[0].name = "atpatch/layer1.attention/neg"
-    branch.append(added)
-    branch.outputs[0] = added.outputs[0]
-
-
-def forget_the_sites(model: ir.Model) -> None:
-    model.metadata_props["atpatch.sites"] = "[]"
-
-
-def name_another_site(model: ir.Model) -> None:
-    sites = json.loads(model.metadata_props["atpatch.sites"])
-    sites[0]["flags"] = "nowhere"
-    model.metadata_props["atpatch.sites"] = json.dumps(sites)
-
-
-def name_another_output(model: ir.Model) -> None:
-    """A value that is there, of another rank than what a site hands on."""
-    sites = json.loads(model.metadata_props["atpatch.sites"])
-    sites[0]["output"] = sites[0]["margin"]
-    model.metadata_props["atpatch.sites"] = json.dumps(sites)
-
-
-TAMPERINGS: dict[Callable[[ir.Model], None] | str, set[str]] = {
-    "change_base_weight": {"unbake", "unflagged clean"},
-    "change_metadata_base": {"base", "unbake"},
-    "bypass_correction": {"invariants"},
-    "hollow_correction": {"site layer1.attention, counterfactual"},
-    "lie_about_flags": {"monitoring, counterfactual"},
-    "lie_about_score": {"monitoring, clean"},
-    "rename_output": {"unbake", "outputs", "unflagged clean"},
-    "drop_output": {"unbake", "outputs", "unflagged clean"},
-    "busy_else_branch": {"invariants", "unflagged clean"},
-    "forget_the_sites": {"loads"},
-    "name_another_site": {"loads"},
-    "name_another_output": {"unbake", "site layer1.attention, counterfactual"},
-}
-
-WEIGHTS = {
-    "a threshold edited": ("threshold", lambda a: a + 0.01),
-    "a threshold that nothing exceeds": ("threshold", lambda a: a * 0 + np.inf),
-    "beta above 1": ("beta", lambda a: a * 0 + 2),
-    "beta below 0": ("beta", lambda a: a * 0 - 1),
-    "beta is NaN": ("beta", lambda a: a * np.nan),
-    "a neutral value of NaN": ("neutral", lambda a: a * np.nan),
-    "a switch that is off": ("switch", lambda a: ~a),
-    "a detector of NaN": ("weight_1", lambda a: a * np.nan),
-}
-
-
-def planted_and_patched() -> tuple[ir.Model, ir.Model]:
-    model = Planted().model()
-    return model, bake(model, fitted(Planted()), emission=Emission.CONDITIONAL)
-
-
 def failed(result: Verification) -> set[str]:
-    return {check.name for check in result.failures}
+    """What failed, at whatever level of optimization."""
+    names = (check.name.replace(" inputs", "") for check in result.failures)
+    return {name.removesuffix(f", {level}") for name in names for level in LEVELS if name.endswith(level)} | {
+        check.name for check in result.failures if check.name in STRUCTURE
+    }
 
 
-@pytest.mark.parametrize("tampering", TAMPERINGS)
-def test_every_change_is_named(tampering):
-    model, patched = planted_and_patched()
-    globals()[tampering](patched)
-    result = verify(model, patched, Planted().debug(PAIRS))
-    assert not result.passed
-    names = failed(result)
-    for wanted in TAMPERINGS[tampering]:
-        assert any(name.startswith(wanted) for name in names), (wanted, names)
+def planted_and_patched(planted: Planted = CARRY, *, conditional: bool = True) -> tuple[ir.Model, ir.Model]:
+    model, patch = patch_of(planted)
+    return model, bake(model, patch, conditional=conditional)
+
+
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_every_change_is_named(name: str) -> None:
+    tampering = TAMPERINGS[name]
+    model, patched = planted_and_patched(conditional=tampering.conditional)
+    tampering.change(patched)
+    result = verify(model, patched, CARRY.debug(PAIRS))
+    assert failed(result) == tampering.fails
     with pytest.raises(VerificationError) as raised:
         result.raise_if_failed()
     assert all(check.name in raised.value.found and check.detail in raised.value.found for check in result.failures)
     assert f"all {len(result.checks)} checks to pass" in str(raised.value)
 
 
-@pytest.mark.parametrize("change", WEIGHTS)
-def test_weights_of_the_patch_that_no_bake_writes(change):
-    model, patched = planted_and_patched()
-    set_weight(patched, *WEIGHTS[change])
+def test_every_check_is_failed_by_some_change() -> None:
+    """Those of hidden layers are in test_edits.py."""
+    result = verify(*planted_and_patched(), CARRY.debug(PAIRS))
+    kinds = {check.name.split(" inputs")[0].split(", ")[0].split(" layer")[0] for check in result.checks}
+    broken = {name.split(", ")[0].split(" layer")[0] for one in TAMPERINGS.values() for name in one.fails}
+    assert kinds | {"loads"} == broken | {"weights"}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_of_the_patch_that_was_changed(name: str) -> None:
+    """The digest tells them all; most are known without it, too."""
+    change = WEIGHTS[name]
+    model, patched = planted_and_patched(Planted())
+    set_weight(patched, change.weight, change.change)
+    detail = next(check.detail for check in verify(model, patched).failures if check.name == "weights")
+    assert "are not those that were baked" in detail
+    sign(patched)
     result = verify(model, patched)
-    assert "weights" in failed(result)
-    detail = next(check.detail for check in result.failures if check.name == "weights")
-    assert f"layer1.attention/{WEIGHTS[change][0]}" in detail
+    assert failed(result) == ({"weights"} if change.said else set())
+    assert not change.said or change.said in result.failures[0].detail
 
 
-def with_reach(patch: Patch, reach: float) -> Patch:
-    sites = (
-        site if site.detector is None else replace(site, detector=replace(site.detector, reach=reach))
-        for site in patch.sites
-    )
-    return replace(patch, sites=tuple(sites))
-
-
-@pytest.mark.parametrize(("emission", "inline"), VARIANTS)
-def test_a_lower_threshold_for_flagged_inputs_passes_and_is_guarded(emission, inline):
-    planted = CASES["one-site"]
-    model, debug = planted.model(), planted.debug(PAIRS, seed=5)
-    patched = bake(model, with_reach(fitted(planted), 1.5), emission=emission, inline=inline)
-    result = verify(model, patched, debug, batch_size=10)
-    assert result.passed, result.failures
-    set_weight(patched, "reach", lambda array: array + 0.5)
-    assert "weights" in failed(verify(model, patched, debug))
-
-
-@pytest.mark.parametrize("name", ["threshold", "beta", "neutral"])
-def test_a_weight_of_the_patch_that_is_gone(name):
-    model, patched = planted_and_patched()
+@pytest.mark.parametrize("name", ["threshold", "level", "detector", "neutral_value"])
+def test_a_weight_of_the_patch_that_is_gone(name: str) -> None:
+    model, patched = planted_and_patched(Planted())
     value = weight(patched, name)
     other = ir.Value(name="moved", shape=value.shape, type=value.type, const_value=value.const_value)
     patched.graph.register_initializer(other)
@@ -342,62 +263,56 @@ def test_a_weight_of_the_patch_that_is_gone(name):
     assert {"weights", "unbake"} <= failed(result)
 
 
-@pytest.mark.parametrize(("name", "change"), [("beta", lambda a: a * 0.5), ("neutral", lambda a: a + 1)])
-def test_sound_but_other_weights_than_were_baked(name, change):
-    """The numbers are held against what the file's own weights say; only their digest tells these apart."""
-    model, patched = planted_and_patched()
-    set_weight(patched, name, change)
-    assert failed(verify(model, patched, Planted().debug(PAIRS))) == {"weights"}
+def test_a_detector_of_nan_is_a_difference_in_the_numbers_too() -> None:
+    """It must not slip through a comparison that is neither larger nor smaller."""
+    model, patched = planted_and_patched(Planted())
+    set_weight(patched, "detector", lambda array: array * np.nan)
+    assert failed(verify(model, patched, Planted().debug(PAIRS))) >= {
+        "scores at layer1.attention, clean",
+        "scores at layer1.attention, counterfactual",
+    }
 
 
-def test_nan_is_a_difference_in_the_numbers_too():
-    """A correction of NaN must not slip through a comparison that is neither larger nor smaller."""
-    model, patched = planted_and_patched()
-    set_weight(patched, "neutral", lambda a: a * np.nan)
-    names = failed(verify(model, patched, Planted().debug(PAIRS)))
-    assert {
-        f"site layer1.attention, counterfactual inputs, {level} optimization" for level in ("no", "default")
-    } <= names
-
-
-def test_another_base():
-    model, patched = planted_and_patched()
+def test_another_base() -> None:
+    model, patched = planted_and_patched(Planted())
     other = Planted(seed=1).model()
     result = verify(other, patched, Planted().debug(PAIRS))
     assert {"base", "unbake"} <= failed(result)
-    assert any(name.startswith("unflagged clean") for name in failed(result))
+    assert "unflagged clean" in failed(result)
     assert "invariants" not in failed(result)
     assert graphs.fingerprint(other) in next(c.detail for c in result.checks if c.name == "base")
     assert verify(model, patched).passed
 
 
-def test_a_model_that_is_not_patched():
+def test_a_model_that_is_not_patched() -> None:
     model = Planted().model()
     with pytest.raises(UnbakeError, match="expected a patched model"):
         verify(model, model)
 
 
-def test_a_debug_set_for_another_model():
-    model, patched = planted_and_patched()
+def test_a_debug_set_for_another_model() -> None:
+    model, patched = planted_and_patched(Planted())
     with pytest.raises(DebugSetError):
         verify(model, patched, Planted(tokens=9).debug(PAIRS))
 
 
-def test_a_missing_file(tmp_path):
+def test_a_missing_file(tmp_path) -> None:
     with pytest.raises(ModelFileError):
         verify(tmp_path / "no.onnx", tmp_path / "neither.onnx")
 
 
-def test_the_result_is_plain_json():
-    result = verify(*planted_and_patched())
+def test_the_result_is_plain_json() -> None:
+    result = verify(*planted_and_patched(Planted()))
     shown = json.loads(json.dumps(result.to_json()))
     assert shown["passed"] is True
     assert shown["checks"][0] == {"name": "invariants", "passed": True, "detail": "every rule of a patched graph holds"}
 
 
-def test_progress_is_told():
+def test_progress_is_told() -> None:
     stages = set()
-    verify(*planted_and_patched(), Planted().debug(PAIRS), progress=lambda stage, done, total: stages.add(stage))
+    verify(
+        *planted_and_patched(Planted()), Planted().debug(PAIRS), progress=lambda stage, done, total: stages.add(stage)
+    )
     assert stages == {
         f"verifying {side} inputs, {level} optimization"
         for side in ("clean", "counterfactual")

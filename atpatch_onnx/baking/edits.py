@@ -11,9 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.baking.emission import import_functions, inline_functions
 from atpatch_onnx.errors import PatchMismatchError
-from atpatch_onnx.graph.insertion import Insertion, take_place
+from atpatch_onnx.graph.insertion import Insertion, hand_over
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching.hidden import HiddenLayer, find_hidden_layers
 from atpatch_onnx.patches.patch import LayerEdit
@@ -32,7 +31,23 @@ def weave_edits(
     for layer in layers:
         h = find_value(model.graph, layer.value)
         at = Insertion(model.graph, layer.scope, anchor=h.producer())
-        take_place(at, h, at.call("EditUnits", h, *arrays(at, layer), name="edited"))
+        hand_over(h, _edited(at, h, ir.DataType[layer.dtype], *arrays(at, layer)))
+
+
+def _edited(
+    at: Insertion, h: ir.Value, dtype: ir.DataType, edited: ir.Value, factor: ir.Value, constant: ir.Value
+) -> ir.Value:
+    """`factor h + constant` where edited, bit for bit `h` elsewhere: h `[..., units]`, the others `[units]`."""
+    single = dtype is ir.DataType.FLOAT
+    own = h if single else at.op("Cast", h, name="read", attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)])
+    changed = at.op("Add", at.op("Mul", own, factor, name="scaled"), constant, name="shifted")
+    if not single:
+        changed = at.op("Cast", changed, name="written", attributes=[ir.AttrInt64("to", dtype)])
+    return at.op("Where", edited, changed, h, name="result", shape=_sizes(h), dtype=dtype)
+
+
+def _sizes(value: ir.Value) -> list[int | str | None]:
+    return [size if isinstance(size, int) else size.value for size in value.shape or ()]
 
 
 def bake_edits(model: ir.Model, edits: Sequence[LayerEdit]) -> tuple[HiddenLayer, ...]:
@@ -61,15 +76,13 @@ def bake_edits(model: ir.Model, edits: Sequence[LayerEdit]) -> tuple[HiddenLayer
 
 
 def edited(model: ir.Model, edits: Sequence[LayerEdit]) -> ir.Model:
-    """A copy of `model` with edits in its graph, in operators of ONNX alone: what comes after is fitted on this.
+    """A copy of `model` with edits in its graph: what comes after is fitted on this.
 
     Raises:
         PatchMismatchError: The edits do not fit the model.
     """
     result = graphs.copy(model)
     bake_edits(result, edits)
-    import_functions(result)
-    inline_functions(result)
     return result
 
 

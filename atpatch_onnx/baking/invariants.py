@@ -9,11 +9,10 @@ import onnx
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.baking.deferral import recalled
-from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.baking.metadata import PatchRecord, read_record
 from atpatch_onnx.errors import InvariantError, UnbakeError
-from atpatch_onnx.graph.names import AGAIN, DOMAIN, PREFIX, SITE_KEY, base_name
+from atpatch_onnx.graph.insertion import replaced_value
+from atpatch_onnx.graph.names import PREFIX, REPLACES_KEY, SITE_KEY
 
 
 def violations(model: ir.Model) -> tuple[str, ...]:
@@ -45,11 +44,6 @@ def _ours(model: ir.Model) -> Iterator[ir.Node]:
     return (node for node in model.graph.all_nodes() if SITE_KEY in node.metadata_props)
 
 
-def _as_woven(model: ir.Model) -> ir.Model:
-    """The model before maps were deferred; itself where its graph is broken, of which another rule tells."""
-    return recalled(model) if graphs.undefined_value(model) is None else model
-
-
 def names_are_ours(model: ir.Model, record: PatchRecord) -> Iterator[str]:
     """Every node we add is named under `atpatch/`, and no other node is."""
     for node in model.graph.all_nodes():
@@ -77,42 +71,41 @@ def monitors_come_last(model: ir.Model, record: PatchRecord) -> Iterator[str]:
         yield f"the outputs are {names}, the monitoring outputs {list(record.monitors)} should come last"
 
 
-def outputs_are_corrected(model: ir.Model, record: PatchRecord) -> Iterator[str]:
-    """At every redistributing site the base's output feeds our nodes only; what the model hands out is corrected."""
-    model = _as_woven(model)
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    for site, name in record.outputs.items():
-        own, corrected = values.get(base_name(site)), values.get(name)
-        if own is None or corrected is None:
-            yield f"site {site} has no output {name!r} beside its own"
+def replacements_are_read(model: ir.Model, record: PatchRecord) -> Iterator[str]:
+    """What stands in for a value of the base is declared and read in its place; what a site names is replaced."""
+    replaced = set()
+    names = {node.metadata_props[REPLACES_KEY] for node in model.graph if REPLACES_KEY in node.metadata_props}
+    declared = {site.site for site in record.sites if site.redistributes} | {layer.scope for layer in record.layers}
+    for node in (node for node in model.graph if REPLACES_KEY in node.metadata_props):
+        value = replaced_value(node)
+        if SITE_KEY not in node.metadata_props or value is None:
+            yield f"the node {node.name!r} stands in for {node.metadata_props[REPLACES_KEY]!r} and does not read it"
             continue
-        producer = corrected.producer()
-        if producer is None or SITE_KEY not in producer.metadata_props:
-            yield f"the output {name!r} of site {site} does not come from our nodes"
-        handed_out = record.joint is not None and name in record.joint.outputs  # nodes of the base may read the base's
-        leaks = not handed_out and any(SITE_KEY not in node.metadata_props for node in own.consumers())
-        if leaks or own.is_graph_output():
-            yield f"the uncorrected output of site {site} is used by the model"
+        replaced.add(node.metadata_props[REPLACES_KEY])
+        if node.metadata_props[SITE_KEY] not in declared:
+            yield f"the file does not say that {node.name!r} stands in for a value"
+        result = node.outputs[0]
+        unread = all(SITE_KEY in use.node.metadata_props for use in result.uses()) and not result.is_graph_output()
+        if unread and result.name not in names:
+            yield f"nothing of the base reads {result.name!r}, which stands in for {value.name!r}"
+        others = any(SITE_KEY not in reader.metadata_props for reader in value.consumers())
+        if value.is_graph_output() and not others:
+            yield f"the value {value.name!r}, which {node.name!r} stands in for, is an output of the model"
+    for site in record.sites:
+        for name in {site.key, site.value} - replaced if site.redistributes else ():
+            yield f"nothing stands in for {name!r} at site {site.site}"
 
 
 def conditionals_are_declared(model: ir.Model, record: PatchRecord) -> Iterator[str]:
-    """A branchless patch adds no `If`; a conditional one only those that change nothing where nothing is flagged."""
-    for node in _ours(_as_woven(model)):
-        if node.op_type != "If" or node.metadata_props[SITE_KEY] == AGAIN:  # the base's own, once more
+    """There is no `If` of ours but in a file that says so, and each changes nothing where nothing is flagged."""
+    for node in _ours(model):
+        if node.op_type != "If":
             continue
-        if record.emission != Emission.CONDITIONAL:
-            yield f"the node {node.name!r} is an If in a {record.emission} patch"
+        if not record.conditional:
+            yield f"the node {node.name!r} is an If in a file that says it has none of ours"
         otherwise = node.attributes["else_branch"].as_graph()
-        if {inner.op_type for inner in otherwise} != {"Identity"}:
-            yield f"the node {node.name!r} does more than pass its values on where nothing is flagged"
-
-
-def functions_are_known(model: ir.Model, record: PatchRecord) -> Iterator[str]:
-    """Every call of our domain has its function in the file, and no function is left over."""
-    called = {node.op_identifier() for node in model.graph.all_nodes() if node.domain == DOMAIN}
-    present = {identifier for identifier in model.functions if identifier[0] == DOMAIN}
-    for identifier in called ^ present:
-        yield f"the function {identifier[1]} is " + ("called and missing" if identifier in called else "never called")
+        if [inner.op_type for inner in otherwise] != ["Identity"]:
+            yield f"the node {node.name!r} does more than pass its value on where nothing is flagged"
 
 
 def onnx_accepts_it(model: ir.Model, record: PatchRecord) -> Iterator[str]:
@@ -138,8 +131,7 @@ RULES: tuple[Callable[[ir.Model, PatchRecord], Iterator[str]], ...] = (
     names_are_ours,
     names_are_unique,
     monitors_come_last,
-    outputs_are_corrected,
+    replacements_are_read,
     conditionals_are_declared,
-    functions_are_known,
     onnx_accepts_it,
 )

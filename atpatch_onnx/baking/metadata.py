@@ -5,10 +5,9 @@
 | `atpatch.schema` | version of these entries |
 | `atpatch.base` | fingerprint of the base |
 | `atpatch.patch` | id of the patch |
-| `atpatch.emission` | `conditional` or `branchless` |
+| `atpatch.conditional` | whether replacements stand in an `If`: `yes` or `no` |
 | `atpatch.monitors` | JSON: names of the outputs that were added behind the model's own |
-| `atpatch.sites` | JSON: what each patched site does, and the names of the values it reads and writes (`PatchedSite`) |
-| `atpatch.joint` | JSON: the decision of all sites together (`PatchedJoint`); null where each decides for itself |
+| `atpatch.sites` | JSON: what each patched site does, and the names of the values it reads (`PatchedSite`) |
 | `atpatch.layers` | JSON: the hidden layers with edited units, and the values that they are (`PatchedLayer`) |
 | `atpatch.weights` | digest of the weights that the patch brought |
 | `atpatch.figures` | JSON: what the fit measured |
@@ -16,7 +15,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -24,10 +22,10 @@ from typing import Any, TypeVar, get_type_hints
 import onnx_ir as ir
 
 from atpatch_onnx.errors import UnbakeError
-from atpatch_onnx.graph.names import ENTRY, PREFIX, SCOPE, base_name, output_scope, own_name, units_scope
+from atpatch_onnx.graph.names import ENTRY, PREFIX, own_name, units_scope
 from atpatch_onnx.patches.patch import Patch
 
-SCHEMA = "6"
+SCHEMA = "1"
 
 
 @dataclass(frozen=True)
@@ -36,51 +34,29 @@ class PatchedSite:
 
     site: str
     threshold: float | None
-    """None: the site does not detect, or not for itself."""
+    """None: the site does not detect."""
 
-    reach: float | None
-    """By how much the threshold is lower for the other columns of a flagged input; None as of `threshold`."""
+    redistributes: bool
 
-    value: str | None
-    """`neutral` or `own`; None: the site does not redistribute."""
+    key: str
+    """The keys of the base: what is read, and replaced."""
 
-    map: str
-    """The attention map `[maps, heads, queries, keys]`."""
+    value: str
+    """The values of the base."""
 
-    values: str
-    """The values, laid out as `value_layout` says (see `layout`)."""
+    margin: str
+    """Float `[maps, tokens, 1]`: how far scores are above a threshold, here or at an earlier site; flagged where
+    positive."""
 
-    value_layout: str
-    kv_heads: int
-    output: str
-    """The site's output in the base, which the model reads, laid out as `output_layout` says; in a joint decision, that
-    of the second pass."""
-
-    output_layout: str
-
-    parts: int | None
-    """Maps of one sample, if their number is fixed; 0 where samples share a map."""
-
-    flags: str
-    """Its own or carried flags, bool `[samples, columns]`."""
-
-    margin: str | None
-    """Score minus threshold `[samples, columns]`, where it detects; in a joint decision, the one of all sites."""
+    own: str | None
+    """The same of this site alone, where it detects."""
 
     @property
-    def base_output(self) -> str:
-        """The output as the base computes it, where the site redistributes."""
-        return base_name(self.site)
-
-
-@dataclass(frozen=True)
-class PatchedJoint:
-    """The decision of all sites of a file together."""
-
-    threshold: float
-    reach: float
-    outputs: tuple[str, ...]
-    """The model's outputs that depend on the redistributing sites: they are chosen between both passes."""
+    def weights(self) -> list[str]:
+        """Names of the weights that a service may exchange to switch the site."""
+        return [own_name(self.site, "threshold")] * (self.own is not None) + [
+            own_name(self.site, "level")
+        ] * self.redistributes
 
 
 @dataclass(frozen=True)
@@ -89,20 +65,20 @@ class PatchedLayer:
 
     layer: str
     value: str
-    """The hidden units in the base, which the model reads, `[..., units]`."""
+    """The hidden units in the base `[..., units]`."""
 
     edited: int
     """How many units are edited."""
 
     @property
-    def base_value(self) -> str:
-        """The hidden units as the base computes them."""
-        return base_name(self.scope)
-
-    @property
     def scope(self) -> str:
         """Where the names of its edits lie, under `atpatch/`."""
         return units_scope(self.layer)
+
+    @property
+    def edited_value(self) -> str:
+        """The hidden units as the model goes on with them."""
+        return own_name(self.scope, "result")
 
 
 @dataclass(frozen=True)
@@ -111,10 +87,9 @@ class PatchRecord:
 
     base: str
     patch: str
-    emission: str
+    conditional: bool
     monitors: tuple[str, ...]
     sites: tuple[PatchedSite, ...]
-    joint: PatchedJoint | None
     layers: tuple[PatchedLayer, ...]
     weights: str
     figures: Mapping[str, Any]
@@ -127,30 +102,15 @@ class PatchRecord:
     @property
     def thresholds(self) -> dict[str, str]:
         """Name of the value by which scores exceed a threshold, by that of the weight that this threshold is."""
-        margins = {site.site: site.margin for site in self.sites if site.margin}
-        if self.joint is not None:
-            margins = dict.fromkeys([SCOPE], next(iter(margins.values())))
-        return {own_name(scope, "threshold"): margin for scope, margin in margins.items()}
-
-    @property
-    def outputs(self) -> dict[str, str]:
-        """Name of the base's value by scope: of every edited layer, and of every site that redistributes.
-
-        With a joint decision, sites redistribute in the second pass, and the outputs of the model take their place.
-        """
-        sites = {site.site: site.output for site in self.sites if site.value is not None}
-        if self.joint is not None:
-            sites = {output_scope(number): name for number, name in enumerate(self.joint.outputs)}
-        return {**{layer.scope: layer.value for layer in self.layers}, **sites}
+        return {own_name(site.site, "threshold"): site.own for site in self.sites if site.own is not None}
 
 
 def describe(
     patch: Patch,
     model: ir.Model,
     *,
-    emission: str,
+    conditional: bool,
     sites: Sequence[PatchedSite],
-    joint: PatchedJoint | None,
     layers: Sequence[PatchedLayer],
     monitors: Sequence[str],
 ) -> dict[str, str]:
@@ -159,10 +119,9 @@ def describe(
         "schema": SCHEMA,
         "base": patch.base,
         "patch": patch.id,
-        "emission": emission,
+        "conditional": "yes" if conditional else "no",
         "monitors": json.dumps(list(monitors)),
         "sites": json.dumps([asdict(site) for site in sites], sort_keys=True),
-        "joint": json.dumps(None if joint is None else asdict(joint), sort_keys=True),
         "layers": json.dumps([asdict(layer) for layer in layers], sort_keys=True),
         "weights": weights_digest(model),
         "figures": json.dumps(dict(patch.figures), sort_keys=True),
@@ -203,21 +162,18 @@ def read_record(model: ir.Model) -> PatchRecord:
     try:
         if entries["schema"] != SCHEMA:
             raise ValueError(f"schema {entries['schema']}")
-        monitors, figures = json.loads(entries["monitors"]), json.loads(entries["figures"])
-        record = PatchRecord(
+        if entries["conditional"] not in ("yes", "no"):
+            raise ValueError(f"conditional is {entries['conditional']!r}")
+        return PatchRecord(
             base=entries["base"],
             patch=entries["patch"],
-            emission=entries["emission"],
+            conditional=entries["conditional"] == "yes",
             weights=entries["weights"],
-            monitors=tuple(str(name) for name in monitors),
+            monitors=tuple(str(name) for name in json.loads(entries["monitors"])),
             sites=_entries(PatchedSite, entries["sites"], "site"),
-            joint=_joint(json.loads(entries["joint"])),
             layers=_entries(PatchedLayer, entries["layers"], "layer"),
-            figures=dict(figures),
+            figures=dict(json.loads(entries["figures"])),
         )
-        if record.joint is not None and len({site.margin for site in record.sites if site.margin}) != 1:
-            raise ValueError("the joint decision has no margin, or several")
-        return record
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UnbakeError(
             f"the metadata entries {ENTRY}*",
@@ -225,18 +181,6 @@ def read_record(model: ir.Model) -> PatchRecord:
             found=f"{type(error).__name__}: {error}",
             advice="The file was edited after it was baked: bake the patch into the base again.",
         ) from error
-
-
-def _joint(entry: Mapping[str, Any] | None) -> PatchedJoint | None:
-    """The joint decision; ValueError where a field is not of its type."""
-    if entry is None:
-        return None
-    outputs, numbers = entry["outputs"], (entry["threshold"], entry["reach"])
-    if not isinstance(outputs, list) or not all(isinstance(name, str) for name in outputs) or len(entry) != 3:
-        raise ValueError("the joint decision has other fields")
-    if not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
-        raise ValueError("the joint decision has a threshold or reach that is no number")
-    return PatchedJoint(*numbers, tuple(outputs))
 
 
 _Entry = TypeVar("_Entry", PatchedSite, PatchedLayer)

@@ -4,8 +4,7 @@ A base is quantized first, and the patch baked into the result. Where the patch 
 to be told what to leave alone (`quantizer_settings`).
 
 onnxruntime's quantizers pick nodes of the main graph by operator and name, those within branches if they are asked to
-(`EnableSubgraph`), and never look into model-local functions. So the settings name each of our nodes in the graph and
-its branches, calls of functions included; the bodies of functions need no names.
+(`EnableSubgraph`). So the settings name each of our nodes in the graph and its branches.
 """
 
 import json
@@ -22,11 +21,9 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.baking.functions import local_functions
 from atpatch_onnx.baking.metadata import is_patched
 from atpatch_onnx.errors import AtPatchError, BakeError, PatchMismatchError
-from atpatch_onnx.graph import opset_version
-from atpatch_onnx.graph.names import AGAIN, PREFIX, SITE_KEY
+from atpatch_onnx.graph.names import PREFIX, SITE_KEY
 from atpatch_onnx.matching.hidden import find_hidden_layers
 from atpatch_onnx.patches.patch import Patch
 
@@ -41,8 +38,7 @@ def quantizer_settings(patched: ir.Model) -> dict[str, list[str]]:
     """Keyword arguments for onnxruntime's quantizers, which leave all that `bake` added in float32.
 
     Ask for them with the very file that will be quantized: other tools rename nodes. Ours are told by their names under
-    `atpatch/`, by their mark in the metadata, or, where onnxruntime put the body of a function into the graph, by the
-    name it gives such nodes.
+    `atpatch/`, or by their mark in the metadata.
 
     Args:
         patched: A patched model, as baked or optimized by another tool since.
@@ -53,13 +49,10 @@ def quantizer_settings(patched: ir.Model) -> dict[str, list[str]]:
     Raises:
         BakeError: No node of the model is ours.
     """
-    prefixes = (PREFIX, *(f"_inlfunc_{name}_" for name in local_functions(opset_version(patched))))
     names = [
         node.name
         for node in patched.graph.all_nodes()
-        if node.name
-        and (SITE_KEY in node.metadata_props or node.name.startswith(prefixes))
-        and node.metadata_props.get(SITE_KEY) != AGAIN  # the base's own, once more
+        if node.name and (SITE_KEY in node.metadata_props or node.name.startswith(PREFIX))
     ]
     if not names:
         raise BakeError(

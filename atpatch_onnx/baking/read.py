@@ -1,88 +1,136 @@
-"""The probe: the base with what the detectors will see, and the values, as extra outputs."""
+"""How detectors see tokens in a graph: by their own keys, where `matching.places` found them.
 
-from collections.abc import Mapping, Sequence
+Shapes in brackets: B maps, K tokens, F features of a token's key (heads times depth), U units.
+"""
+
+from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from atpatch_onnx import graph as graphs
-from atpatch_onnx.baking.emission import Handles, canonical_values, import_functions, open_site
-from atpatch_onnx.baking.features import Landmarks, column_features
-from atpatch_onnx.baking.moves import axis_size
 from atpatch_onnx.graph.insertion import Insertion
-from atpatch_onnx.graph.names import PREFIX, own_name
-from atpatch_onnx.graph.parts import require_opset
-from atpatch_onnx.matching.sites import AttentionSite
-from atpatch_onnx.patches.patch import Features
+from atpatch_onnx.graph.values import find_value, sample_input
+from atpatch_onnx.matching.sites import AttentionSite, Dim, Place
+from atpatch_onnx.patches.patch import Array, Detector
 
 
-def features_output(site: AttentionSite) -> str:
-    """Name of the probe's output with the site's column features, float `[samples, features, columns]`.
+def read_scores(at: Insertion, place: Place, detector: Detector) -> ir.Value:
+    """The score of every token, float `[*tokens, 1]`, the axes of tokens as the place has them.
 
-    They are in units of `features.shares_in_one`.
+    One product where the detector is linear, `relu(X W + b) w` where it has a hidden layer.
     """
-    return own_name(site.name, "probe/features")
+    own = own_bias(at.graph, place)
+    score = _product(at, place, detector.weights, "scores" if detector.is_linear else "units")
+    if detector.output is None or detector.bias is None:
+        return score
+    bias = at.constant("detector_bias", detector.bias + _folded(own, detector))
+    units = at.op("Relu", at.op("Add", score, bias, name="biased"), name="hidden")
+    return at.op("MatMul", units, at.constant("detector_output", detector.output[:, None]), name="scores")
 
 
-def values_output(site: AttentionSite) -> str:
-    """Name of the probe's output with the site's values, `[samples, kv heads, columns, depth]`."""
-    return own_name(site.name, "probe/values")
+def read_threshold(graph: ir.Graph, place: Place, detector: Detector) -> Array:
+    """What the scores of `read_scores` are held against, `[1]`; a bias that the operator adds itself is counted in."""
+    own = own_bias(graph, place)
+    folded = _folded(own, detector) if detector.is_linear else 0.0
+    return np.asarray([detector.threshold] - np.asarray(folded, np.float32), np.float32).reshape(1)
 
 
-def map_output(site: AttentionSite) -> str:
-    """Name of the probe's output with the site's attention map, `[maps, heads, queries, keys]`."""
-    return own_name(site.name, "probe/map")
+def _folded(own: Array | None, detector: Detector) -> Array:
+    return np.zeros(1, np.float32) if own is None else np.asarray(own.reshape(-1) @ detector.weights, np.float32)
 
 
-def probe(
-    model: ir.Model, features: Mapping[AttentionSite, Features], *, maps: Sequence[AttentionSite] = ()
-) -> ir.Model:
-    """A copy of `model` with column features and values of the sites in `features`, and the maps of `maps`, as outputs.
-
-    Raises:
-        BakeError: The model's opset is too old, or a site is not in it.
-    """
-    require_opset(model)
-    probed = graphs.copy(model)
-    landmarks = Landmarks()
-    for site in sorted({*features, *maps}, key=lambda site: site.index):
-        handles, at = open_site(probed, site)
-        outputs = []
-        if site in features:
-            X = column_features(at, handles.P, site, features[site], landmarks)
-            V = canonical_values(at, site, handles)
-            outputs += [
-                (_per_sample(at, site, handles, X, 3, "features/per_sample"), features_output(site)),
-                (_per_sample(at, site, handles, V, 4, "values/per_sample"), values_output(site)),
-            ]
-        if site in maps:
-            outputs.append((handles.P, map_output(site)))
-        for value, name in outputs:
-            own = name.removeprefix(f"{PREFIX}{site.name}/")
-            output = at.op("Cast", value, name=own, attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)])
-            output.dtype = ir.DataType.FLOAT
-            probed.graph.outputs.append(output)
-    import_functions(probed)
-    return probed
+def own_bias(graph: ir.Graph, place: Place) -> Array | None:
+    """What the operator adds to each feature by itself, `[heads, depth]`; None where it adds nothing."""
+    if place.bias is None:
+        return None
+    tensor = find_value(graph, place.bias).const_value
+    assert tensor is not None, "matching saw that it is a weight"
+    whole = np.asarray(tensor.numpy(), np.float32)
+    return whole[place.bias_start : place.bias_start + place.features].reshape(place.heads, place.depth)
 
 
-def _per_sample(
-    at: Insertion, site: AttentionSite, handles: Handles, of_maps: ir.Value, rank: int, name: str
-) -> ir.Value:
-    """`[maps, features, keys, ...]` to `[samples, features, columns, ...]`: see `emission.per_sample`."""
+def _product(at: Insertion, place: Place, weights: Array, name: str) -> ir.Value:
+    """`X W`, float `[*tokens, U]`: rows of W stand where the features do, and are zero for the others."""
+    spread = np.zeros((prod(place.sizes), weights.shape[1]), np.float32)
+    spread[place.columns.reshape(-1)] = weights
+    return at.op("MatMul", _tokens_first(at, place, name), at.constant("detector", spread), name=name)
+
+
+def _tokens_first(at: Insertion, place: Place, name: str) -> ir.Value:
+    """The tensor of a place, float `[*tokens, features]`."""
+    value = find_value(at.graph, place.value)
+    features = [axis for axis, letters in enumerate(place.axes) if not letters]
+    tokens = [axis for axis, letters in enumerate(place.axes) if letters]
+    if tokens + features != list(range(len(place.axes))):
+        value = at.op("Transpose", value, name=f"{name}/ordered", attributes=[ir.AttrInt64s("perm", tokens + features)])
+    if len(features) != 1:
+        value = _reshaped(at, value, [0] * len(tokens) + [prod(place.sizes)], f"{name}/flat")
+    if place.dtype != ir.DataType.FLOAT.name:
+        value = at.op("Cast", value, name=f"{name}/read", attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)])
+    return value
+
+
+def _reshaped(at: Insertion, value: ir.Value, shape: Sequence[int], name: str) -> ir.Value:
+    return at.op("Reshape", value, at.constant(f"{name}/shape", np.array(shape, np.int64)), name=name)
+
+
+def in_order(at: Insertion, site: AttentionSite, found: ir.Value, name: str) -> ir.Value:
+    """`[*tokens, 1]` of a site's keys, the axes of tokens as the place has them, as `[B, K, 1]`."""
+    return _maps_first(at, site.key, site.keys, found, 1, name)
+
+
+def _maps_first(at: Insertion, place: Place, tokens: Dim, found: ir.Value, width: int, name: str) -> ir.Value:
+    axes = [letters for letters in place.axes if letters]
+    if axes == ["n", "k"]:
+        return found
+    if len(axes) == 1 and isinstance(tokens, int):
+        sizes = [-1, tokens] if axes == ["nk"] else [tokens, -1]
+        found = _reshaped(at, found, [*sizes, width], f"{name}/apart")
+    elif len(axes) == 1:  # as many maps as samples: else the place would not do (`matching.places`)
+        maps, rest = samples(at, name), at.constant(f"{name}/rest", np.array([-1], np.int64))
+        both = [maps, rest] if axes == ["nk"] else [rest, maps]
+        both.append(at.constant(f"{name}/width", np.array([width], np.int64)))
+        whole = at.op("Concat", *both, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
+        found = at.op("Reshape", found, whole, name=f"{name}/apart")
+    if axes in (["k", "n"], ["kn"]):
+        found = at.op("Transpose", found, name=f"{name}/maps_first", attributes=[ir.AttrInt64s("perm", [1, 0, 2])])
+    return found
+
+
+def samples(at: Insertion, name: str) -> ir.Value:
+    """The number of samples, int64 `[1]`."""
+    shape = at.op("Shape", sample_input(at.graph), name=f"{name}/shape")
+    return at.op("Gather", shape, at.constant("first", np.array([0], np.int64)), name=f"{name}/samples")
+
+
+def per_sample(at: Insertion, site: AttentionSite, of_maps: ir.Value, width: int, name: str) -> ir.Value:
+    """`[B, K, width]` of maps as `[samples, tokens, width]`: a sample's tokens are those of all its parts."""
     if site.parts == 1:
         return of_maps
-    samples = axis_size(at, handles.sample, 0, f"{name}/samples")
-    features, *behind = (axis_size(at, of_maps, axis, f"{name}/size_{axis}") for axis in (1, *range(3, rank)))
-    keys = axis_size(at, of_maps, 2, f"{name}/size_2")
-    rest = at.constant("rest", np.array([-1], np.int64))
-    shared = site.parts == 0
-    apart = [features, samples, rest, *behind] if shared else [samples, rest, features, keys, *behind]
-    perm = [1, 0, *range(2, rank)] if shared else [0, 2, 1, *range(3, rank + 1)]
-    axis = ir.AttrInt64("axis", 0)
-    value = at.op(
-        "Reshape", of_maps, at.op("Concat", *apart, name=f"{name}/apart", attributes=[axis]), name=f"{name}/a"
-    )
-    value = at.op("Transpose", value, name=f"{name}/ordered", attributes=[ir.AttrInt64s("perm", perm)])
-    joined = at.op("Concat", samples, features, rest, *behind, name=f"{name}/joined", attributes=[axis])
-    return at.op("Reshape", value, joined, name=name)
+    if isinstance(site.columns, int):  # holds for a batch of none, too, unlike what follows
+        return _reshaped(at, of_maps, [-1, site.columns, width], name)
+    rest = at.constant(f"{name}/rest", np.array([-1, width], np.int64))
+    sizes = at.op("Concat", samples(at, name), rest, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
+    return at.op("Reshape", of_maps, sizes, name=name)
+
+
+def read_features(at: Insertion, site: AttentionSite, place: Place, name: str) -> ir.Value:
+    """What a fit collects: the keys (or values) of every token, float `[samples, tokens, features]`, heads first."""
+    own, columns = own_bias(at.graph, place), place.columns.reshape(-1)
+    found = _tokens_first(at, place, name)
+    if not np.array_equal(columns, np.arange(prod(place.sizes))):
+        where = at.constant(f"{name}/columns", columns)
+        found = at.op("Gather", found, where, name=f"{name}/own", attributes=[ir.AttrInt64("axis", -1)])
+    if own is not None:
+        found = at.op("Add", found, at.constant(f"{name}/bias", own.reshape(-1)), name=f"{name}/biased")
+    found = _maps_first(at, place, site.keys if place is site.key else None, found, place.features, name)
+    return per_sample(at, site, found, place.features, f"{name}/per_sample")
+
+
+def in_place(place: Place, features: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Features `[heads, depth]` where they stand in the tensor of a place, zero elsewhere; 1 on the axes of tokens."""
+    flat = np.zeros(prod(place.sizes), features.dtype)
+    flat[place.columns] = features
+    return flat.reshape(place.sizes)

@@ -9,21 +9,18 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.errors import BakeError
 from atpatch_onnx.graph import opset_version
-from atpatch_onnx.graph.names import DOMAIN
 
-OWN_DOMAINS = frozenset({"", "ai.onnx", DOMAIN})
+OWN_DOMAINS = frozenset({"", "ai.onnx"})
 
 
 @dataclass(frozen=True)
 class Target:
     """How a patch is written for one kind of runtime, and which files it takes."""
 
-    emission: Emission
-    inline: bool
-    """Whether no model-local functions may be left."""
+    conditional: bool
+    """Whether replacements stand in an `If`."""
 
     why: str
     evidence: str
@@ -45,58 +42,51 @@ _RUNTIMES = "tests/test_runtimes.py"
 
 TARGETS: Mapping[str, Target] = {
     "cpu": Target(
-        Emission.CONDITIONAL,
-        inline=False,
-        why="redistribution runs only when something is flagged",
+        conditional=True,
+        why="one copy of keys and values costs less than choosing between two",
         evidence=_RUNTIMES,
         opset=26,
         ir_version=13,
     ),
     "cuda": Target(
-        Emission.BRANCHLESS,
-        inline=False,
-        why="reading the condition of an If makes the device wait, and CUDA graphs cannot capture one; of the op "
-        "Attention, scores are handed out, not their softmax",
-        evidence="microsoft/onnxruntime#9978, #28351",
+        conditional=False,
+        why="reading the condition of an If makes the device wait, and CUDA graphs cannot capture one",
+        evidence="microsoft/onnxruntime#9978",
         opset=26,
         ir_version=13,
-        without=frozenset({"Attention"}),
     ),
     "tensorrt": Target(
-        Emission.BRANCHLESS,
-        inline=True,
-        why="If is restricted in the shapes of its branches, and model-local functions are not among the operators",
+        conditional=False,
+        why="If is restricted in the shapes of its branches",
         evidence="onnx/onnx-tensorrt, docs/operators.md",
     ),
     "directml": Target(
-        Emission.BRANCHLESS,
-        inline=True,
+        conditional=False,
         why="reading the condition of an If makes the device wait; later opsets run slowly, if at all",
         evidence="onnxruntime's documentation, DirectML execution provider",
         opset=20,
         ir_version=13,
     ),
     "coreml": Target(
-        Emission.BRANCHLESS,
-        inline=True,
+        conditional=False,
         why="If is not among the operators that are handed to Core ML, and would split the graph",
         evidence="onnxruntime's documentation, CoreML execution provider",
         opset=26,
         ir_version=13,
     ),
     "web": Target(
-        Emission.BRANCHLESS,
-        inline=True,
+        conditional=False,
         why="WebNN has no If, and in WebGPU reading its condition makes the device wait",
         evidence=f"{_RUNTIMES} (WebAssembly); onnxruntime-web, docs/webnn-operators.md",
         opset=26,
         ir_version=13,
     ),
-    "openvino": Target(Emission.BRANCHLESS, inline=True, why="model-local functions are refused", evidence=_RUNTIMES),
+    "openvino": Target(
+        conditional=False, why="what comes out of an If is not always what its branch computed", evidence=_RUNTIMES
+    ),
     "portable": Target(
-        Emission.BRANCHLESS,
-        inline=True,
-        why="what ran on every runtime tried: decomposed attention, no If, no model-local functions",
+        conditional=False,
+        why="what ran on every runtime tried: decomposed attention, no If",
         evidence=_RUNTIMES,
         opset=18,
         ir_version=10,
@@ -150,7 +140,3 @@ def _against(model: ir.Model, target: Target) -> Iterator[str]:
         foreign = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain not in OWN_DOMAINS})
         if foreign:
             yield f"operators that are not ONNX's own ({', '.join(foreign[:3])})"
-    if target.inline:
-        for domain, name, *_ in model.functions:
-            if domain != DOMAIN:  # ours are inlined, unless the caller wanted them
-                yield f"the model-local function {name}"

@@ -8,7 +8,7 @@ import typer
 from atpatch_onnx.graph import External
 
 TARGETS = ("cpu", "cuda", "tensorrt", "directml", "coreml", "web", "openvino", "portable")
-"""The keys of `atpatch_onnx.TARGETS`, and below the values of `Emission`, here so that help needs no onnxscript."""
+"""The keys of `atpatch_onnx.TARGETS`, spelt out so that help loads nothing that bakes."""
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The base, an .onnx file.", show_default=False)]
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="The base, an .onnx file.", show_default=False)]

@@ -8,6 +8,7 @@ import typer
 import atpatch_onnx as atp
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.cli.arguments import AsJson, BatchSize, ExternalData, Model, Out, Output, Patched, Patches, Target
+from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.report import text
 
@@ -17,12 +18,9 @@ def bake(
     patch: Patches,
     out: Out,
     target: Target = "cpu",
-    emission: Annotated[
-        Literal["conditional", "branchless"] | None,
-        typer.Option(help="The form, if not the target's own.", show_default=False),
-    ] = None,
-    inline: Annotated[
-        bool | None, typer.Option("--inline/--functions", help="Leave no model-local functions, or do.")
+    conditional: Annotated[
+        bool | None,
+        typer.Option(help="Replacements in an If, or not, if not as the target has it.", show_default=False),
     ] = None,
     monitor: Annotated[bool, typer.Option(help="Add the outputs atpatch/flagged and atpatch/score.")] = True,
     site_flags: Annotated[bool, typer.Option("--site-flags", help="Add the flags of every patched site.")] = False,
@@ -34,22 +32,22 @@ def bake(
     as_json: AsJson = False,
 ) -> None:
     """Put PATCH into MODEL's graph."""
-    from atpatch_onnx.baking.emission import Emission
-
+    require_place(out, model, *patch)
+    if quantizer_settings is not None:
+        require_place(quantizer_settings, model, *patch)
     patched = atp.bake(
         atp.load(model),
         [atp.Patch.load(path) for path in patch],
         target=target,
-        emission=None if emission is None else Emission(emission),
-        inline=inline,
+        conditional=conditional,
         monitor=monitor,
         site_flags=site_flags,
     )
     atp.save(patched, out, external=external)
     record = read_record(patched)
-    shown = {"file": str(out), "patch": record.patch, "base": record.base, "emission": record.emission}
+    shown = {"file": str(out), "patch": record.patch, "base": record.base, "conditional": record.conditional}
     names = ", ".join([*(site.site for site in record.sites), *(layer.layer for layer in record.layers)])
-    lines = [f"wrote {out}: patch {record.patch}, {record.emission}, at {names}"]
+    lines = [f"wrote {out}: patch {record.patch}, {'with' if record.conditional else 'without'} If, at {names}"]
     if quantizer_settings is not None:
         from atpatch_onnx.baking.quantize import write_settings
 
@@ -61,6 +59,7 @@ def bake(
 
 def unbake(patched: Patched, out: Out, external: ExternalData = None, as_json: AsJson = False) -> None:
     """Take the patch out of PATCHED again; the fingerprint proves that the base is back."""
+    require_place(out, patched)
     base = atp.unbake(atp.load(patched))
     atp.save(base, out, external=external)
     shown = {"file": str(out), "fingerprint": atp.fingerprint(base)}
@@ -83,6 +82,7 @@ def quantize(
     """Quantize MODEL with onnxruntime's tools, put PATCH into it, in float32, and measure again what it does."""
     from atpatch_onnx.baking import quantize as quantizing
 
+    require_place(out, model, *patch, *([] if data is None else [data]))
     base, fix = atp.load(model), atp.compose([atp.Patch.load(path) for path in patch])
     quantized = quantizing.quantize(base, precision)
     patched = atp.bake(quantized, quantizing.rebind(fix, base, quantized), target=target)
@@ -112,6 +112,7 @@ def export(
     """Export a transformers model to ONNX, patched if a patch is given."""
     from atpatch_onnx.exporters import from_pretrained
 
+    require_place(out, inputs, *([] if patch is None else [patch]))
     exported = from_pretrained(
         model,
         inputs,

@@ -22,12 +22,11 @@ from atpatch_onnx.cli.arguments import (
     RankedOn,
     Seed,
 )
-from atpatch_onnx.cli.paths import make_folder, require_folder
+from atpatch_onnx.cli.paths import make_folder, require_place
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.errors import FitError
 from atpatch_onnx.fitting.goal import Goal
 from atpatch_onnx.matching.hidden import find_hidden_layers
-from atpatch_onnx.patches.patch import Features
 from atpatch_onnx.report import text
 
 
@@ -51,24 +50,22 @@ def fit(
     flip_rate: FlipGoal = Goal.flip_rate,
     accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
     clean_flag_rate: FlagGoal = Goal.clean_flag_rate,
+    robust_accuracy_loss: Annotated[
+        float, typer.Option(help="Goal: accuracy lost on triggered inputs, beside the same without the trigger.")
+    ] = Goal.robust_accuracy_loss,
     columns_missed: Annotated[
         float, typer.Option(help="Goal: share of anomalous columns that are not flagged.")
     ] = Goal.columns_missed,
-    value: Annotated[Literal["neutral", "own"], typer.Option(help="What a flagged token hands over.")] = "neutral",
     thresholds: Annotated[
         Literal["balanced", "lowest"], typer.Option(help="Where they lie; lowest: for pairs of an inverted trigger.")
     ] = "balanced",
-    features: Annotated[
-        Features | None,
-        typer.Option(help="What detectors read of a map; the map's own kind and size decide.", show_default=False),
+    detectors: Annotated[
+        Literal["linear", "hidden"] | None,
+        typer.Option(help="Their kind; with a hidden layer where linear ones miss the goal.", show_default=False),
     ] = None,
     redistribute: Annotated[
         Literal["needed", "all"], typer.Option(help="Which sites do; all: for flip rates that few pairs cannot show.")
     ] = "needed",
-    decision: Annotated[
-        Literal["alone", "joint"] | None,
-        typer.Option(help="Whether sites decide alone or together; joint where alone misses.", show_default=False),
-    ] = None,
     site: Annotated[list[str] | None, typer.Option(help="Candidate sites by name; all by default.")] = None,
     after: Annotated[
         list[Path] | None,
@@ -82,19 +79,17 @@ def fit(
 ) -> None:
     """Fit a patch for MODEL on the pairs of DATA."""
     options = atp.FitOptions(
-        goal=Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate, columns_missed),
-        value=value,
+        goal=Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate, robust_accuracy_loss, columns_missed),
         thresholds=thresholds,
         redistribute=redistribute,
-        decisions=(decision,) if decision else atp.FitOptions.decisions,
-        features=features,
+        detectors=(detectors,) if detectors else atp.FitOptions.detectors,
         sites=tuple(site) if site else None,
         output=output,
         batch_size=batch_size,
         seed=seed,
         force=force,
     )
-    require_folder(out)
+    require_place(out, model, data, *(after or []))
     with progress_bars() as progress:
         before = [atp.Patch.load(path) for path in after or []]
         patch = atp.fit(atp.load(model), atp.DebugSet.load(data), options, after=before, progress=progress)
@@ -123,7 +118,7 @@ def isolate(
     """Find the guilty hidden units of MODEL and freeze them (IDNN)."""
     from atpatch_onnx import neurons
 
-    require_folder(out)
+    require_place(out, model, data)
     options = neurons.IsolationOptions(
         goal=Goal(asr_above_floor, flip_rate, accuracy_loss),
         most=most,
@@ -168,7 +163,7 @@ def repair(
     """Find the guilty hidden units of MODEL by their causal effect and scale them (CARE)."""
     from atpatch_onnx import neurons
 
-    require_folder(out)
+    require_place(out, model, data)
     options = neurons.RepairOptions(
         goal=Goal(asr_above_floor, flip_rate, accuracy_loss),
         units=tuple(units) if units else None,

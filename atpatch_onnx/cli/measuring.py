@@ -7,9 +7,9 @@ import typer
 
 import atpatch_onnx as atp
 from atpatch_onnx.cli.arguments import TARGETS, AsJson, Base, BatchSize, Data, Out, Output, Patched
+from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.errors import VerificationError
-from atpatch_onnx.patches.patch import Features
 from atpatch_onnx.report import text
 
 
@@ -60,12 +60,9 @@ def benchmark(
         Path | None, typer.Argument(metavar="[PATCHED]", help="The patched file; or --synthetic.", show_default=False)
     ] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="What would a patch at every site cost?")] = False,
-    decision: Annotated[
-        Literal["alone", "joint"], typer.Option(help="Of a synthetic patch: how sites decide.")
-    ] = "alone",
-    features: Annotated[
-        Features | None, typer.Option(help="Of a synthetic patch: what its detectors read.", show_default=False)
-    ] = None,
+    detectors: Annotated[
+        Literal["linear", "hidden"], typer.Option(help="Of a synthetic patch: the kind of its detectors.")
+    ] = "linear",
     target: Annotated[str, typer.Option(help=f"Of a synthetic patch: {', '.join(TARGETS)}.")] = "cpu",
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; 1 and 8 by default.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Numbers of threads; 2 by default.")] = None,
@@ -83,8 +80,7 @@ def benchmark(
             base,
             patched,
             target=target,
-            features=features,
-            decision=decision,
+            detectors=detectors,
             batches=batch or (1, 8),
             threads=threads or (2,),
             length=length,
@@ -109,6 +105,7 @@ def report(
     batch_size: BatchSize = 32,
 ) -> None:
     """Write one self-contained HTML file: verdict, pictures, curve, sites, checks."""
+    require_place(out, base, patched, data, *patch)
     from atpatch_onnx.measuring.examples import gather_examples
     from atpatch_onnx.report import html
 

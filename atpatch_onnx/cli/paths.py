@@ -2,15 +2,25 @@
 
 from pathlib import Path
 
-from atpatch_onnx.errors import PatchFileError
+from atpatch_onnx.errors import AtPatchError, PatchFileError
 
 
-def require_folder(out: Path) -> None:
-    """Refuse a file without a folder: better said now than after the fit.
+def require_place(out: Path, *inputs: Path) -> None:
+    """Refuse to write over what a command reads, or into a folder that is not there: better said before the work.
 
     Raises:
-        PatchFileError: There is none.
+        AtPatchError: `out` is one of the inputs, or lies in one.
+        PatchFileError: There is no folder.
     """
+    for read in inputs:
+        inside = read.is_dir() and out.resolve().is_relative_to(read.resolve())
+        if inside or (out.exists() and read.exists() and out.samefile(read)):
+            raise AtPatchError(
+                str(out),
+                expected="a file that the command does not read",
+                found=f"{'a place in ' if inside else ''}its input {read}",
+                advice="Choose another path: what is in this file would be lost.",
+            )
     if not out.parent.is_dir():
         raise PatchFileError(
             str(out),

@@ -1,32 +1,33 @@
-"""Stream column features over a debug set: what the detectors are trained on.
+"""Stream keys and values over a debug set: what detectors are trained on, and what neutral tokens are the mean of.
 
-Maps are never kept. Per batch the probe gives column features and values. The anomalous columns, the same positions on
-the clean side, and a sample of the others are kept, each kind up to a third of `MAX_BYTES` a site, and of what
-both sides have, half of that for either; values are only summed up.
+Of keys, those of anomalous tokens, those at the same positions on the clean side, and a sample of the others are kept,
+each kind up to a third of `MAX_BYTES` a site, and of what both sides have, half of that for either. For the means, keys
+and values of clean benign tokens are only summed up, those of padding and of attention sinks left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from atpatch_onnx.baking.features import shares_in_one
-from atpatch_onnx.baking.read import features_output, probe, values_output
+from atpatch_onnx.baking.probe import key_output, mass_output, probe, value_output
 from atpatch_onnx.debugset import DebugSet, InputSpec
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
 from atpatch_onnx.graph import weights
 from atpatch_onnx.matching.sites import AttentionSite
-from atpatch_onnx.patches.patch import Array, Features
+from atpatch_onnx.patches.patch import Array, Neutral
 from atpatch_onnx.running.sessions import Progress, Session, silent
 
 MAX_BYTES = 2**27
-"""Column features kept for one site, all kinds together."""
+"""Keys kept for one site, all kinds together."""
+
+SINK = 4.0
+"""A token that draws more than so many even shares of the attention is a sink, and stays out of the neutral token."""
 
 MAX_BENIGN = 8
-"""Benign columns kept of one input, besides the suspects' own positions."""
+"""Benign tokens kept of one input, besides the suspects' own positions."""
 
 _DIFFERENCE = 1e-3
 """A token's values differ when they do by this share of the largest value of the pair: far above rounding."""
@@ -36,23 +37,25 @@ _CARRIES = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
-    """What was kept of one site. Weights are in units of the row's uniform share."""
+class Tokens:
+    """What was kept of one site."""
 
     site: AttentionSite
-    features: Features
 
     anomalous: Array
-    """`[columns, features]`: the suspects' columns where they are anomalous."""
+    """`[tokens, features]`: the suspects' keys where they are anomalous."""
 
     hard: Array
-    """`[columns, features]`: the same positions on clean inputs, the hard negatives."""
+    """`[tokens, features]`: the same positions on clean inputs, the hard negatives."""
 
     benign: Array
-    """`[columns, features]`: a sample of the other columns of both sides."""
+    """`[tokens, features]`: a sample of the other tokens of both sides."""
 
-    neutral: Array
-    """`[kv heads, depth]`: the mean value over all benign columns of the clean inputs."""
+    neutral: Neutral
+    """The means over the benign tokens of the clean inputs, without padding and attention sinks where the map tells."""
+
+    left_out: int
+    """How many benign tokens these were."""
 
 
 def input_specs(model: ir.Model) -> dict[str, InputSpec]:
@@ -114,16 +117,16 @@ def find_suspects(
                 advice="Mark positions of the model's token axis, class token included, or use suspects='auto'.",
             )
         return debug
-    name = values_output(first)
-    session = Session(_only(probe(model, {first: Features.SUMMARY}), [name]))  # what lies behind it is not run
+    name = value_output(first)
+    session = Session(probe(model, [first]))  # what lies behind it is not run
     clean = session.stream(debug.clean, [name], batch_size=batch_size)
     other = session.stream(
         debug.counterfactual, [name], batch_size=batch_size, progress=progress, stage="finding the suspect tokens"
     )
     found = []
     for (_, before), (_, after) in zip(clean, other, strict=True):
-        difference = np.abs(after[name] - before[name]).max(axis=(1, 3))
-        largest = np.abs(before[name]).max(axis=(1, 2, 3))
+        difference = np.abs(after[name] - before[name]).max(axis=2)
+        largest = np.abs(before[name]).max(axis=(1, 2))
         most = difference.max(axis=1)
         found.append(difference > np.maximum(_DIFFERENCE * largest, _CARRIES * most)[:, None])
     suspects = np.concatenate(found)
@@ -149,94 +152,92 @@ def anomalous_columns(debug: DebugSet) -> tuple[NDArray[np.bool_], NDArray[np.bo
 
 def collect(
     model: ir.Model,
-    features: Mapping[AttentionSite, Features],
+    sites: Sequence[AttentionSite],
     debug: DebugSet,
     *,
     batch_size: int = 32,
     seed: int = 0,
     progress: Progress = silent,
-) -> tuple[Columns, ...]:
-    """Column features of every site over a debug set whose suspects are known.
+) -> tuple[Tokens, ...]:
+    """Keys and values of every site over a debug set whose suspects are known.
 
     Args:
         model: The base.
-        features: The sites and what their detectors read.
+        sites: Those to collect at.
         debug: Pairs for it, the fit part.
         batch_size: Inputs at a time.
-        seed: Of the sample of benign columns.
+        seed: Of the sample of benign tokens.
         progress: Told after every batch.
 
     Raises:
         FitError: A site's token axis is not the one that the suspects are positions of.
     """
-    session = Session(_only(probe(model, features), _outputs(features)))
-    kept = {site: _Kept() for site in features}
+    session = Session(probe(model, sites, masses=True))
+    kept = {site: _Kept(site) for site in sites}
     generator = np.random.default_rng(seed)
     clean, counterfactual = anomalous_columns(debug)
     suspects = debug.suspects
     assert suspects is not None
     sides = (("clean", debug.clean, clean), ("counterfactual", debug.counterfactual, counterfactual))
     for side, inputs, anomalous in sides:
-        for part, outputs in session.stream(
-            inputs, _outputs(features), batch_size=batch_size, progress=progress, stage=f"collecting, {side} inputs"
-        ):
-            for site, kind in features.items():
-                X, V = outputs[features_output(site)], outputs[values_output(site)]
-                if X.shape[2] != suspects.shape[1]:
+        stage = f"collecting, {side} inputs"
+        for part, outputs in session.stream(inputs, batch_size=batch_size, progress=progress, stage=stage):
+            for site in sites:
+                keys, values = outputs[key_output(site)], outputs[value_output(site)]
+                if keys.shape[1] != suspects.shape[1]:
                     raise FitError(
                         f"site {site.name}",
-                        expected=f"{suspects.shape[1]} keys, as the suspects have positions",
-                        found=f"{X.shape[2]}",
+                        expected=f"{suspects.shape[1]} tokens, as the suspects have positions",
+                        found=f"{keys.shape[1]}",
                         advice="Fit the sites of one token axis only (option sites=).",
                     )
-                X = X * np.float32(shares_in_one(site, kind))
-                kept[site].add(X, V, suspects[part], anomalous[part], generator, is_clean=side == "clean")
-    return tuple(kept[site].columns(site, kind) for site, kind in features.items())
+                name = mass_output(site)
+                mass = None if name is None else outputs[name]
+                kept[site].add(keys, values, mass, suspects[part], anomalous[part], generator, is_clean=side == "clean")
+    return tuple(kept[site].tokens() for site in sites)
 
 
-def _only(probed: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A probe that computes nothing but these outputs; changed in place."""
-    probed.graph.outputs[:] = [output for output in probed.graph.outputs if output.name in names]
-    RemoveUnusedNodesPass()(probed)
-    return probed
-
-
-def _outputs(features: Mapping[AttentionSite, Features]) -> list[str]:
-    return [name for site in features for name in (features_output(site), values_output(site))]
+def _plain(mass: Array) -> NDArray[np.bool_]:
+    """Which tokens `[batch, tokens]` are seen, and draw no more than `SINK` times an even share of the attention."""
+    seen = mass > 0
+    return np.asarray(seen & (mass * seen.sum(axis=1, keepdims=True) <= SINK))
 
 
 class _Kept:
     """What is kept of one site while streaming."""
 
-    def __init__(self) -> None:
+    def __init__(self, site: AttentionSite) -> None:
+        self.site = site
         self.rows: dict[str, list[Array]] = {"anomalous": [], "hard": [], "benign": []}
         self.bytes = dict.fromkeys(self.rows, 0)
-        self.value_sum: NDArray[np.float64] | None = None
-        self.value_count = 0
+        self.key_sum = np.zeros(site.key.features)
+        self.value_sum = np.zeros(site.value.features)
+        self.count = self.left_out = 0
 
     def add(
         self,
-        X: Array,
-        V: Array,
+        keys: Array,
+        values: Array,
+        mass: Array | None,
         suspects: NDArray[np.bool_],
         anomalous: NDArray[np.bool_],
         generator: np.random.Generator,
         *,
         is_clean: bool,
     ) -> None:
-        """Keep of one batch: X `[batch, features, keys]`, V `[batch, kv heads, keys, depth]`, masks `[batch, keys]`."""
-        seen = X.sum(axis=1) > 0
-        benign = seen & ~anomalous
+        """Keep of one batch: keys and values `[batch, tokens, features]`, the rest `[batch, tokens]`."""
+        benign = ~anomalous
         if is_clean:
-            total = (V * benign[:, None, :, None]).sum(axis=(0, 2), dtype=np.float64)
-            self.value_sum = total if self.value_sum is None else self.value_sum + total
-            self.value_count += int(benign.sum())
-        rows = X.transpose(0, 2, 1)
+            plain = benign if mass is None else benign & _plain(mass)
+            self.key_sum += keys[plain].sum(axis=0, dtype=np.float64)
+            self.value_sum += values[plain].sum(axis=0, dtype=np.float64)
+            self.count += int(plain.sum())
+            self.left_out += int((benign & ~plain).sum())
         share = 0.5 if is_clean else 1.0  # the clean side comes first, and leaves room for the other
-        self._keep("anomalous", rows[anomalous & seen], share)
-        self._keep("hard", rows[suspects & benign], 1.0)  # of the clean side only
+        self._keep("anomalous", keys[anomalous], share)
+        self._keep("hard", keys[suspects & benign], 1.0)  # of the clean side only
         rank = np.where(benign & ~suspects, generator.random(benign.shape), np.inf).argsort(axis=1).argsort(axis=1)
-        self._keep("benign", rows[benign & ~suspects & (rank < MAX_BENIGN)], share)
+        self._keep("benign", keys[benign & ~suspects & (rank < MAX_BENIGN)], share)
 
     def _keep(self, kind: str, rows: Array, share: float) -> None:
         left = int(share * MAX_BYTES / len(self.rows)) - self.bytes[kind]
@@ -245,10 +246,11 @@ class _Kept:
             self.rows[kind].append(np.ascontiguousarray(rows))
             self.bytes[kind] += rows.nbytes
 
-    def columns(self, site: AttentionSite, features: Features) -> Columns:
-        assert self.value_sum is not None
-        width = next((rows[0].shape[1] for rows in self.rows.values() if rows), 0)
-        empty = np.zeros((0, width), np.float32)
+    def tokens(self) -> Tokens:
+        empty = np.zeros((0, self.site.key.features), np.float32)
         kept = {kind: np.concatenate([empty, *rows]) for kind, rows in self.rows.items()}
-        neutral = (self.value_sum / max(self.value_count, 1)).astype(np.float32)
-        return Columns(site=site, features=features, neutral=neutral, **kept)
+        key, value = (
+            (total / max(self.count, 1)).astype(np.float32).reshape(place.heads, place.depth)
+            for total, place in ((self.key_sum, self.site.key), (self.value_sum, self.site.value))
+        )
+        return Tokens(site=self.site, neutral=Neutral(key, value), left_out=self.left_out, **kept)

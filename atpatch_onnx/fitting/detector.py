@@ -1,18 +1,12 @@
-"""Train a site's detector by supervised contrastive learning (Khosla et al., 2020, arXiv 2004.11362, `L_out`).
+"""Train a site's detector: logistic regression on the keys of tokens, linear or with one hidden layer.
 
-For an anchor i with the others of its class P(i) and all others A(i):
-
-    L_i = -1/|P(i)| sum_{p in P(i)} log( exp(z_i.z_p / tau) / sum_{a in A(i)} exp(z_i.z_a / tau) )
-
-Classes are anomalous and benign columns. Hard negatives, the suspects' positions on clean inputs, are a fixed share of
-every batch. We differ from AtPatch (arXiv 2601.21695) in what decides: the difference of the similarities to two
-prototypes, so that one threshold, calibrated later, means the same at every site; and in that the encoder reads the
-logarithms of the weights, whose tails are heavy. A logistic loss on the score is there as well: where attention gives
-an anomaly away less, it names more of it (docs/results.md).
+Hard negatives, the suspects' positions on clean inputs, are a fixed share of every batch. Keys are standardised by
+those of benign tokens while training; that is folded into the weights, so that a detector reads keys as they are. We
+differ from AtPatch (arXiv 2601.21695), whose detector reads columns of the map by contrastive learning: a column is
+what all queries make of one key, and the first layer here is a set of learned queries.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,162 +14,95 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atpatch_onnx.errors import FitError
-from atpatch_onnx.fitting.collect import Columns
-from atpatch_onnx.fitting.training import Loss, Training
-from atpatch_onnx.patches.patch import OFFSET, Array, Detector
+from atpatch_onnx.fitting.collect import Tokens
+from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.patches.patch import Array, Detector
 from atpatch_onnx.running.threads import one_thread
 
-
-class _Head(Protocol):
-    """What is asked of embeddings while training, and the prototypes that come of it."""
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained besides the encoder."""
-
-    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Of unit-norm embeddings `[rows, embedding]` and labels `[rows]`, 1 for anomalous."""
-
-    def prototypes(self, benign: Tensor, anomalous: Tensor) -> Tensor:
-        """Unit-norm `[2, embedding]`, benign and anomalous, from the embeddings of all columns of either class."""
-
-
-class _ContrastiveHead:
-    """The supervised contrastive loss; a prototype is the mean embedding of its class."""
-
-    def __init__(self, training: Training, generator: torch.Generator) -> None:
-        self._temperature = training.temperature
-
-    def parameters(self) -> list[nn.Parameter]:
-        """None."""
-        return []
-
-    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """See `contrastive_loss`."""
-        return contrastive_loss(embeddings, labels, self._temperature)
-
-    def prototypes(self, benign: Tensor, anomalous: Tensor) -> Tensor:
-        """Mean embeddings, normalised."""
-        return functional.normalize(torch.stack([benign.mean(dim=0), anomalous.mean(dim=0)]), dim=1)
-
-
-class _LogisticHead:
-    """Binary cross-entropy on the score, whose direction is learned; prototypes are the direction's two ends."""
-
-    def __init__(self, training: Training, generator: torch.Generator) -> None:
-        self._direction = nn.Parameter(torch.randn(training.embedding, generator=generator))
-        self._scale = nn.Parameter(torch.tensor(5.0))
-        self._offset = nn.Parameter(torch.tensor(0.0))
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The direction, and how scores become logits."""
-        return [self._direction, self._scale, self._offset]
-
-    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Mean over rows."""
-        logits = self._scale * (embeddings @ functional.normalize(self._direction, dim=0)) + self._offset
-        return functional.binary_cross_entropy_with_logits(logits, labels.float())
-
-    def prototypes(self, benign: Tensor, anomalous: Tensor) -> Tensor:
-        """Whatever the embeddings are."""
-        unit = functional.normalize(self._direction.detach(), dim=0)
-        return torch.stack([-unit, unit])
-
-
-_HEADS: Mapping[Loss, Callable[[Training, torch.Generator], _Head]] = {
-    "contrastive": _ContrastiveHead,
-    "logistic": _LogisticHead,
-}
+_FLOOR = 0.1
+"""Smallest standard deviation of a feature, as a share of the mean one: what never varies must not explode."""
 
 
 @one_thread()
-def train_detector(columns: Columns, training: Training, loss: Loss = "contrastive", *, seed: int = 0) -> Detector:
-    """A detector for one site, its threshold still zero. The same columns, training and seed give the same bits.
+def train_detector(tokens: Tokens, training: Training, *, hidden: bool, seed: int = 0) -> Detector:
+    """A detector for one site, its threshold still zero. The same tokens, training and seed give the same bits.
 
     Args:
-        columns: What was collected at the site.
+        tokens: What was collected at the site.
         training: How.
-        loss: What is asked of the embeddings.
+        hidden: Whether it has a hidden layer.
         seed: Of the start, the batches and the noise; the site's number goes in as well.
 
     Raises:
-        FitError: There are no anomalous or no benign columns to learn from.
+        FitError: There are no anomalous or no benign tokens to learn from.
     """
-    if not len(columns.anomalous) or not len(columns.hard) + len(columns.benign):
+    if not len(tokens.anomalous) or not len(tokens.hard) + len(tokens.benign):
         raise FitError(
-            f"site {columns.site.name}",
-            expected="anomalous and benign columns to learn from",
-            found=f"{len(columns.anomalous)} anomalous, {len(columns.hard) + len(columns.benign)} benign",
+            f"site {tokens.site.name}",
+            expected="anomalous and benign tokens to learn from",
+            found=f"{len(tokens.anomalous)} anomalous, {len(tokens.hard) + len(tokens.benign)} benign",
             advice="Give more pairs, and check the suspects.",
         )
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + columns.site.index)
-    anomalous, hard, others = (np.log(rows + OFFSET) for rows in (columns.anomalous, columns.hard, columns.benign))
-    benign = np.concatenate([hard, others])
-    mean = benign.mean(axis=0, dtype=np.float64).astype(np.float32)
-    scale = benign.std(axis=0, dtype=np.float64).astype(np.float32)
-    scale = np.maximum(scale, max(0.1 * float(scale.mean()), 1e-3))  # a feature that never varies must not explode
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + tokens.site.index)
+    benign = np.concatenate([tokens.hard, tokens.benign])
+    mean, scale = benign.mean(axis=0, dtype=np.float64), benign.std(axis=0, dtype=np.float64)
+    scale = np.maximum(scale, max(_FLOOR * float(scale.mean()), 1e-6))
+    kinds = [rows for rows in (tokens.anomalous, tokens.hard, tokens.benign) if len(rows)]
+    groups = [torch.from_numpy(((rows - mean) / scale).astype(np.float32)) for rows in kinds]
+    layers = _layers(len(mean), training.hidden if hidden else None, generator)
+    _train(layers, groups, training, generator)
+    return _folded(layers, mean, scale)
 
-    groups = [
-        torch.from_numpy(((rows - mean) / scale).astype(np.float32)) for rows in (anomalous, hard, others) if len(rows)
-    ]
-    shares = [2] + [1] * (len(groups) - 1) if len(groups) == 3 else [1, 1]
-    first, last = nn.Linear(len(mean), training.hidden), nn.Linear(training.hidden, training.embedding)
-    for layer in (first, last):
+
+def _layers(features: int, hidden: int | None, generator: torch.Generator) -> nn.Sequential:
+    sizes = [features, 1] if hidden is None else [features, hidden, 1]
+    layers: list[nn.Module] = []
+    for size, following in pairwise(sizes):
+        layer = nn.Linear(size, following)
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
         nn.init.zeros_(layer.bias)
-    encoder = nn.Sequential(first, nn.ReLU(), last)
-    head = _HEADS[loss](training, generator)
-    trained = [*encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=training.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _train(layers: nn.Sequential, groups: list[Tensor], training: Training, generator: torch.Generator) -> None:
+    """Binary cross-entropy over batches, half of them anomalous tokens (the first group), half benign ones."""
+    shares = [2] + [1] * (len(groups) - 1) if len(groups) == 3 else [1, 1]
     counts = [training.batch * share // sum(shares) for share in shares]
-    labels = torch.cat([torch.full((count,), int(index == 0)) for index, count in enumerate(counts)])
+    labels = torch.cat([torch.full((count,), float(index == 0)) for index, count in enumerate(counts)])
+    optimizer = torch.optim.AdamW(layers.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, training.steps)
     for _ in range(training.steps):
-        rows = [
-            group[torch.randint(len(group), (count,), generator=generator)]
-            for group, count in zip(groups, counts, strict=True)
-        ]
-        batch = torch.cat(rows)
+        batch = torch.cat(
+            [
+                group[torch.randint(len(group), (count,), generator=generator)]
+                for group, count in zip(groups, counts, strict=True)
+            ]
+        )
         batch = batch + training.noise * torch.randn(batch.shape, generator=generator)
-        error = head.loss(_embedded(encoder, batch), labels)
+        error = functional.binary_cross_entropy_with_logits(layers(batch)[:, 0], labels)
         optimizer.zero_grad()
-        error.backward()  # type: ignore[no-untyped-call]
+        error.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer.step()
         schedule.step()
 
-    with torch.no_grad():
-        prototypes = head.prototypes(_embedded(encoder, torch.cat(groups[1:])), _embedded(encoder, groups[0]))
-    return Detector(
-        features=columns.features,
-        mean=mean[:, None],
-        scale=scale[:, None].astype(np.float32),
-        weight_1=_array(first.weight),
-        bias_1=_array(first.bias)[:, None],
-        weight_2=_array(last.weight),
-        bias_2=_array(last.bias)[:, None],
-        prototypes=_array(prototypes),
-        threshold=0.0,
-    )
 
+def _folded(layers: nn.Sequential, mean: np.ndarray, scale: np.ndarray) -> Detector:
+    """The detector for keys that are not standardised.
 
-def contrastive_loss(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """The supervised contrastive loss `L_out`, mean over anchors.
-
-    Args:
-        embeddings: Unit-norm `[rows, embedding]`.
-        labels: Class of each row `[rows]`.
-        temperature: `tau`.
+    `W (k - mean) / scale + b = (W / scale) k + (b - W mean / scale)`. What is added to all scores alike is left out:
+    thresholds are calibrated later.
     """
-    similarity = embeddings @ embeddings.T / temperature
-    itself = torch.eye(len(labels), dtype=torch.bool)
-    log_probability = similarity - torch.logsumexp(similarity.masked_fill(itself, -torch.inf), dim=1, keepdim=True)
-    positives = (labels[:, None] == labels[None, :]) & ~itself
-    per_anchor = (log_probability * positives).sum(dim=1) / positives.sum(dim=1).clamp(min=1)
-    return -per_anchor.mean()
+    first = layers[0]
+    assert isinstance(first, nn.Linear)
+    weights = first.weight.detach().numpy().astype(np.float64) / scale
+    bias = first.bias.detach().numpy().astype(np.float64) - weights @ mean
+    if len(layers) == 1:
+        return Detector(_array(weights.T), None, None, threshold=0.0)
+    last = layers[2]
+    assert isinstance(last, nn.Linear)
+    return Detector(_array(weights.T), _array(bias), _array(last.weight.detach().numpy()[0]), threshold=0.0)
 
 
-def _embedded(encoder: nn.Sequential, rows: Tensor) -> Tensor:
-    return functional.normalize(encoder(rows), dim=1)
-
-
-def _array(tensor: Tensor) -> Array:
-    return np.ascontiguousarray(tensor.detach().numpy(), np.float32)
+def _array(found: np.ndarray) -> Array:
+    return np.ascontiguousarray(found, np.float32)

@@ -1,36 +1,31 @@
 """From a model and a debug set to a patch.
 
-suspects -> split -> collect (fit part) -> train detectors -> trial graph
--> thresholds (calibration part) -> benign attention, sites (validation part) -> patch
+suspects -> split -> collect (fit part) -> train detectors -> switchboard
+-> thresholds (calibration part) -> sites (validation part) -> patch
 
-From the collecting on once more where the goal is missed: with other column features, with another loss. At last the
-sites decide jointly, with the detectors that are there.
+From the training on once more where the goal is missed: with a hidden layer in the detectors.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx.baking.edits import edited
-from atpatch_onnx.baking.features import choose_features, suitable_features
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import FitError, PatchMismatchError, TargetMissedError, require
-from atpatch_onnx.fitting.calibrate import Calibration, JointCalibration
-from atpatch_onnx.fitting.collect import Columns, collect
-from atpatch_onnx.fitting.options import Decision, FitOptions
+from atpatch_onnx.fitting.calibrate import Calibration
+from atpatch_onnx.fitting.collect import Tokens, collect
+from atpatch_onnx.fitting.options import FitOptions, Kind
 from atpatch_onnx.fitting.preparation import Prepared, prepare
 from atpatch_onnx.fitting.scored import ScoredPart
 from atpatch_onnx.fitting.search import Found, Search
-from atpatch_onnx.fitting.switchboard import Trial
-from atpatch_onnx.fitting.training import Loss
+from atpatch_onnx.fitting.switchboard import Switchboard
 from atpatch_onnx.graph import ModelOrPath, as_model, fingerprint
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.compose import compose
-from atpatch_onnx.patches.patch import Detector, Features, Joint, Patch, Redistribution, SitePatch
+from atpatch_onnx.patches.patch import Patch, SitePatch
 from atpatch_onnx.running.sessions import Progress, silent
 
 
@@ -74,7 +69,7 @@ def fit(
         if not attempt.found.outcome.shortfalls(options.goal):
             break
     best = min(attempts, key=lambda attempt: attempt.found.outcome.nearness(options.goal))
-    patch = _patch(base, prepared, best, sum(attempt.settings_tried for attempt in attempts), options)
+    patch = _patch(base, prepared, best, attempts, options)
     return replace(patch, after=tuple(other.id for other in after))
 
 
@@ -100,118 +95,50 @@ def _with(base: ir.Model, after: Sequence[Patch]) -> ir.Model:
     return edited(base, patch.edits)
 
 
-def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress) -> Iterator["_Attempt"]:
-    """One after the other, as they are asked for: every way to decide, with all detectors."""
-    first, *others = options.decisions
-    trained = []
-    for loss, entries in _detectors(model, prepared, options, progress):
-        trained.append(_Trained(model, prepared, entries, loss, options, progress))
-        yield trained[-1].attempt(first)
-    for decision in others:
-        for one in trained:
-            yield one.attempt(decision)
-
-
 Entries = Sequence[tuple[AttentionSite, SitePatch]]
-"""Every candidate site with its detector and redistribution."""
-
-
-def _detectors(
-    model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress
-) -> Iterator[tuple[Loss, Entries]]:
-    """As they are asked for: of cheap column features with the first loss, of the last with each."""
-    *cheaper, last = _features_to_try(prepared.sites, options.features)
-    for kinds, losses in [(kinds, options.losses[:1]) for kinds in cheaper] + [(last, options.losses)]:
-        run = {"batch_size": options.batch_size, "progress": progress}
-        columns = collect(model, kinds, prepared.parts.fit, seed=options.seed, **run)  # type: ignore[arg-type]
-        for loss in losses:
-            yield loss, _trained(columns, loss, options, progress)
-
-
-def _features_to_try(sites: Sequence[AttentionSite], wanted: Features | None) -> list[dict[AttentionSite, Features]]:
-    """What detectors read at each site, round by round; a site for which less is suitable stays with its last."""
-    suitable = {site: (choose_features(site, wanted),) if wanted else suitable_features(site) for site in sites}
-    rounds = max(map(len, suitable.values()))
-    return [
-        {site: features[min(number, len(features) - 1)] for site, features in suitable.items()}
-        for number in range(rounds)
-    ]
+"""Every candidate site with its detector and neutral token."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Attempt:
-    """What came of one kind of column features, one loss and one way to decide."""
+    """What came of one kind of detectors."""
 
-    loss: Loss
-    decision: Decision
+    detectors: Kind
     entries: Entries
     calibration: Calibration
     found: Found
     settings_tried: int
 
 
-def _trained(columns: Sequence[Columns], loss: Loss, options: FitOptions, progress: Progress) -> Entries:
-    """Detectors of these columns."""
+def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress) -> Iterator[_Attempt]:
+    """One after the other, as they are asked for."""
+    run: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
+    tokens = collect(model, prepared.sites, prepared.parts.fit, seed=options.seed, **run)
+    for kind in options.detectors:
+        entries = train(tokens, kind, options, progress)
+        board = Switchboard(model, entries, prepared.output)
+        calibration_part = ScoredPart(board, prepared.parts.calibration, stage=f"calibrating, {kind}", **run)
+        calibration = Calibration.of(calibration_part, options)
+        validation_part = ScoredPart(board, prepared.parts.validation, stage=f"validating, {kind}", **run)
+        search = Search(validation_part, calibration, options, progress)
+        found = search.run()
+        yield _Attempt(kind, entries, calibration, found, search.attempts)
+
+
+def train(tokens: Sequence[Tokens], kind: Kind, options: FitOptions, progress: Progress = silent) -> Entries:
+    """Every site with a detector of this kind, and its neutral token."""
     from atpatch_onnx.fitting.detector import train_detector  # the only place that needs torch
 
     entries = []
-    for number, column in enumerate(columns, 1):
-        detector = train_detector(column, options.training, loss, seed=options.seed)
-        entries.append((column.site, _site_patch(column, detector, options)))
-        progress(f"training detectors, {loss}", number, len(columns))
+    for number, of_site in enumerate(tokens, 1):
+        detector = train_detector(of_site, options.training, hidden=kind == "hidden", seed=options.seed)
+        entries.append((of_site.site, SitePatch(of_site.site.name, detector, of_site.neutral)))
+        progress(f"training detectors, {kind}", number, len(tokens))
     return entries
 
 
-@dataclass(frozen=True, eq=False)
-class _Trained:
-    """Trained detectors; each part is scored by them once, however many ways to decide are tried."""
-
-    model: ir.Model
-    prepared: Prepared
-    entries: Entries
-    loss: Loss
-    options: FitOptions
-    progress: Progress
-
-    def attempt(self, decision: Decision) -> _Attempt:
-        """Calibrate, search."""
-        alone = Calibration.of(self._calibration_part, self.options)
-        calibration: Calibration | JointCalibration = alone
-        if decision == "joint":
-            fitted = self._scored(self.prepared.parts.fit, "weighing")
-            calibration = JointCalibration(alone, fitted, self._calibration_part, seed=self.options.seed)
-        search = Search(self._validation_part, calibration, self.options, self.progress)
-        found = search.run()
-        return _Attempt(self.loss, decision, self.entries, alone, found, search.attempts)
-
-    @cached_property
-    def _calibration_part(self) -> ScoredPart:
-        return self._scored(self.prepared.parts.calibration, "calibrating")
-
-    @cached_property
-    def _validation_part(self) -> ScoredPart:
-        return self._scored(self.prepared.parts.validation, "validating")
-
-    def _scored(self, part: DebugSet, stage: str) -> ScoredPart:
-        run = {"batch_size": self.options.batch_size, "progress": self.progress}
-        return ScoredPart(self._trial, part, stage=f"{stage}, {self.loss}", **run)  # type: ignore[arg-type]
-
-    @cached_property
-    def _trial(self) -> Trial:
-        return Trial(self.model, self.entries, self.prepared.output)
-
-
-def _site_patch(columns: Columns, detector: Detector, options: FitOptions) -> SitePatch:
-    neutral = columns.neutral if options.value == "neutral" else None
-    return SitePatch(columns.site.name, detector, Redistribution(np.ones((1, 1, 1), np.float32), neutral))
-
-
 def _patch(
-    model: ir.Model,
-    prepared: Prepared,
-    best: _Attempt,
-    settings_tried: int,
-    options: FitOptions,
+    model: ir.Model, prepared: Prepared, best: _Attempt, attempts: Sequence[_Attempt], options: FitOptions
 ) -> Patch:
     found = best.found
     shortfalls = found.outcome.shortfalls(options.goal)
@@ -222,24 +149,16 @@ def _patch(
             found="; ".join(shortfalls),
             advice="Give more pairs or other candidate sites, relax the goal, or write it anyway (option --force).",
         )
-    setting, together, weights = found.setting, found.setting.joint, []
     chosen = []
     for site, entry in best.entries:
-        detector = redistribution = None
-        if together is not None and site.name in together.weights:
-            detector = entry.detector
-            weights.append(together.weights[site.name])
-        if site.name in setting.thresholds:
+        detector = neutral = None
+        if site.name in found.setting.thresholds:
             assert entry.detector is not None
-            detector = replace(
-                entry.detector, threshold=setting.thresholds[site.name], reach=setting.reaches.get(site.name, 0.0)
-            )
-        if site.name in found.setting.betas:
-            assert entry.redistribution is not None
-            beta = np.full((1, 1, 1), found.setting.betas[site.name], np.float32)
-            redistribution = replace(entry.redistribution, beta=beta)
-        if detector or redistribution:
-            chosen.append(SitePatch(site.name, detector, redistribution))
+            detector = replace(entry.detector, threshold=found.setting.thresholds[site.name])
+        if site.name in found.setting.redistributing:
+            neutral = entry.neutral
+        if detector or neutral:
+            chosen.append(SitePatch(site.name, detector, neutral))
     debug, parts = prepared.debug, prepared.parts
     figures: dict[str, Any] = {
         "kind": debug.kind,
@@ -247,46 +166,36 @@ def _patch(
         "meets_target": not shortfalls,
         "shortfalls": list(shortfalls),
         "goal": asdict(options.goal),
-        "loss": best.loss,
-        "decision": best.decision,
-        "value": options.value,
+        "reading": "keys",
+        "detectors": best.detectors,
+        "tried": [
+            {"detectors": one.detectors, "shortfalls": list(one.found.outcome.shortfalls(options.goal))}
+            for one in attempts
+        ],
         "pairs": {"fit": len(parts.fit), "calibration": len(parts.calibration), "validation": len(parts.validation)},
-        "joint": None if together is None else {"threshold": together.threshold, "reach": together.reach},
         "outcome": found.outcome.to_json(),
-        "settings_tried": settings_tried,
+        "settings_tried": sum(one.settings_tried for one in attempts),
         "sites": [_site_figures(site, best.calibration, found) for site, _ in best.entries],
     }
-    joint = None
-    if together is not None:
-        threshold, reach = (float(np.float32(number)) for number in (together.threshold, together.reach))
-        joint = Joint(np.array(weights, np.float32), threshold, reach)
-    return Patch(base=fingerprint(model), sites=tuple(chosen), figures=figures, joint=joint)
+    return Patch(base=fingerprint(model), sites=tuple(chosen), figures=figures)
 
 
 def _site_figures(site: AttentionSite, calibration: Calibration, found: Found) -> dict[str, Any]:
-    """What was found of one candidate site, on the calibration part; alone, it would have the whole budget.
-
-    Recall and precision are of the threshold as it is, not of the lower one that flagged inputs may have.
-    """
+    """What was found of one candidate site, on the calibration part; alone, it would have the whole budget."""
     name = site.name
     threshold = found.setting.thresholds.get(name, calibration.thresholds([name])[name])
     anomalous, benign = calibration.anomalous[name] > threshold, calibration.benign[name] > threshold
-    false = float(benign.mean()) if benign.size else 0.0
     roles = [role for role, element in found.elements if element == name]
-    together = found.setting.joint
     return {
         "site": name,
         "separation": calibration.separation(name),
         "gap": calibration.gap(name),
         "recall": float(anomalous.mean()),
         "precision": float(anomalous.sum() / max(anomalous.sum() + benign.sum(), 1)),
-        "column_flag_rate": false,
+        "column_flag_rate": float(benign.mean()) if benign.size else 0.0,
         "clean_flag_rate": float((calibration.clean[name] > threshold).mean()),
         "threshold": threshold,
-        "reach": found.setting.reaches.get(name, 0.0),
-        "weight": together.weights.get(name, 0.0) if together else None,
-        "detects": name in found.setting.thresholds or (together is not None and name in together.weights),
-        "redistributes": "redistribute" in roles,
-        "beta": found.setting.betas.get(name),
+        "detects": name in found.setting.thresholds,
+        "redistributes": name in found.setting.redistributing,
         "without": {role: found.without[role, name].to_json() for role in roles if (role, name) in found.without},
     }

@@ -27,6 +27,10 @@ class Goal:
     clean_flag_rate: float = 0.01
     """Share of clean inputs with a flag on any benign column."""
 
+    robust_accuracy_loss: float = 0.02
+    """For a backdoor: by how much the accuracy on triggered inputs may be below that on the same inputs without the
+    trigger, of those whose label is not the target."""
+
     columns_missed: float = 1.0
     """Share of anomalous columns that are not flagged; 1 asks for nothing."""
 
@@ -41,6 +45,9 @@ class Outcome:
 
     accuracy_base: float
     accuracy: float
+    robust_accuracy_loss: float
+    """See `Goal`; 0 for a protected attribute."""
+
     clean_flag_rate: float
     recall: float
     """Share of anomalous columns that are flagged; 1 where there are none, as neuron edits look for none."""
@@ -72,6 +79,7 @@ class Outcome:
         return (
             (name, self.remaining, bound),
             ("accuracy lost", self.accuracy_base - self.accuracy, goal.accuracy_loss),
+            ("robust accuracy lost", self.robust_accuracy_loss, goal.robust_accuracy_loss),
             ("clean flag rate", self.clean_flag_rate, goal.clean_flag_rate),
             ("anomalous columns missed", 1 - self.recall, goal.columns_missed),
         )
@@ -101,14 +109,18 @@ def judge(
     if debug.kind == "backdoor":
         assert debug.target is not None, "the target was given or inferred before"
         remaining = attack_above_floor(counterfactual[0], labels, base_clean, debug.target).value
+        others = labels != debug.target
+        right = (base_clean == labels)[others], (counterfactual[0] == labels)[others]
+        robust = float(right[0].mean() - right[1].mean()) if others.any() else 0.0
     else:
-        remaining = flip_rate(clean[0], counterfactual[0]).value
+        robust, remaining = 0.0, flip_rate(clean[0], counterfactual[0]).value
     flags, wanted = np.concatenate([clean[1], counterfactual[1]]), np.concatenate(anomalous)
     return Outcome(
         kind=debug.kind,
         remaining=remaining,
         accuracy_base=float((base_clean == labels).mean()),
         accuracy=float((clean[0] == labels).mean()),
+        robust_accuracy_loss=robust,
         clean_flag_rate=float((clean[1] & ~anomalous[0]).any(axis=1).mean()),
         recall=float((flags & wanted).sum() / wanted.sum()) if wanted.any() else 1.0,
         precision=float((flags & wanted).sum() / max(flags.sum(), 1)),

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.fitting.collect import anomalous_columns
 from atpatch_onnx.fitting.goal import Outcome, judge
-from atpatch_onnx.fitting.switchboard import Setting, Trial, TrialResult
+from atpatch_onnx.fitting.switchboard import Setting, Switchboard, Tried
 from atpatch_onnx.running.predictions import classes
 from atpatch_onnx.running.sessions import Array, Progress, silent
 
@@ -17,10 +17,10 @@ AT_ONCE = 2
 
 
 class ScoredPart:
-    """A part of a debug set in a trial. The base is run on it once; a setting runs those inputs again that it flags.
+    """A part of a debug set on a switchboard: the base runs once, a setting those inputs again that it flags.
 
     Args:
-        trial: The session in which sites are switched on and off.
+        board: The session in which sites are switched on and off.
         part: Pairs whose suspects and, for a backdoor, target are known.
         batch_size: Inputs at a time.
         progress: Told after every batch of the first run.
@@ -28,15 +28,21 @@ class ScoredPart:
     """
 
     def __init__(
-        self, trial: Trial, part: DebugSet, *, batch_size: int = 32, progress: Progress = silent, stage: str = "scoring"
+        self,
+        board: Switchboard,
+        part: DebugSet,
+        *,
+        batch_size: int = 32,
+        progress: Progress = silent,
+        stage: str = "scoring",
     ) -> None:
         self.part = part
         self.anomalous = anomalous_columns(part)
-        """Which columns should be flagged, on the clean and on the counterfactual side, bool `[pairs, keys]`."""
+        """Which tokens should be flagged, on the clean and on the counterfactual side, bool `[pairs, tokens]`."""
         run = {"batch_size": batch_size, "progress": progress}
-        self.clean = trial.scores(part.clean, stage=f"{stage}, clean inputs", **run)  # type: ignore[arg-type]
-        self.counterfactual = trial.scores(part.counterfactual, stage=f"{stage}, counterfactuals", **run)  # type: ignore[arg-type]
-        self._trial, self._batch_size = trial, batch_size
+        self.clean = board.scores(part.clean, stage=f"{stage}, clean inputs", **run)  # type: ignore[arg-type]
+        self.counterfactual = board.scores(part.counterfactual, stage=f"{stage}, counterfactuals", **run)  # type: ignore[arg-type]
+        self._board, self._batch_size = board, batch_size
 
     def outcome(self, setting: Setting) -> Outcome:
         """What a setting does to the part."""
@@ -62,7 +68,7 @@ class ScoredPart:
         return possible
 
     def _patched(
-        self, inputs: Mapping[str, Array], base: TrialResult, setting: Setting
+        self, inputs: Mapping[str, Array], base: Tried, setting: Setting
     ) -> Iterator[tuple[tuple[NDArray[np.int64], NDArray[np.bool_]], NDArray[np.int64]]]:
         """Predictions and flags under a setting, and the rows of which they are the base's still; at last of none.
 
@@ -73,12 +79,8 @@ class ScoredPart:
         for start in range(0, rows.size, size):
             now = rows[start : start + size]
             flagged = {name: array[now] for name, array in inputs.items()}
-            if setting.joint is not None:
-                logits = self._trial.second_pass(flagged, flags[now], setting, batch_size=self._batch_size)
-            else:
-                result = self._trial.run(flagged, setting, batch_size=self._batch_size)
-                logits, flags[now] = result.logits, result.flags
-            predictions[now] = classes(logits)
+            result = self._board.run(flagged, setting, batch_size=self._batch_size)
+            predictions[now], flags[now] = classes(result.logits), result.flags
             yield (predictions, flags), rows[start + size :]
         if not rows.size:
             yield (predictions, flags), rows

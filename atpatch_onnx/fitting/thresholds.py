@@ -9,12 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from atpatch_onnx.patches.patch import MAX_REACH
-
 Scores = NDArray[np.float32]
-
-_ROUNDING = 1e-5
-"""Far above that of a difference of two float32 scores."""
 
 _LOW = 0.01
 """The quantile of anomalous scores that counts as their lowest in `gap`."""
@@ -74,23 +69,3 @@ def _middle(ordered: Scores, anomalous: Scores, count: int) -> float:
 def gap(clean: Scores, anomalous: Scores) -> float:
     """How far the lowest anomalous scores are above the largest clean one; negative where they overlap."""
     return (float(np.quantile(anomalous, _LOW)) if anomalous.size else -np.inf) - float(clean.max())
-
-
-def reach(anomalous: Scores, threshold: float, missed: float) -> float:
-    """How much lower a threshold has to be to miss at most a share of the anomalous columns; 0 where it need not be.
-
-    The lower threshold lies between the last score that it has to name and the next one below, so that rounding does
-    not decide.
-
-    Args:
-        anomalous: Scores of the anomalous columns `[columns]`; those that no query sees do not count.
-        threshold: Of the site.
-        missed: The share, 1 for a threshold that is not lower.
-    """
-    scores = np.sort(anomalous[anomalous > -MAX_REACH])
-    if missed >= 1 or not scores.size:
-        return 0.0
-    last = scores[int(missed * scores.size)]
-    below = scores[scores < last]
-    lower = float(last + below[-1]) / 2 if below.size else float(last)
-    return float(np.clip(threshold - min(lower, float(last) - _ROUNDING), 0.0, MAX_REACH))

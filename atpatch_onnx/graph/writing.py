@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -38,6 +39,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: str | None 
         with tempfile.TemporaryDirectory(prefix=".atpatch-", dir=folder) as made:
             staging = Path(made)
             plan = plan_move(model, folder, how)
+            _require_apart(folder / path.name, [*plan.locations, *(folder / one for one in plan.locations.values())])
             moves: list[tuple[Path, Path]] = []
             for number, (source, target) in enumerate(plan.missing.items()):
                 bring(source, staging / str(number), how)
@@ -59,6 +61,18 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: str | None 
             found=str(error),
             advice="Choose another path, or make room.",
         ) from error
+
+
+def _require_apart(target: Path, data: Iterable[Path]) -> None:
+    """Refuse to write a model over data that it reads."""
+    for file in data:
+        if file == target or (target.exists() and file.exists() and target.samefile(file)):
+            raise ModelFileError(
+                str(target),
+                expected="a file of its own for the model",
+                found=f"external data of it, {file}",
+                advice="Choose another path: the weights in this file would be lost.",
+            )
 
 
 def to_bytes(model: ir.Model) -> bytes:

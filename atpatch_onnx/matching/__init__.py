@@ -4,15 +4,18 @@ One form of attention a file; `RULES` is the table of contents.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import onnx_ir as ir
 
+from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes
 from atpatch_onnx.matching.naming import site_names
+from atpatch_onnx.matching.places import key_place, value_place
 from atpatch_onnx.matching.provenance import Source, factors
-from atpatch_onnx.matching.rules import Candidate, Rule, label
-from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss
+from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
+from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss, Place
 from atpatch_onnx.matching.unmapped import unmapped
 from atpatch_onnx.matching.view import View, view
 
@@ -57,38 +60,69 @@ def explain(model: ir.Model) -> Matches:
     The model is left as it is.
     """
     seen = view(model)
-    answers = list(_answers(model, seen))
-    candidates = [answer for answer in answers if isinstance(answer, Candidate)]
+    order = {str(value.name): index for index, node in enumerate(model.graph) for value in node.outputs}
+    found: list[tuple[Candidate, tuple[Place, Place]]] = []
+    misses: list[NearMiss] = []
+    for answer in _answers(model, seen):
+        places = answer if isinstance(answer, NearMiss) else _places(answer, order, seen)
+        if isinstance(places, NearMiss):
+            misses.append(places)
+        elif isinstance(answer, Candidate):
+            found.append((answer, places))
+    found.sort(key=lambda one: order.get(one[1][0].value, -1))  # flags are carried in the order of the keys
+    candidates = [candidate for candidate, _ in found]
     names = site_names((candidate.anchor, *candidate.nodes) for candidate in candidates)
-    axes = token_axes(candidates, seen)
+    axes = token_axes(candidates, [key for _, (key, _) in found], seen)
     sites = tuple(
         AttentionSite(
             name=name,
             index=index,
             form=candidate.form,
+            key=key,
+            value=value,
             map=None if candidate.map is None else candidate.map.name,
-            value=str(candidate.value.name),
-            output=str(candidate.output.name),
             map_layout=candidate.map_layout,
-            value_layout=candidate.value_layout,
-            output_layout=candidate.output_layout,
+            output=str(candidate.output.name),
             parts=candidate.parts,
             heads=candidate.heads,
-            kv_heads=candidate.kv_heads,
             queries=candidate.queries,
-            keys=candidate.keys,
-            depth=candidate.depth,
-            dtype=str((seen.dtype(candidate.output) or seen.dtype(candidate.query) or ir.DataType.UNDEFINED).name),
+            keys=axis.tokens,
+            dtype=key.dtype,
             masked=candidate.masked,
             self_attention=axis.self_attention,
             token_axis=axis.name,
             nodes=tuple(dict.fromkeys(label(node) for node in candidate.nodes)),
         )
-        for index, (candidate, name, axis) in enumerate(zip(candidates, names, axes, strict=True))
+        for index, ((candidate, (key, value)), name, axis) in enumerate(zip(found, names, axes, strict=True))
     )
-    misses = [answer for answer in answers if isinstance(answer, NearMiss)]
     known = {name for nodes in (*(s.nodes for s in sites), *(m.nodes for m in misses)) for name in nodes}
     return Matches(sites, (*misses, *unmapped(list(model.graph), known)))
+
+
+def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple[Place, Place] | NearMiss:
+    """Where keys and values of a candidate are replaced, or why they cannot be."""
+    key = key_place(candidate.keys, candidate.key_reader, candidate.anchor, seen)
+    product = candidate.output.producer()
+    assert product is not None, "attention is computed by a node"
+    value = None if key is None else value_place(candidate.values, product, key, order, seen)
+    if key is None or value is None:
+        which = "keys" if key is None else "values"
+        reason = f"attention, but its {which} do not stand token by token in any tensor of the graph"
+        return miss(candidate.nodes, reason, attention=True)
+    dtype = seen.dtype(candidate.output) or seen.dtype(candidate.query) or ir.DataType.UNDEFINED
+    key, value = (_typed(place, dtype, seen) for place in (key, value))
+    if candidate.bias is not None:
+        name, starts = str(candidate.bias.value.name), (candidate.bias.keys, candidate.bias.values)
+        key, value = (
+            replace(place, bias=name, bias_start=start) for place, start in zip((key, value), starts, strict=True)
+        )
+    return key, value
+
+
+def _typed(place: Place, dtype: ir.DataType, seen: View) -> Place:
+    """With the element type of the tensor, `dtype` where it is not declared, and its shape."""
+    found = find_value(seen.model.graph, place.value)
+    return replace(place, dtype=(seen.dtype(found) or dtype).name, shape=seen.shape(found) or ())
 
 
 def _answers(model: ir.Model, seen: View) -> Iterator[Candidate | NearMiss]:

@@ -3,8 +3,9 @@
 import onnx_ir as ir
 
 from atpatch_onnx.matching.chains import is_mask
-from atpatch_onnx.matching.layout import MAP, OUTPUT, VALUES
+from atpatch_onnx.matching.layout import MAP, VALUES
 from atpatch_onnx.matching.leading import Axis, name_leading
+from atpatch_onnx.matching.pieces import from_layout
 from atpatch_onnx.matching.rules import Candidate, Rule, miss, type_reason
 from atpatch_onnx.matching.sites import Dim, Form, NearMiss
 from atpatch_onnx.matching.view import View
@@ -33,9 +34,7 @@ def _match(node: ir.Node, view: View) -> Candidate | str:
     if ranks not in ({4}, {3}):
         return f"its inputs must all have 4 or all 3 axes, found {sorted(ranks) or 'unknown shapes'}"
     packed = ranks == {3}
-    dims = _packed_dims(node, shapes) if packed else _dims(shapes)
-    batch, heads, kv_heads, queries, positions, depth = dims
-    past = _input(node, _PAST_VALUE)
+    batch, heads, kv_heads, queries = _packed_dims(node, shapes) if packed else _dims(shapes)
     leading = name_leading([Axis(batch, ((value, 0), (query, 0)))], view)
     if isinstance(leading, str):
         return leading
@@ -44,23 +43,23 @@ def _match(node: ir.Node, view: View) -> Candidate | str:
     reason = type_reason(view.dtype(node.outputs[0]) or view.dtype(query))
     if reason is not None:
         return reason
+    layout, folded = ("nk(hd)" if packed else VALUES), {"h": kv_heads} if isinstance(kv_heads, int) else {}
+    keys, values = (from_layout(operand, layout, folded, view) for operand in (key, value))
+    if keys is None or values is None:
+        return "the sizes of its keys and values cannot be inferred"
     return Candidate(
         anchor=node,
         form=Form.ATTENTION,
         map=None,
         map_layout=MAP,
-        value_layout="nk(hd)" if packed and past is None else VALUES,
-        output_layout="nq(hd)" if packed else OUTPUT,
         query=query,
-        key=key,
-        value=value,
+        keys=keys,
+        values=values,
+        key_reader=node,
         output=node.outputs[0],
         parts=leading.parts,
         heads=heads,
-        kv_heads=kv_heads,
         queries=queries,
-        keys=positions if past is None else _keys_with_past(node, past, positions, view),
-        depth=depth,
         masked=_masked(node, view),
         nodes=(node,),
     )
@@ -77,34 +76,19 @@ def _masked(node: ir.Node, view: View) -> bool:
     return causal or hidden or any(_input(node, index) is not None for index in (_PAST_KEY, _PAST_VALUE, _PADDING))
 
 
-def _dims(shapes: list[tuple[Dim, ...] | None]) -> tuple[Dim, ...]:
-    """(batch, heads, kv_heads, queries, positions of K and V, depth) of 4-D inputs."""
-    query, key, value = (shape or (None,) * 4 for shape in shapes)
-    kv_heads = key[1] if value[1] is None else value[1]
-    positions = key[2] if value[2] is None else value[2]
-    return query[0], query[1], kv_heads, query[2], positions, value[3]
+def _dims(shapes: list[tuple[Dim, ...] | None]) -> tuple[Dim, Dim, Dim, Dim]:
+    """(batch, heads, kv heads, queries) of 4-D inputs."""
+    query, key, _ = (shape or (None,) * 4 for shape in shapes)
+    return query[0], query[1], key[1], query[2]
 
 
-def _packed_dims(node: ir.Node, shapes: list[tuple[Dim, ...] | None]) -> tuple[Dim, ...]:
+def _packed_dims(node: ir.Node, shapes: list[tuple[Dim, ...] | None]) -> tuple[Dim, Dim, Dim, Dim]:
     """The same of 3-D inputs, which need the attributes q_num_heads and kv_num_heads."""
-    query, key, value = (shape or (None,) * 3 for shape in shapes)
+    query = shapes[0] or (None,) * 3
     heads, kv_heads = (
         node.attributes[name].as_int() if name in node.attributes else None for name in ("q_num_heads", "kv_num_heads")
     )
-    width = value[2]
-    depth = width // kv_heads if isinstance(width, int) and kv_heads else None
-    return query[0], heads, kv_heads, query[1], key[1] if value[1] is None else value[1], depth
-
-
-def _keys_with_past(node: ir.Node, past: ir.Value, positions: Dim, view: View) -> Dim:
-    """Keys of the map: those of the cache and the new ones; output 2, `present_value`, has them all."""
-    present = view.shape(node.outputs[2]) if len(node.outputs) > 2 else None
-    if present and present[2] is not None:
-        return present[2]
-    cached = (view.shape(past) or (None,) * 4)[2]
-    if isinstance(cached, int) and isinstance(positions, int):
-        return cached + positions
-    return None if cached is None or positions is None else f"{cached} + {positions}"
+    return query[0], heads, kv_heads, query[1]
 
 
 RULE = Rule(anchors=frozenset({("", "Attention")}), answer=answer)

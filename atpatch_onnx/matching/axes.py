@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from atpatch_onnx.matching.pieces import split_by_axes
 from atpatch_onnx.matching.rules import Candidate
+from atpatch_onnx.matching.sites import Dim, Place
 from atpatch_onnx.matching.view import View
 
 _POINTWISE = {
@@ -57,23 +59,43 @@ class Axis:
     """The same for sites whose keys are positions of one sequence."""
 
     self_attention: bool
+    tokens: Dim
+    """Keys that are computed here, of one map."""
 
 
-def token_axes(candidates: Sequence[Candidate], view: View) -> list[Axis]:
-    """The axis of each candidate, in order."""
+def token_axes(candidates: Sequence[Candidate], keys: Sequence[Place], view: View) -> list[Axis]:
+    """The axis of each candidate, in order, given where its keys are replaced: those in a cache do not count."""
     origins = _origins(candidates, view)
     known: list[tuple[str, frozenset[str], tuple[object, object]]] = []
     axes = []
-    for site in candidates:
-        queries, keys = (origins.get(str(value.name), frozenset()) for value in (site.query, site.key))
-        sizes = (site.parts, site.keys)
-        same = [name for name, others, size in known if others & keys and size == sizes]
-        whole = site.parts in (0, 1) and site.keys is not None
+    for site, key in zip(candidates, keys, strict=True):
+        queries, own = (origins.get(name, frozenset()) for name in (str(site.query.name), key.value))
+        tokens = _tokens(site, key, view)
+        sizes = (site.parts, tokens)
+        same = [name for name, others, size in known if others & own and size == sizes]
+        whole = site.parts in (0, 1) and tokens is not None
         name = same[0] if same and whole else f"axis_{len({name for name, _, _ in known})}"
-        known.append((name, keys, sizes))
-        contradicted = None not in (site.queries, site.keys) and site.queries != site.keys
-        axes.append(Axis(name, self_attention=bool(queries & keys) and not contradicted))
+        known.append((name, own, sizes))
+        contradicted = None not in (site.queries, tokens) and site.queries != tokens
+        axes.append(Axis(name, bool(queries & own) and not contradicted, tokens))
     return axes
+
+
+def _tokens(site: Candidate, key: Place, view: View) -> Dim:
+    """How many tokens a tensor has of one map; None where it is not known.
+
+    Where they share an axis with the maps, they are as many as meet the queries, if their numbers agree.
+    """
+    shape = view.inferred.shapes.get(key.value)
+    if shape is not None and "k" in key.axes:
+        return shape[key.axes.index("k")]
+    sizes, met, named = view.inferred.sizes.get(key.value), view.sizes(site.keys.value), view.shape(site.keys.value)
+    apart = None if met is None else split_by_axes(site.keys, met)
+    if sizes is None or met is None or named is None or apart is None or site.parts != 1 or view.samples is None:
+        return None
+    both = next(size for letters, size in zip(key.axes, sizes, strict=True) if letters)
+    found = {part.axis for part in apart[1] if part.letter == "k"}
+    return next((named[axis] for axis in found if len(found) == 1 and view.samples * met[axis] == both), None)
 
 
 def _origins(candidates: Sequence[Candidate], view: View) -> dict[str, frozenset[str]]:

@@ -1,21 +1,20 @@
-"""Fused attention of onnxruntime's own domain: accepted where its map can be computed beside it (`shadow`)."""
+"""Fused attention of onnxruntime's own domain: keys and values are its operands, packed or apart."""
 
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from atpatch_onnx.matching.chains import is_mask
-from atpatch_onnx.matching.layout import MAP, VALUES
+from atpatch_onnx.matching.layout import MAP
 from atpatch_onnx.matching.leading import Axis, name_leading
 from atpatch_onnx.matching.operands import integer, operand, rank
-from atpatch_onnx.matching.rules import Candidate, Rule, miss, type_reason
+from atpatch_onnx.matching.pieces import Part, Pieces, from_layout, rebuilt
+from atpatch_onnx.matching.rules import Candidate, OwnBias, Rule, miss, type_reason
 from atpatch_onnx.matching.sites import Dim, Form, NearMiss
 from atpatch_onnx.matching.view import View
 
-OPS = frozenset({"MultiHeadAttention", "Attention", "GroupQueryAttention"})
-"""The com.microsoft operators that have a shadow (`baking.shadow`)."""
-
 _REFUSED = (
+    "Attention",
     "DecoderMaskedMultiHeadAttention",
     "DecoderMaskedSelfAttention",
     "LongformerAttention",
@@ -25,10 +24,14 @@ _REFUSED = (
     "QAttention",
     "SparseAttention",
 )
-"""Fused attention whose map is not computed: tokens without padding, quantized weights, sparse maps, paged caches."""
+"""Fused attention that is not patched, with the reasons of `_WHY` or that of all others."""
 
+_WHY = {
+    "Attention": "it projects queries, keys and values itself; fuse the model without it "
+    "(onnxruntime.transformers.optimizer --use_multi_head_attention, or export without onnxruntime fusions)",
+    "QAttention": "it projects quantized queries, keys and values itself; quantize the model without fused attention",
+}
 _UNKNOWN_RANK = "it is not known how many axes its {} has; run onnx.shape_inference on the model first"
-_SHARED_BUFFER = "its cache is a buffer that it writes into itself; export the model with a cache that grows"
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,13 @@ class _Operands:
     """What a node's inputs and attributes say of its Q, K and V."""
 
     query: ir.Value
-    key: ir.Value
-    value: ir.Value
-    """Where positions come from; the same input where projections are packed."""
-
+    keys: Pieces
+    values: Pieces
     heads: int
-    kv_heads: int
     batch: Dim
     queries: Dim
-    keys: Dim
-    depth: Dim
     masked: bool
+    bias: OwnBias | None = None
 
 
 def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
@@ -58,15 +57,13 @@ def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
 
 
 def _match(node: ir.Node, view: View) -> Candidate | str:
-    if node.op_type not in OPS:
-        return (
-            f"fused into com.microsoft::{node.op_type}, which does not hand out its map; export the model without "
-            "onnxruntime fusions"
-        )
+    if node.op_type not in _READERS:
+        how = "which hides its keys and values; export the model without onnxruntime fusions"
+        return f"fused into com.microsoft::{node.op_type}: {_WHY.get(node.op_type, how)}"
     operands = _READERS[node.op_type](node, view)
     if isinstance(operands, str):
         return operands
-    traces = ((operands.value, 0), (operands.query, 0))
+    traces = ((operands.values.value, 0), (operands.query, 0))
     leading = name_leading([Axis(operands.batch, traces)], view)
     if isinstance(leading, str):
         return leading
@@ -80,55 +77,76 @@ def _match(node: ir.Node, view: View) -> Candidate | str:
         form=Form.FUSED,
         map=None,
         map_layout=MAP,
-        value_layout=VALUES,
-        output_layout="nq(hd)",
         query=operands.query,
-        key=operands.key,
-        value=operands.value,
+        keys=operands.keys,
+        values=operands.values,
+        key_reader=node,
         output=node.outputs[0],
         parts=leading.parts,
         heads=operands.heads,
-        kv_heads=operands.kv_heads,
         queries=operands.queries,
-        keys=operands.keys,
-        depth=operands.depth,
         masked=operands.masked,
         nodes=(node,),
+        bias=operands.bias,
     )
 
 
 def _multi_head(node: ir.Node, view: View) -> _Operands | str:
-    query, key, value, _, mask = (operand(node, index) for index in range(5))
+    query, key, value, bias, mask = (operand(node, index) for index in range(5))
     if query is None:
         return "Q is missing"
-    reason = _multi_head_reason(node, view)
+    reason = _multi_head_reason(node)
     if reason is not None:
         return reason
     heads = integer(node, "num_heads")
-    key = key or query  # packed
-    value = value or key
-    query_shape, key_shape, value_shape = (_shape(given, view) for given in (query, key, value))
-    position = 2 if len(key_shape) == 4 else 1  # one row of keys a head, or heads within each key
+    if key is None:
+        keys, values = (_stacked(query, index, view) for index in (1, 2))
+    elif value is None:
+        keys, values = (_stacked(key, index, view) for index in (0, 1))
+    else:
+        forms = ("nk(hd)" if rank(given) == 3 else "nhkd" for given in (key, value))
+        keys, values = (
+            from_layout(given, form, {"h": heads}, view) for given, form in zip((key, value), forms, strict=True)
+        )
+    width = None if bias is None else view.shape(bias)
+    if keys is None or values is None or (bias is not None and not (width and isinstance(width[0], int))):
+        return "the sizes of its keys and values cannot be inferred"
+    if bias is not None and not view.is_static(bias):
+        return "its bias is computed"
+    shape = _shape(query, view)
+    sizes = None if bias is None else [heads * _extent(given, "d") for given in (keys, values)]
     return _Operands(
         query=query,
-        key=key,
-        value=value,
+        keys=keys,
+        values=values,
         heads=heads,
-        kv_heads=heads,
-        batch=query_shape[0],
-        queries=query_shape[1],
-        keys=_sum(key_shape[position], _past_length(node, 6, 2, view)),
-        depth=_share(value_shape[2], heads) if len(value_shape) == 3 else value_shape[-1],
+        batch=shape[0],
+        queries=shape[1],
         masked=_masked(node, view, mask=mask, bias=operand(node, 5), past=operand(node, 6)),
+        bias=None if bias is None or sizes is None else OwnBias(bias, sizes[0], 2 * sizes[0]),
     )
 
 
-def _multi_head_reason(node: ir.Node, view: View) -> str | None:
+def _extent(pieces: Pieces, letter: str) -> int:
+    found = 1
+    for piece in pieces.pieces:
+        found *= piece.size if piece.letter == letter else 1
+    return found
+
+
+def _stacked(value: ir.Value, index: int, view: View) -> Pieces | None:
+    """One of the tensors that are stacked on the axis before the last, `[maps, tokens, heads, stacked, depth]`."""
+    shape = view.sizes(value)
+    if shape is None or len(shape) != 5:
+        return None
+    parts = [Part(letter, axis, 1, shape[axis]) for letter, axis in zip("nkhd", (0, 1, 2, 4), strict=True)]
+    return rebuilt(value, [0, 0, 0, index, 0], parts, shape)
+
+
+def _multi_head_reason(node: ir.Node) -> str | None:
     """Why this `MultiHeadAttention` is refused; None where it is not."""
-    query, key, value, bias, mask = (operand(node, index) for index in range(5))
-    if operand(node, 8) is not None or operand(node, 9) is not None:
-        return _SHARED_BUFFER
-    ranks = {name: rank(v) for name, v in (("Q", query), ("K", key), ("V", value), ("mask", mask)) if v is not None}
+    query, key, value, bias, _ = (operand(node, index) for index in range(5))
+    ranks = {name: rank(v) for name, v in (("Q", query), ("K", key), ("V", value)) if v is not None}
     unknown = next((name for name, axes in ranks.items() if axes is None), None)
     if unknown is not None:
         return _UNKNOWN_RANK.format(unknown)
@@ -137,50 +155,6 @@ def _multi_head_reason(node: ir.Node, view: View) -> str | None:
         return f"its Q, K and V have an unknown form, with {forms} axes"
     if ranks.get("K") == 5 and bias is not None:
         return "it has a bias beside packed keys and values, which onnxruntime refuses as well"
-    if ranks.get("mask", 1) not in (1, 2, 3):
-        return f"its mask has {ranks['mask']} axes, where onnxruntime knows 1, 2 and 3"
-    return None
-
-
-def _attention(node: ir.Node, view: View) -> _Operands | str:
-    source, weights, _, mask, past = (operand(node, index) for index in range(5))
-    if source is None or weights is None:
-        return "its input or its weights are missing"
-    reason = _attention_reason(node)
-    if reason is not None:
-        return reason
-    heads = integer(node, "num_heads")
-    shape = _shape(source, view)
-    if "qkv_hidden_sizes" in node.attributes:
-        width: Dim = node.attributes["qkv_hidden_sizes"].as_ints()[2]
-    else:
-        width = _share(_shape(weights, view)[-1], 3)
-    return _Operands(
-        query=source,
-        key=source,
-        value=source,
-        heads=heads,
-        kv_heads=heads,
-        batch=shape[0],
-        queries=shape[1],
-        keys=_sum(shape[1], _past_length(node, 4, 3, view)),
-        depth=_share(width, heads),
-        masked=_masked(node, view, mask=mask, bias=operand(node, 5), past=past),
-    )
-
-
-def _attention_reason(node: ir.Node) -> str | None:
-    """Why this `Attention` is refused; None where it is not."""
-    if integer(node, "do_rotary"):
-        return "it rotates Q and K itself (do_rotary), which onnxruntime's CPU kernel cannot confirm; rotate before it"
-    if integer(node, "past_present_share_buffer") or operand(node, 6) is not None:
-        return _SHARED_BUFFER
-    mask = operand(node, 3)
-    axes = None if mask is None else rank(mask)
-    if mask is not None and axes is None:
-        return _UNKNOWN_RANK.format("mask")
-    if axes not in (None, 1, 2, 3):
-        return f"its mask has {axes} axes (Megatron's form), not 1 to 3"
     return None
 
 
@@ -188,60 +162,44 @@ def _grouped(node: ir.Node, view: View) -> _Operands | str:
     query, key, value = (operand(node, index) for index in range(3))
     if query is None or (key is None) != (value is None):
         return "of Q, K and V, not all are given"
-    reason = _grouped_reason(node, view)
-    if reason is not None:
-        return reason
     heads, kv_heads = integer(node, "num_heads"), integer(node, "kv_num_heads")
+    if key is not None and _shape(key, view)[1] == 0:
+        return "it has no keys of its own and reads another layer's: they are replaced there"
+    if key is None:
+        keys, values = (_packed(query, heads, kv_heads, index, view) for index in (0, 1))
+    else:
+        assert value is not None
+        keys, values = (from_layout(given, "nk(hd)", {"h": kv_heads}, view) for given in (key, value))
+    if keys is None or values is None:
+        return "the sizes of its keys and values cannot be inferred"
     shape = _shape(query, view)
     return _Operands(
         query=query,
-        key=key or query,
-        value=value or query,
+        keys=keys,
+        values=values,
         heads=heads,
-        kv_heads=kv_heads,
         batch=shape[0],
         queries=shape[1],
-        keys=_grouped_keys(node, shape[1], view),
-        depth=_share(shape[2], heads + 2 * kv_heads if key is None else heads),
         masked=True,  # by causality, or by the lengths of the samples
     )
 
 
-def _grouped_reason(node: ir.Node, view: View) -> str | None:
-    """Why this `GroupQueryAttention` is refused; None where it is not."""
-    if integer(node, "sliding_window_cache"):
-        return "its cache drops old keys (sliding_window_cache); export the model with a cache that keeps them"
-    if any(operand(node, index) is not None for index in (12, 13)) or _quantized(node, view):
-        return "its cache is quantized; export the model with a cache of floats"
-    if any(operand(node, index) is not None for index in (14, 15)):
-        return "it normalizes Q and K itself (q_norm_weight), which onnxruntime's CPU kernel cannot confirm"
-    key = operand(node, 1)
-    if integer(node, "do_rotary") and (operand(node, 7) is None or operand(node, 8) is None):
-        return "it rotates Q and K but has no caches of cosines and sines"
-    if key is not None and _shape(key, view)[1] == 0:
-        return "it has no keys of its own and reads another layer's"
-    return None
+def _packed(value: ir.Value, heads: int, kv_heads: int, index: int, view: View) -> Pieces | None:
+    """Keys or values within `[maps, tokens, (heads + 2 kv heads) * depth]`."""
+    shape = view.sizes(value)
+    if shape is None or len(shape) != 3 or not heads + 2 * kv_heads:
+        return None
+    depth = shape[2] // (heads + 2 * kv_heads)
+    parts = [
+        Part("n", 0, 1, shape[0]),
+        Part("k", 1, 1, shape[1]),
+        Part("h", 2, depth, kv_heads),
+        Part("d", 2, 1, depth),
+    ]
+    return rebuilt(value, [0, 0, (heads + index * kv_heads) * depth], parts, shape)
 
 
-def _quantized(node: ir.Node, view: View) -> bool:
-    """Whether the cache holds whole numbers, or the node says that it does."""
-    past = operand(node, 3)
-    dtype = None if past is None else view.dtype(past)
-    kinds = [node.attributes[name].as_string() for name in ("k_quant_type", "v_quant_type") if name in node.attributes]
-    return any(kind not in ("", "NONE") for kind in kinds) or (dtype is not None and not dtype.is_floating_point())
-
-
-def _grouped_keys(node: ir.Node, queries: Dim, view: View) -> Dim:
-    """The longest sequence of the batch: as a bias has it, as the node is told, or what there is without a cache."""
-    bias, total = view.shape(operand(node, 10)), view.constant(operand(node, 6))
-    if bias and bias[-1] is not None:
-        return bias[-1]
-    if total is not None:
-        return int(total.item())
-    return queries if operand(node, 3) is None else None
-
-
-_READERS = {"MultiHeadAttention": _multi_head, "Attention": _attention, "GroupQueryAttention": _grouped}
+_READERS = {"MultiHeadAttention": _multi_head, "GroupQueryAttention": _grouped}
 
 
 def _masked(node: ir.Node, view: View, *, mask: ir.Value | None, bias: ir.Value | None, past: ir.Value | None) -> bool:
@@ -259,27 +217,4 @@ def _shape(value: ir.Value, view: View) -> tuple[Dim, ...]:
     return view.shape(value) or (None,) * (rank(value) or 3)
 
 
-def _past_length(node: ir.Node, index: int, axis: int, view: View) -> Dim:
-    """Keys in the cache; 0 without one."""
-    past = operand(node, index)
-    if past is None:
-        return 0
-    shape = view.shape(past)
-    return None if shape is None else shape[axis]
-
-
-def _sum(one: Dim, other: Dim) -> Dim:
-    """Of new keys and of those in the cache."""
-    if isinstance(one, int) and isinstance(other, int):
-        return one + other
-    if other == 0:
-        return one
-    return None if one is None or other is None else f"{other} + {one}"
-
-
-def _share(width: Dim, parts: int) -> Dim:
-    """One of the equal parts of a width."""
-    return width // parts if isinstance(width, int) and parts else None
-
-
-RULE = Rule(anchors=frozenset(("com.microsoft", name) for name in (*_REFUSED, *OPS)), answer=answer)
+RULE = Rule(anchors=frozenset(("com.microsoft", name) for name in (*_REFUSED, *_READERS)), answer=answer)

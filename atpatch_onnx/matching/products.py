@@ -15,6 +15,7 @@ class Product:
     map: tuple[str, ...]
     values: tuple[str, ...]
     output: tuple[str, ...]
+    map_value: ir.Value
     value: ir.Value
 
     @property
@@ -33,18 +34,19 @@ def read_product(meeting: Meeting, view: View) -> Product | str:
     value = node.inputs[1 - meeting.index]
     assert value is not None, "both operands are there"
     if node.op_type == "Einsum":
-        return _einsum(node, meeting.index, value, view)
+        return _einsum(node, meeting, value, view)
     of_map, of_values = view.rank(meeting.value), view.rank(value)
     rank = of_map or of_values  # what is not known of one is as with the other
     if rank is None:
         return "the shape of its map or values cannot be inferred"
-    return _matmul(node, meeting.index, value, (rank, of_values or rank))
+    return _matmul(node, meeting, value, (rank, of_values or rank))
 
 
-def _matmul(node: ir.Node, index: int, value: ir.Value, ranks: tuple[int, int]) -> Product | str:
+def _matmul(node: ir.Node, meeting: Meeting, value: ir.Value, ranks: tuple[int, int]) -> Product | str:
     """MatMul, FusedMatMul and Gemm; the map stands on the left, or, everything transposed, on the right."""
     if any(name.startswith("transBatch") and node.attributes[name].as_int() for name in node.attributes):
         return f"the map meets the values in {node.op_type} with transposed batches"
+    index = meeting.index
     leads = [str(axis) for axis in range(max(ranks) - 2)]
     map_, values, output = (["q", "k"], ["k", "d"], ["q", "d"]) if index == 0 else (["k", "q"], ["d", "k"], ["d", "q"])
     for name, own, side in (("transA", 0, (map_, values)), ("transB", 1, (map_, values))):
@@ -54,12 +56,13 @@ def _matmul(node: ir.Node, index: int, value: ir.Value, ranks: tuple[int, int]) 
         tuple(leads[max(ranks) - ranks[0] :] + map_),
         tuple(leads[max(ranks) - ranks[1] :] + values),
         tuple(leads + output),
+        meeting.value,
         value,
     )
 
 
-def _einsum(node: ir.Node, index: int, value: ir.Value, view: View) -> Product | str:
-    equation = _spelled_out(node, view)
+def _einsum(node: ir.Node, meeting: Meeting, value: ir.Value, view: View) -> Product | str:
+    equation, index = spelled_out(node, view), meeting.index
     terms, arrow, output = equation.partition("->")
     operands = terms.split(",")
     if not arrow or "." in equation or len(operands) != 2 or any(len(set(t)) < len(t) for t in (*operands, output)):
@@ -74,10 +77,10 @@ def _einsum(node: ir.Node, index: int, value: ir.Value, view: View) -> Product |
     leading = [letter for letter in map_ if letter not in known]
     known |= {letter: str(number) for number, letter in enumerate(leading)}
     of_map, of_values, of_output = (tuple(known[letter] for letter in term) for term in (map_, values, output))
-    return Product(of_map, of_values, of_output, value)
+    return Product(of_map, of_values, of_output, meeting.value, value)
 
 
-def _spelled_out(node: ir.Node, view: View) -> str:
+def spelled_out(node: ir.Node, view: View) -> str:
     """The equation of an Einsum with a letter for each axis behind an ellipsis, if operands have equally many there."""
     equation = node.attributes["equation"].as_string().replace(" ", "")
     terms = equation.partition("->")[0].split(",")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from atpatch_onnx.matching.pieces import Pieces
 from atpatch_onnx.matching.sites import Dim, Form, NearMiss
 from atpatch_onnx.matching.view import View
 
@@ -20,24 +21,37 @@ class Candidate:
     form: Form
     map: ir.Value | None
     map_layout: str
-    value_layout: str
-    output_layout: str
     """See `atpatch_onnx.matching.layout`."""
 
     query: ir.Value
-    key: ir.Value
-    value: ir.Value
+    keys: Pieces
+    """Where they meet the queries, in `key_reader`."""
+
+    values: Pieces
+    """Where they meet the map, in the node that computes `output`."""
+
+    key_reader: ir.Node
     output: ir.Value
     parts: Dim
     """Maps of one sample; 0 where samples share a map, None where it is not known."""
 
     heads: Dim
-    kv_heads: Dim
     queries: Dim
-    keys: Dim
-    depth: Dim
     masked: bool
     nodes: tuple[ir.Node, ...]
+    bias: "OwnBias | None" = None
+    """What the operator itself adds to keys and values."""
+
+
+@dataclass(frozen=True)
+class OwnBias:
+    """Weights that an operator adds to keys and values by itself."""
+
+    value: ir.Value
+    keys: int
+    """Where those of the keys begin."""
+
+    values: int
 
 
 @dataclass(frozen=True)

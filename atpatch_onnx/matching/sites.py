@@ -13,9 +13,13 @@ The axis glossary, used by every room:
 | column  | one key position: `P[b, :, :, j]`                                   |
 """
 
+import math
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class Form(StrEnum):
@@ -36,6 +40,66 @@ Dim = int | str | None
 
 
 @dataclass(frozen=True)
+class Place:
+    """A tensor in which the keys, or the values, of a site are per token: where they are read and replaced.
+
+    Entry `(n, k, h, d)` of the keys, of map, token, head and depth, lies at `n` and `k` on the axes that `axes`
+    names, and on the others, which have the sizes `sizes`, at the flat index `columns[h, d]`.
+    """
+
+    value: str
+    """Name of the tensor."""
+
+    axes: tuple[str, ...]
+    """What each of its axes is: `n` maps, `k` tokens, `nk` or `kn` both in one, outer ones first, "" features."""
+
+    sizes: tuple[int, ...]
+    """Size of each axis of features; 1 for the others."""
+
+    heads: int
+    """Heads of keys and values."""
+
+    depth: int
+    start: int
+    """Flat index of the first feature of the first head."""
+
+    steps: tuple[tuple[int, int], ...]
+    """(stride, size) of what heads and then depth are made of; outer ones first."""
+
+    dtype: str = "FLOAT"
+    """Element type of the tensor, as ONNX names it: FLOAT, FLOAT16, ..."""
+
+    shape: tuple[Dim, ...] = ()
+    """Of the tensor, as far as it can be told."""
+
+    reader: str | None = None
+    """First output of the only node that reads the replaced tensor; None: all nodes of the base do."""
+
+    bias: str | None = None
+    """Weights `[columns of Q, K and V]` that the operator adds to it by itself, and so our readings do."""
+
+    bias_start: int = 0
+
+    @property
+    def features(self) -> int:
+        """Features of a token: heads times depth."""
+        return self.heads * self.depth
+
+    @property
+    def whole(self) -> bool:
+        """Whether a token's features are all that the tensor has of it: not where Q, K and V are in one."""
+        return math.prod(self.sizes) == self.features
+
+    @property
+    def columns(self) -> NDArray[np.int64]:
+        """The flat index of each feature, int64 `[heads, depth]`."""
+        found = np.array([self.start], np.int64)
+        for stride, size in self.steps:
+            found = (found[:, None] + stride * np.arange(size)[None]).reshape(-1)
+        return found.reshape(self.heads, self.depth)
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention computation of a graph; the unit that is patched.
 
@@ -46,37 +110,36 @@ class AttentionSite:
     """Stable and recognisable, e.g. `vit.layers.3.attention`; else `site_3`."""
 
     index: int
-    """Position among the graph's sites, in the graph's node order."""
+    """Position among the graph's sites, in the order in which the graph computes their keys."""
 
     form: Form
+
+    key: Place
+    """Where its keys are replaced."""
+
+    value: Place
+    """Where its values are replaced."""
 
     map: str | None
     """Name of the attention map `P` where it meets the values; None in a fused op, which keeps it to itself."""
 
-    value: str
-    """Name of the values `V` that meet the map."""
+    map_layout: str
+    """How the map is laid out, e.g. `nhqk` or `(nh)qk`: see `atpatch_onnx.matching.layout`."""
 
     output: str
     """Name of `Y = P V`, the result of the site."""
 
-    map_layout: str
-    """How the map is laid out, e.g. `nhqk` or `(nh)qk`: see `atpatch_onnx.matching.layout`."""
-
-    value_layout: str
-    output_layout: str
-
     parts: Dim
     """Maps of one sample: 1, or more where windows, channels or chunks attend on their own; 0 where samples share a
-    map, None where it cannot be told. Columns and flags of a sample are those of all its parts, one after the other."""
+    map, None where it cannot be told. Tokens and flags of a sample are those of all its parts, one after the other."""
 
     heads: Dim
-    kv_heads: Dim
     queries: Dim
     keys: Dim
-    depth: Dim
+    """Tokens whose keys are computed here, of one map: not those in a cache."""
 
     dtype: str
-    """Element type of the output, as ONNX names it: FLOAT, FLOAT16, ..."""
+    """Element type of keys and values, as ONNX names it: FLOAT, FLOAT16, ..."""
 
     masked: bool
     """Whether a mask, a bias or causality can make weights of the map zero."""
@@ -92,7 +155,7 @@ class AttentionSite:
 
     @property
     def columns(self) -> Dim:
-        """Columns of one sample: the keys of all its parts; None where that is not a fixed number."""
+        """Tokens of one sample: the keys of all its parts; None where that is not a fixed number."""
         if self.parts == 1:
             return self.keys
         both = isinstance(self.parts, int) and isinstance(self.keys, int)

@@ -4,6 +4,7 @@ Walking *forward* from the softmax finds the product with V; walking *back* find
 attention from class probabilities, routers and token pooling.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -11,12 +12,16 @@ from math import prod
 import onnx_ir as ir
 
 from atpatch_onnx.matching import chains
+from atpatch_onnx.matching.keys import keys_of
 from atpatch_onnx.matching.layout import Layout
 from atpatch_onnx.matching.leading import Axis, Leading, name_leading
+from atpatch_onnx.matching.pieces import Pieces, from_layout
 from atpatch_onnx.matching.products import Product, read_product
 from atpatch_onnx.matching.rules import Candidate, Rule, miss, type_reason
-from atpatch_onnx.matching.sites import Dim, Form, NearMiss
+from atpatch_onnx.matching.sites import Form, NearMiss
 from atpatch_onnx.matching.view import View
+
+_PARTS_FIRST = re.compile("w.*b")
 
 _FIRST_OPSET = 13
 """Before opset 13, Softmax flattens its input to two axes."""
@@ -137,36 +142,47 @@ def _site(softmax: _Softmax, scores: chains.Product, meeting: chains.Meeting, vi
     assert isinstance(product, Product)
     assert isinstance(leading, Leading)
     named = dict(zip(product.leading, leading.letters, strict=True))
-    shapes = [view.shape(value) for value in (meeting.value, product.value)]
-    of_map, of_values = (
-        dict(zip(labels, shape or (None,) * len(labels), strict=True))
-        for labels, shape in zip((product.map, product.values), shapes, strict=True)
-    )
-    own_heads = [label for label in product.leading if "h" in named[label]]
-    shared = bool(own_heads) and of_values.get(own_heads[0]) == 1 != of_map[own_heads[0]]
-    grouped = [label for label in product.leading if "g" in named[label]]
-    kv_heads: Dim = leading.heads if not grouped else of_map[own_heads[0]]
-    alone = {label for label in product.leading if of_values.get(label) == 1 != of_map[label]}
+    of_map = dict(zip(product.map, view.shape(meeting.value) or (None,) * len(product.map), strict=True))
+    map_layout = _layout(product.map, named)
+    letters = from_layout(meeting.value, map_layout, _folded(leading), view)
+    keys = None if letters is None else keys_of(letters, scores.node, view)
+    values = _values(product, named, leading, view)
+    if keys is None or values is None:
+        which = "keys" if keys is None else "values"
+        return miss(
+            nodes, f"attention, but it cannot be told which entries of its {which} are of which token", attention=True
+        )
     return Candidate(
         anchor=softmax.node,
         form=Form.SOFTMAX,
         map=meeting.value,
-        map_layout=_layout(product.map, named),
-        value_layout=_layout(product.values, {**named, **dict.fromkeys(alone, "")}),
-        output_layout=_layout(product.output, named),
+        map_layout=map_layout,
         query=scores.node.inputs[0],  # type: ignore[arg-type]
-        key=scores.node.inputs[1],  # type: ignore[arg-type]
-        value=product.value,
+        keys=keys,
+        values=values,
+        key_reader=scores.node,
         output=meeting.node.outputs[0],
         parts=leading.parts,
         heads=leading.heads,
-        kv_heads=1 if shared else kv_heads,
         queries=of_map["q"],
-        keys=of_values["k"] if of_map["k"] is None else of_map["k"],
-        depth=of_values["d"],
         masked=chains.can_hide(scores.path, view) or any(_zeroes(step) for step in meeting.path),
         nodes=nodes,
     )
+
+
+def _folded(leading: Leading) -> dict[str, int]:
+    """Sizes of the letters that may be folded into one axis."""
+    return {letter: size for letter, size in (("h", leading.heads), ("w", leading.parts)) if isinstance(size, int)}
+
+
+def _values(product: Product, named: Mapping[str, str], leading: Leading, view: View) -> Pieces | None:
+    """The values where they meet the map; axes of one entry are shared by the heads of the map."""
+    shape, of_map = view.sizes(product.value), view.sizes(product.map_value)
+    if shape is None or of_map is None:
+        return None
+    sizes = dict(zip(product.map, of_map, strict=True))
+    alone = {label: "" for label, own in zip(product.values, shape, strict=True) if own == 1 < sizes.get(label, 1)}
+    return from_layout(product.value, _layout(product.values, {**named, **alone}), _folded(leading), view)
 
 
 def _layout(labels: tuple[str, ...], named: Mapping[str, str]) -> str:
@@ -193,6 +209,8 @@ def _leading(scores: chains.Product, meeting: chains.Meeting, product: Product, 
     leading = name_leading(axes, view)
     if isinstance(leading, str):
         return leading
+    if _PARTS_FIRST.search("".join(leading.letters)):
+        return "its parts, such as windows, come before its samples"
     for label, letters, axis in zip(product.leading, leading.letters, axes, strict=True):
         size = values[product.values.index(label)] if label in product.values else 1
         if size == 1 and axis.size not in (1, None) and set(letters) - {"h", "g"}:

@@ -2,8 +2,8 @@
 
 A figure is a ratio of medians of runs taken in turns (`timing`). Beside it stands what another session of the base
 comes to: that much two equal things differ. Whether inputs are flagged is decided by thresholds that nothing, or
-everything, exceeds, which stand in for the patch's own (`FileSession`): every column is scored as in service. What a
-flagged input costs does not depend on how many of its columns are flagged.
+everything, exceeds, which stand in for the patch's own (`FileSession`): every token is scored as in service. What a
+flagged input costs does not depend on how many of its tokens are flagged.
 """
 
 import multiprocessing
@@ -21,14 +21,12 @@ import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.bake import bake
-from atpatch_onnx.baking.features import choose_features, feature_count
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.errors import BenchmarkError
-from atpatch_onnx.fitting.options import Decision
-from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.fitting.options import Kind
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.measuring.rehearse_drawing import NEVER, draw_detector, draw_redistribution
-from atpatch_onnx.patches.patch import Features, Joint, Patch, SitePatch
+from atpatch_onnx.measuring.drawn import NEVER, draw_patch
+from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array, FileSession, Progress, SessionOptions, silent
 from atpatch_onnx.running.timing import Ratio, Run, in_turns, ratio
@@ -68,7 +66,7 @@ class Benchmark:
     patch: str
     """Its id, or `synthetic`."""
 
-    emission: str
+    conditional: bool
     sites: int
     detecting: int
     timings: tuple[Timing, ...]
@@ -88,7 +86,7 @@ class Benchmark:
         ]
         return {
             "patch": self.patch,
-            "emission": self.emission,
+            "conditional": self.conditional,
             "sites": self.sites,
             "detecting": self.detecting,
             "timings": timings,
@@ -101,8 +99,7 @@ def benchmark(
     patched: str | os.PathLike[str] | None = None,
     *,
     target: str = "cpu",
-    features: Features | None = None,
-    decision: Decision = "alone",
+    detectors: Kind = "linear",
     batches: Sequence[int] = (1, 8),
     threads: Sequence[int] = (2,),
     length: int = 128,
@@ -118,8 +115,7 @@ def benchmark(
         base: The fastest unpatched form of the model: the file itself, its fused form if there is one.
         patched: The patched file; None: a patch is drawn that detects and redistributes at every site.
         target: How a drawn patch is written, a key of `TARGETS`.
-        features: What the detectors of a drawn patch read, where a site has it; None: what `fit` would choose.
-        decision: How the sites of a drawn patch decide; those of the first token axis, where they do jointly.
+        detectors: Of a drawn patch.
         batches: Sizes to time; those that the model does not leave free are timed once.
         threads: Numbers of threads to time.
         length: Of every axis that is free, but for the batch: tokens.
@@ -141,7 +137,7 @@ def benchmark(
     with tempfile.TemporaryDirectory() as folder:
         files = _Files(
             Path(base),
-            Path(patched) if patched is not None else _synthetic(base, target, features, decision, Path(folder), seed),
+            Path(patched) if patched is not None else _synthetic(base, target, detectors, Path(folder), seed),
         )
         model, record = graphs.load(base), read_record(graphs.load(files.patched))
         known = {tuple(array.shape for array in of.values()): of for of in _inputs(model, batches, length, seed)}
@@ -150,9 +146,9 @@ def benchmark(
         peaks = _peaks(files, list(known.values())[-1], max(threads)) if memory else None
     return Benchmark(
         patch=record.patch if patched is not None else "synthetic",
-        emission=record.emission,
+        conditional=record.conditional,
         sites=len(record.sites),
-        detecting=sum(site.margin is not None for site in record.sites),
+        detecting=sum(site.own is not None for site in record.sites),
         timings=tuple(timings),
         memory=None if peaks is None else peaks[1] / peaks[0],
     )
@@ -176,46 +172,26 @@ class _Files:
         return {name: np.array([value], np.float32) for name in record.thresholds}
 
 
-def _synthetic(
-    base: str | os.PathLike[str], target: str, features: Features | None, decision: Decision, folder: Path, seed: int
-) -> Path:
+def _synthetic(base: str | os.PathLike[str], target: str, detectors: Kind, folder: Path, seed: int) -> Path:
     """A file with a drawn patch at every site, its detectors as large as those of a fit."""
     model = graphs.load(base)
     path = folder / "patched.onnx"
-    graphs.save(
-        bake(model, synthetic_patch(model, features, decision, seed=seed), target=target), path, external="link"
-    )
+    graphs.save(bake(model, synthetic_patch(model, detectors, seed=seed), target=target), path, external="link")
     return path
 
 
-def synthetic_patch(
-    model: ir.Model, wanted: Features | None = None, decision: Decision = "alone", *, seed: int = 0
-) -> Patch:
+def synthetic_patch(model: ir.Model, detectors: Kind = "linear", *, seed: int = 0) -> Patch:
     """A patch that detects and redistributes at every site, drawn at random, of the sizes that a fit gives it.
 
     Raises:
-        BenchmarkError: The model has no site, or the sizes of one are not known.
+        BenchmarkError: The model has no site.
     """
-    rng, sizes, sites = np.random.default_rng(seed), Training(), []
-    found = find_sites(model)
-    for site in (site for site in found if decision == "alone" or site.token_axis == found[0].token_axis):
-        features = choose_features(site, wanted)
-        count = feature_count(site, features)
-        if count is None or not isinstance(site.kv_heads, int) or not isinstance(site.depth, int):
-            raise BenchmarkError(
-                f"site {site.name}",
-                expected="a known number of heads and depth",
-                found=f"{site.heads} heads of depth {site.depth}",
-                advice="Fit a patch, and give the patched file.",
-            )
-        detector = draw_detector(rng, features, count, NEVER, hidden=sizes.hidden, embedding=sizes.embedding)
-        sites.append(SitePatch(site.name, detector, draw_redistribution(rng, site.kv_heads, site.depth)))
+    sites = find_sites(model)
     if not sites:
         raise BenchmarkError(
             "the model", expected="an attention site", found="none", advice="See `atpatch sites` for the reasons."
         )
-    joint = None if decision == "alone" else Joint(np.full(len(sites), 1 / len(sites), np.float32), NEVER)
-    return Patch(base=graphs.fingerprint(model), sites=tuple(sites), joint=joint)
+    return draw_patch(model, sites, np.random.default_rng(seed), kind=detectors)
 
 
 def _inputs(model: ir.Model, batches: Iterable[int], length: int, seed: int) -> Iterator[dict[str, Array]]:

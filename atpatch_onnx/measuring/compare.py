@@ -71,6 +71,7 @@ class Fix:
             remaining=remaining.value,
             accuracy_base=found.accuracy_base.value,
             accuracy=found.accuracy_patched.value,
+            robust_accuracy_loss=0.0 if attack is None else attack.robust_accuracy_lost.value,
             clean_flag_rate=found.clean_flag_rate.value,
             recall=found.columns.recall.value if found.columns else 1.0,  # neuron edits have no columns to miss
             precision=found.columns.precision.value if found.columns else 0.0,

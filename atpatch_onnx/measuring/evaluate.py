@@ -14,7 +14,7 @@ from atpatch_onnx.baking.metadata import PatchRecord, read_record
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, PatchMismatchError, require
 from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
-from atpatch_onnx.measuring.inspect import axis_sites, last_flags
+from atpatch_onnx.measuring.inspect import axis_sites, last_margin
 from atpatch_onnx.running.groups import demographic_parity, equalized_odds
 from atpatch_onnx.running.metrics import Difference, Rate, attack_above_floor, attack_success, flip_rate, infer_target
 from atpatch_onnx.running.predictions import classes, confidences, prediction_output
@@ -53,6 +53,9 @@ class Backdoor:
     asr_above_floor: Rate
     robust_accuracy_base: Rate
     robust_accuracy_patched: Rate
+    robust_accuracy_lost: Difference
+    """Accuracy of the base on clean inputs less that of the patched model on triggered ones, of the inputs whose
+    label is not the target."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Side:
     """`[inputs, tokens]`."""
 
     scores: NDArray[np.float64]
-    """Largest margin of each column over all detecting sites `[inputs, tokens]`."""
+    """Largest margin of each token over all detecting sites `[inputs, tokens]`."""
 
 
 def evaluate(
@@ -195,16 +198,15 @@ def run_side(
     progress: Progress,
 ) -> Side:
     """Run one side through both models."""
-    margins = [site.margin for site in record.sites if site.margin is not None]
-    flags = [last_flags(record.sites)] if record.detects else []
+    margins = [last_margin(record.sites)] if record.detects else []
     stage = f"evaluating {name} inputs"
     logits = Session(base).collect(inputs, [output], batch_size=batch_size, progress=progress, stage=f"{stage}, base")
-    inner = Session(expose(patched, [*margins, *flags])).collect(
-        inputs, [output, *margins, *flags], batch_size=batch_size, progress=progress, stage=f"{stage}, patched"
+    inner = Session(expose(patched, margins)).collect(
+        inputs, [output, *margins], batch_size=batch_size, progress=progress, stage=f"{stage}, patched"
     )
-    nothing = np.zeros((len(logits[output]), 0))  # neuron edits detect nothing
-    scores = np.max([np.asarray(inner[margin], np.float64) for margin in margins], axis=0) if margins else nothing
-    return Side(logits[output], inner[output], np.asarray(inner[flags[0]] if flags else nothing, bool), scores)
+    samples = len(logits[output])  # neuron edits detect nothing
+    scores = np.asarray(inner[margins[0]] if margins else np.zeros((samples, 0)), np.float64).reshape(samples, -1)
+    return Side(logits[output], inner[output], scores > 0, scores)
 
 
 def _evaluation(debug: DebugSet, clean: Side, other: Side, *, edits: bool) -> Evaluation:
@@ -260,7 +262,7 @@ def _backdoor(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Si
             found="none named, and changed predictions that go to several classes",
             advice="Name it: DebugSet.with_target(class), or --target-class.",
         )
-    repaired = classes(other.patched)
+    repaired, others = classes(other.patched), labels != target
     return Backdoor(
         target=target,
         asr_base=attack_success(triggered, labels, target),
@@ -269,6 +271,7 @@ def _backdoor(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Si
         asr_above_floor=attack_above_floor(repaired, labels, before, target),
         robust_accuracy_base=Rate.of(triggered == labels),
         robust_accuracy_patched=Rate.of(repaired == labels),
+        robust_accuracy_lost=Difference.paired((before == labels)[others], (repaired == labels)[others]),
     )
 
 

@@ -8,19 +8,20 @@ The scan runs outputs and flags only, and stops as soon as there is enough to ch
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import cast
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.baking.expose import expose
-from atpatch_onnx.baking.metadata import PatchedSite, read_record
+from atpatch_onnx.baking.maps import map_outputs, mean_maps, with_maps
+from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
 from atpatch_onnx.graph import ModelOrPath
-from atpatch_onnx.measuring.inspect import axis_sites, last_flags, sample_maps, site_values, value_names
+from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.measuring.inspect import axis_sites, last_margin
 from atpatch_onnx.running.predictions import classes, confidences, prediction_output
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
@@ -66,7 +67,7 @@ class SiteView:
     """`P` `[queries, keys]`."""
 
     after: NDArray[np.float32]
-    """`P'` `[queries, keys]`, by the numpy reference; the same where nothing is flagged."""
+    """The map of the patched model `[queries, keys]`."""
 
     @property
     def visible(self) -> Flags:
@@ -215,40 +216,43 @@ def _choose(scanned: list[_Scan], count: int) -> list[tuple[int, Story]]:
 
 
 class _Closeup:
-    """Sessions of the base and of the patched model with its inner values."""
+    """Sessions of the base and of the patched model with their maps."""
 
     def __init__(self, base: ir.Model, patched: ir.Model, output: str, batch_size: int, progress: Progress) -> None:
         record = read_record(patched)
-        self._patched, self._output = patched, output
-        self._batch_size, self._progress = batch_size, progress
-        self._sites = [site for site in record.sites if site.value is not None]
-        self._flags = last_flags(record.sites)
-        self._inner = list(dict.fromkeys(name for site in self._sites for name in value_names(site)))
-        self._base = Session(base)
-        self._exposed = Session(expose(patched, [self._flags, *self._inner]))
+        chosen = {site.site for site in record.sites if site.redistributes}
+        self._output, self._batch_size, self._progress = output, batch_size, progress
+        self._margin = last_margin(record.sites)
+        self._sites = [site for site in find_sites(base) if site.name in chosen]
+        self._maps = map_outputs(self._sites)
+        self._base = Session(with_maps(base, self._sites, []))
+        self._patched = Session(with_maps(patched, self._sites, [self._margin]))
 
     def _run(
-        self, inputs: Mapping[str, Array], stage: str, inner: list[str] | None = None
-    ) -> tuple[Array, dict[str, Array]]:
-        """Logits of the base; logits, flags and inner values of the patched model."""
-        names = list(dict.fromkeys([self._output, self._flags, *(inner or [])]))
-        before = self._base.collect(inputs, [self._output], batch_size=self._batch_size)
-        after = self._exposed.collect(inputs, names, batch_size=self._batch_size, progress=self._progress, stage=stage)
-        return before[self._output], after
+        self, inputs: Mapping[str, Array], stage: str, *, maps: bool = False
+    ) -> tuple[dict[str, Array], dict[str, Array], Flags]:
+        """Logits and maps of base and patched model, and the flags `[inputs, tokens]`."""
+        names = [self._output, *(self._maps.values() if maps else ())]
+        before = self._base.collect(inputs, names, batch_size=self._batch_size)
+        after = self._patched.collect(
+            inputs, [*names, self._margin], batch_size=self._batch_size, progress=self._progress, stage=stage
+        )
+        samples = len(before[self._output])
+        return before, after, np.asarray(after[self._margin] > 0).reshape(samples, -1)
 
     def scan(self, debug: DebugSet) -> _Scan:
-        before, after = self._run(debug.clean, "choosing examples, clean inputs")
-        other_before, other_after = self._run(debug.counterfactual, "choosing examples, counterfactuals")
-        flags = np.asarray(after[self._flags], bool)
+        before, after, flags = self._run(debug.clean, "choosing examples, clean inputs")
+        other_before, other_after, _ = self._run(debug.counterfactual, "choosing examples, counterfactuals")
+        own, other = classes(before[self._output]), classes(other_before[self._output])
         followed = classes(other_after[self._output])
-        flips, changes = classes(before) != classes(other_before), classes(after[self._output]) != followed
+        flips, changes = own != other, classes(after[self._output]) != followed
         return _Scan(
-            still=changes & (~flips | (followed == classes(other_before))),
+            still=changes & (~flips | (followed == other)),
             repaired=flips & ~changes,
             alarm=np.any(flags & ~anomalous_columns(debug)[0], axis=1),
-            untouched=~np.any(flags, axis=1) & _same_rows(before, after[self._output]),
-            right=np.ones(len(flips), np.bool_) if debug.labels is None else classes(before) == debug.labels,
-            label=classes(before),
+            untouched=~np.any(flags, axis=1) & _same_rows(before[self._output], after[self._output]),
+            right=np.ones(len(flips), np.bool_) if debug.labels is None else own == debug.labels,
+            label=own,
         )
 
     def examples(self, debug: DebugSet, rows: NDArray[np.int64], stories: list[Story]) -> tuple[Example, ...]:
@@ -267,30 +271,27 @@ class _Closeup:
         )
 
     def _sides(self, inputs: Mapping[str, Array], anomalous: Flags) -> list[ExampleSide]:
-        before, after = self._run(inputs, "looking at examples", self._inner)
-        same = _same_rows(before, after[self._output])
-        views = [self._views(site, after) for site in self._sites]
+        before, after, flags = self._run(inputs, "looking at examples", maps=True)
+        logits = before[self._output], after[self._output]
+        same = _same_rows(*logits)
+        views = [self._views(site, before, after) for site in self._sites if site.name in self._maps]
         return [
             ExampleSide(
                 inputs={name: array[number] for name, array in inputs.items()},
-                base=_prediction(before[number]),
-                patched=_prediction(after[self._output][number]),
-                flags=np.asarray(after[self._flags][number], bool),
+                base=_prediction(logits[0][number]),
+                patched=_prediction(logits[1][number]),
+                flags=flags[number],
                 anomalous=anomalous[number],
                 identical=bool(same[number]),
                 sites=tuple(view[number] for view in views),
             )
-            for number in range(len(before))
+            for number in range(len(flags))
         ]
 
-    def _views(self, site: PatchedSite, outputs: dict[str, Array]) -> list[SiteView]:
-        values = site_values(self._patched, site, outputs)
-        samples = len(outputs[site.flags])
-        maps = (
-            sample_maps(array.mean(axis=1), samples).astype(np.float32)
-            for array in (values.P, values.redistributed_map())
-        )
-        return [SiteView(site.site, *cast(tuple[Array, Array], pair)) for pair in zip(*maps, strict=True)]
+    def _views(self, site: AttentionSite, before: Mapping[str, Array], after: Mapping[str, Array]) -> list[SiteView]:
+        samples, name = len(before[self._output]), self._maps[site.name]
+        maps = (mean_maps(side[name], site, samples) for side in (before, after))
+        return [SiteView(site.name, *pair) for pair in zip(*maps, strict=True)]
 
 
 def _same_rows(first: Array, second: Array) -> Flags:

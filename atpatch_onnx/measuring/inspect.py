@@ -9,19 +9,17 @@ from numpy.typing import NDArray
 
 from atpatch_onnx.baking.edits import ARRAYS
 from atpatch_onnx.baking.metadata import PatchedLayer, PatchedSite, PatchRecord
-from atpatch_onnx.baking.reference import redistributed_map, redistributed_output
 from atpatch_onnx.errors import UnbakeError
 from atpatch_onnx.graph.names import PREFIX, own_name
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.hidden import find_hidden_layers
-from atpatch_onnx.matching.layout import canonical
-from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.matching.sites import AttentionSite, Place
 from atpatch_onnx.patches.patch import LayerEdit
 from atpatch_onnx.running.sessions import Array
 
 
-def last_flags(sites: Sequence[PatchedSite]) -> str:
-    """The value that holds the flags of all sites of one token axis: they are carried along, so the last has them all.
+def last_margin(sites: Sequence[PatchedSite]) -> str:
+    """The value that holds the largest margins of one token axis: they are carried along, so the last site has them.
 
     Raises:
         UnbakeError: The file names no patched site.
@@ -33,44 +31,7 @@ def last_flags(sites: Sequence[PatchedSite]) -> str:
             found="none",
             advice="The file was edited after it was baked: bake the patch into the base again.",
         )
-    return sites[-1].flags
-
-
-@dataclass(frozen=True, eq=False)
-class SiteValues:
-    """One redistributing site's values for some inputs, float64, in canonical axes (see `layout`)."""
-
-    P: NDArray[np.float64]
-    V: NDArray[np.float64]
-    Y: NDArray[np.float64]
-    """As the base computes it."""
-
-    corrected: NDArray[np.float64]
-    """As the model goes on with it."""
-
-    flags: NDArray[np.bool_]
-    """`[maps, keys]`."""
-
-    beta: Array
-    neutral: Array | None
-
-    def fits(self) -> bool:
-        """Whether the shapes are those of one site."""
-        maps, heads, queries, keys = self.P.shape
-        shared, kv_heads, own_keys, depth = self.V.shape
-        return (
-            self.Y.shape == self.corrected.shape == (maps, heads, queries, depth)
-            and (own_keys, heads % kv_heads) == (keys, 0)
-            and shared in (1, maps)
-        )
-
-    def reference(self) -> NDArray[np.float64]:
-        """What the numpy reference makes of P, V, Y and the flags."""
-        return redistributed_output(self.P, self.V, self.Y, self.flags, self.beta, self.neutral)
-
-    def redistributed_map(self) -> NDArray[np.float64]:
-        """The map after redistribution, by the numpy reference."""
-        return redistributed_map(self.P, self.flags, self.beta)
+    return sites[-1].margin
 
 
 def axis_sites(base: ir.Model, record: PatchRecord) -> tuple[AttentionSite, ...]:
@@ -80,80 +41,61 @@ def axis_sites(base: ir.Model, record: PatchRecord) -> tuple[AttentionSite, ...]
     return tuple(site for site in sites if site.token_axis in axes) or sites
 
 
-def value_names(site: PatchedSite) -> list[str]:
-    """The values that `site_values` needs."""
-    return [site.map, site.values, site.base_output, site.output, site.flags]
+@dataclass(frozen=True, eq=False)
+class BakedDetector:
+    """The detector of a site as its file has it: rows of `weights` stand where the features do in the tensor."""
+
+    weights: Array
+    bias: Array | None
+    output: Array | None
+    threshold: Array
+
+    def margins(self, keys: Array, place: Place) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """How far each score is above the threshold, `[maps, tokens]`, and by how much float32 may round it.
+
+        Args:
+            keys: The tensor of the place.
+            place: Of the site's keys.
+        """
+        tokens = [axis for axis, letters in enumerate(place.axes) if letters]
+        features = [axis for axis, letters in enumerate(place.axes) if not letters]
+        X = np.asarray(keys, np.float64).transpose(tokens + features)
+        X = X.reshape(*X.shape[: len(tokens)], -1)
+        W = self.weights.astype(np.float64)
+        found, size = X @ W, np.abs(X) @ np.abs(W)
+        if self.output is not None and self.bias is not None:
+            w = self.output.astype(np.float64)
+            found, size = np.maximum(found + self.bias, 0) @ w, (size + np.abs(self.bias)) @ np.abs(w)
+        found, size = found[..., 0] - self.threshold, size[..., 0] + np.abs(self.threshold)
+        if [letters for letters in place.axes if letters] == ["k", "n"]:
+            found, size = found.T, size.T
+        return found, _ROUNDING[place.dtype] * size
 
 
-def site_values(model: ir.Model, site: PatchedSite, outputs: dict[str, Array]) -> SiteValues:
-    """Gather a redistributing site's values from the outputs of the exposed model.
+_ROUNDING = {"FLOAT": 1e-5, "FLOAT16": 2**-10, "BFLOAT16": 2**-7}
+"""By the type of the keys, of a float32 sum, relative to the sum of its terms' sizes: many times what is seen. In half
+precision a runtime may read keys before it has rounded them."""
+
+
+def baked_detector(model: ir.Model, site: str) -> BakedDetector:
+    """The detector that baking wrote for a site.
 
     Raises:
-        UnbakeError: A weight of the site is not there, or the values that the file names are not those of a site.
+        UnbakeError: It is not there, or not one of these shapes.
     """
-    try:
-        values = _gathered(model, site, outputs)
-        fitting = values.fits()
-    except (IndexError, TypeError, ValueError, ZeroDivisionError):  # where axes are missing or cannot be folded
-        fitting = False
-    if not fitting:
+    weights, threshold = (baked_weight(model, site, name) for name in ("detector", "threshold"))
+    hidden = own_name(site, "detector_bias") in model.graph.initializers
+    bias, output = (baked_weight(model, site, f"detector_{name}") if hidden else None for name in ("bias", "output"))
+    units = None if weights.ndim != 2 else weights.shape[1]
+    fits = threshold.shape == (1,) and (units == 1 if bias is None else bias.shape == (units,))
+    if not fits or (output is not None and output.shape != (units, 1)):
         raise UnbakeError(
-            f"site {site.site}",
-            expected="the map, values and outputs of an attention site",
-            found=", ".join(f"{name} {list(np.shape(outputs[name]))}" for name in value_names(site)),
+            f"site {site}",
+            expected="a detector of one product or one hidden layer",
+            found=f"weights of shape {weights.shape}",
             advice="The file was edited after it was baked: bake the patch into the base again.",
         )
-    return values
-
-
-def _gathered(model: ir.Model, site: PatchedSite, outputs: dict[str, Array]) -> SiteValues:
-    P = np.asarray(outputs[site.map], np.float64)
-    sizes = {"h": P.shape[1], "w": site.parts or 1}
-
-    def laid_out(name: str, layout: str, heads: int) -> NDArray[np.float64]:
-        return np.asarray(canonical(outputs[name], layout, {**sizes, "h": heads}), np.float64)
-
-    return SiteValues(
-        P=P,
-        V=laid_out(site.values, site.value_layout, site.kv_heads),
-        Y=laid_out(site.base_output, site.output_layout, P.shape[1]),
-        corrected=laid_out(site.output, site.output_layout, P.shape[1]),
-        flags=np.asarray(outputs[site.flags], bool).reshape(len(P), P.shape[3]),
-        beta=baked_weight(model, site.site, "beta"),
-        neutral=baked_weight(model, site.site, "neutral")[0, :, 0] if site.value == "neutral" else None,
-    )
-
-
-def sample_maps(maps: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
-    """The map of each sample, `[samples, queries, columns]`, from maps `[maps, queries, keys]`.
-
-    Where a sample has several (windows), they stand along the diagonal: a window sees its own keys only. Where samples
-    share a map, each gets its own queries and keys of it.
-    """
-    count, queries, keys = maps.shape
-    if count == samples:
-        return maps
-    if count > samples:
-        parts = count // samples
-        joined = np.zeros((samples, parts, queries, parts, keys), maps.dtype)
-        for part in range(parts):
-            joined[:, part, :, part] = maps.reshape(samples, parts, queries, keys)[:, part]
-        return joined.reshape(samples, parts * queries, parts * keys)
-    shared = samples // count
-    own = maps.reshape(count, shared, queries // shared, shared, keys // shared)
-    return np.stack([own[:, part, :, part] for part in range(shared)], axis=1).reshape(
-        samples, queries // shared, keys // shared
-    )
-
-
-def weight_names(site: PatchedSite) -> list[str]:
-    """The weights that decide what a site does alone, besides its detector's."""
-    names = ["threshold"] if site.threshold is not None else []
-    if site.reach:
-        names.append("reach")
-    if site.value is not None:
-        names += ["beta", "switch", "neutral"] if site.value == "neutral" else ["beta", "switch"]
-    return names
+    return BakedDetector(weights, bias, output, threshold)
 
 
 def baked_edit(model: ir.Model, layer: PatchedLayer, units: int) -> LayerEdit:

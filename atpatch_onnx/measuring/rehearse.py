@@ -1,35 +1,33 @@
 """Would a patch be exact on this model? Found out with a random one, before anyone fits one.
 
-    inputs drawn  ->  the base runs  ->  a patch drawn for all sites  ->  thresholds in gaps of the observed scores
-      ->  baked with thresholds that nothing exceeds: every output keeps its bits
-      ->  baked with those: every site as the numpy reference, samples without a flag keep their bits,
-         but for outputs that mix samples in the base already
-      ->  unbaked: the base again
-
-Thresholds are chosen such that one sample of the batch has flags and the others have none, as far as the drawn scores
-allow it, and such that at least half of its columns stay benign.
+inputs drawn  ->  the base runs  ->  a patch drawn for all sites  ->  a threshold at the first site of every axis
+  ->  baked with thresholds that nothing exceeds: every output keeps its bits
+  ->  baked with those: flagged tokens are neutral, the rest is the base's, bit for bit; so are the outputs of the
+     base that is given these keys and values, and samples without a flag, but for outputs that mix samples
+  ->  unbaked: the base again
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.bake import bake
-from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.errors import AtPatchError
+from atpatch_onnx.fitting.options import Kind
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.measuring.rehearse_aiming import aimed, draw_entries
-from atpatch_onnx.measuring.rehearse_base import look_inside, run_base, seeded
-from atpatch_onnx.measuring.rehearse_checks import fired, silenced, unbaked, unfired
+from atpatch_onnx.measuring.bits import finite
+from atpatch_onnx.measuring.drawn import draw_patch
+from atpatch_onnx.measuring.rehearse_aiming import aimed
+from atpatch_onnx.measuring.rehearse_base import run_base, seeded
+from atpatch_onnx.measuring.rehearse_checks import fired, unbaked, unfired
 from atpatch_onnx.measuring.rehearse_mixing import mixing_outputs
-from atpatch_onnx.measuring.rehearse_result import Rehearsal, SiteNumbers
+from atpatch_onnx.measuring.rehearse_result import Rehearsal, SiteResult
 from atpatch_onnx.measuring.verify import Check
-from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.sessions import Array, Progress, silent
 
-__all__ = ["Rehearsal", "SiteNumbers", "rehearse"]
+FORMS = {True: "with If", False: "without If"}
+"""The forms of a patch, by whether replacements stand in an `If`."""
 
 
 def rehearse(
@@ -38,8 +36,9 @@ def rehearse(
     *,
     seed: int = 0,
     samples: int = 2,
+    kind: Kind = "linear",
     optimize: Sequence[bool] = (False, True),
-    emissions: Sequence[Emission] | None = None,
+    conditional: Sequence[bool] = (True, False),
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Rehearsal:
@@ -50,8 +49,9 @@ def rehearse(
         inputs: One batch of inputs, `[samples, ...]` by name; drawn if there are none.
         seed: What is drawn depends on it alone.
         samples: Samples to draw, where the model leaves their number free.
+        kind: Of the detectors.
         optimize: Whether onnxruntime optimizes the graphs; both by default.
-        emissions: Those to try; both by default, only `branchless` for models in half precision, as `bake` does.
+        conditional: Whether replacements stand in an `If`; both by default.
         threads: Threads within an operator; None: onnxruntime's choice.
         progress: Told after every step.
 
@@ -62,45 +62,39 @@ def rehearse(
         ModelFileError: There is no such file, or it is no model.
     """
     base = seeded(graphs.as_model(model))
+    inputs = None if inputs is None else {name: np.asarray(array) for name, array in inputs.items()}
     rng = np.random.default_rng(seed)
     sites = find_sites(base)
-    if emissions is None:
-        halves = any(site.dtype != ir.DataType.FLOAT.name for site in sites)
-        emissions = (Emission.BRANCHLESS,) if halves else tuple(Emission)
-    steps = _Steps(progress, 2 + 3 * len(emissions))
+    steps = _Steps(progress, 2 + 3 * len(conditional))
     runs = run_base(base, inputs, rng, samples, optimize, threads)
     steps.done("running the base")
     if not runs.levels:
         return Rehearsal(False, runs.reason, len(sites), runs.shapes, (), (), (), ())
-    nonfinite = tuple(name for name, array in runs.levels[0].outputs.items() if not _finite(array))
+    nonfinite = tuple(name for name, array in runs.levels[0].outputs.items() if not finite(array))
     if not sites:
         return Rehearsal(True, runs.reason, 0, runs.shapes, nonfinite, (), (), ())
     mixing: tuple[str, ...] = ()
     checks: list[Check] = []
-    numbers: list[SiteNumbers] = []
+    results: list[SiteResult] = []
     try:
-        inside = [look_inside(base, sites, level, runs.inputs, threads) for level in runs.levels]
-        entries = draw_entries(sites, inside[0], rng)
-        entries, flagged = aimed(base, sites, entries, runs, emissions[0], rng, threads)
-        patch = Patch(graphs.fingerprint(base), entries)
+        silent_one = draw_patch(base, sites, rng, kind=kind)
+        patch, flagged = aimed(base, sites, silent_one, runs, threads)
         mixing = mixing_outputs(base, runs, flagged, threads)
         steps.done("choosing thresholds")
-        for emission in emissions:
-            patched = bake(base, patch, emission=emission)
-            quiet = silenced(patched)
+        for form in conditional:
+            quiet, patched = (bake(base, one, conditional=form) for one in (silent_one, patch))
+            checks += [unfired(quiet, FORMS[form], level, runs.inputs, threads) for level in runs.levels]
+            steps.done(f"{FORMS[form]}: nothing fires")
             for level in runs.levels:
-                checks += unfired(quiet, emission, level, runs.inputs, threads)
-            steps.done(f"{emission}: nothing fires")
-            for level, own in zip(runs.levels, inside, strict=True):
-                found, of_sites = fired(patched, sites, emission, level, own, runs.inputs, mixing, threads)
+                found, of_sites = fired(base, patched, sites, FORMS[form], level, runs.inputs, flagged, mixing, threads)
                 checks += found
-                numbers += of_sites
-            steps.done(f"{emission}: some columns fire")
-            checks.append(unbaked(patched, emission))
-            steps.done(f"{emission}: unbaking")
+                results += of_sites
+            steps.done(f"{FORMS[form]}: some tokens fire")
+            checks.append(unbaked(patched, FORMS[form]))
+            steps.done(f"{FORMS[form]}: unbaking")
     except AtPatchError as error:
         checks.append(Check("a patch", False, str(error)))
-    return Rehearsal(True, runs.reason, len(sites), runs.shapes, nonfinite, mixing, tuple(checks), tuple(numbers))
+    return Rehearsal(True, runs.reason, len(sites), runs.shapes, nonfinite, mixing, tuple(checks), tuple(results))
 
 
 class _Steps:
@@ -112,7 +106,3 @@ class _Steps:
     def done(self, stage: str) -> None:
         self._count += 1
         self._progress(stage, self._count, self._total)
-
-
-def _finite(array: Array) -> bool:
-    return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())

@@ -1,4 +1,4 @@
-"""Run the base, with given inputs or drawn ones, and look at what it computes at its sites."""
+"""Run the base, with given inputs or drawn ones."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,11 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.baking.emission import canonical_values, import_functions, open_site
 from atpatch_onnx.errors import RunError
-from atpatch_onnx.graph.insertion import Insertion
-from atpatch_onnx.graph.parts import require_opset
-from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.running.drawing import draw_inputs, input_shapes
 from atpatch_onnx.running.sessions import Array, Session
 
@@ -34,20 +30,6 @@ class Level:
 
     def __str__(self) -> str:
         return "default optimization" if self.optimize else "no optimization"
-
-
-@dataclass(frozen=True, eq=False)
-class Inside:
-    """What the base computes at its sites, at one level; everything by site."""
-
-    maps: Mapping[str, Array]
-    """`[maps, heads, queries, keys]`."""
-
-    values: Mapping[str, Array]
-    """As they meet the map."""
-
-    value_shapes: Mapping[str, tuple[int, ...]]
-    """`[maps, kv heads, keys, depth]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,42 +104,3 @@ def _drawn(base: ir.Model, rng: np.random.Generator, samples: int) -> Iterator[M
         if not seen or (shapes != seen[-1] and values <= MAX_VALUES):
             yield draw_inputs(base, rng, samples=samples, length=length)
         seen.append(shapes)
-
-
-def look_inside(
-    base: ir.Model, sites: Sequence[AttentionSite], level: Level, inputs: Mapping[str, Array], threads: int | None
-) -> Inside:
-    """The base's own maps and values."""
-    require_opset(base)
-    seen = graphs.copy(base)
-    names = {}
-    for site in sites:
-        handles, at = open_site(seen, site)
-        shape = at.op("Shape", canonical_values(at, site, handles), name="rehearsal/shape")
-        names[site.name] = [
-            add_output(seen, at, value, f"rehearsal/{index}")
-            for index, value in enumerate((handles.P, handles.V, shape))
-        ]
-    import_functions(seen)
-    wanted = [name for of_site in names.values() for name in of_site]
-    found = Session(seen, optimize=level.optimize, threads=threads).run(inputs, wanted)
-    arrays = {site: [found[name] for name in of_site] for site, of_site in names.items()}
-    return Inside(
-        maps={site: P for site, (P, _, _) in arrays.items()},
-        values={site: V for site, (_, V, _) in arrays.items()},
-        value_shapes={site: tuple(int(size) for size in shape) for site, (_, _, shape) in arrays.items()},
-    )
-
-
-def add_output(model: ir.Model, at: Insertion, value: ir.Value, name: str) -> str:
-    """A further output of this name; the value itself may be an input or an output already."""
-    result = at.op("Identity", value, name=name)
-    result.type = value.type
-    model.graph.outputs.append(result)
-    assert result.name is not None
-    return result.name
-
-
-def same_bits(one: Array, other: Array) -> bool:
-    """Whether two arrays have the same type, shape and bits."""
-    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()

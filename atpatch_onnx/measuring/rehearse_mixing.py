@@ -9,9 +9,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx.errors import RunError
+from atpatch_onnx.measuring.bits import by_sample, without_flagged
 from atpatch_onnx.measuring.rehearse_base import BaseRuns
-from atpatch_onnx.measuring.rehearse_samples import has_samples, keeps_unflagged
-from atpatch_onnx.running.sessions import Array, Session
+from atpatch_onnx.measuring.rehearse_samples import keeps_unflagged
+from atpatch_onnx.running.sessions import Session
 
 
 def mixing_outputs(base: ir.Model, runs: BaseRuns, flagged: NDArray[np.bool_], threads: int | None) -> tuple[str, ...]:
@@ -25,7 +26,7 @@ def mixing_outputs(base: ir.Model, runs: BaseRuns, flagged: NDArray[np.bool_], t
     """
     if flagged.all() or not flagged.any():
         return ()
-    inputs = {name: _without_flagged(array, flagged) for name, array in runs.inputs.items()}
+    inputs = {name: without_flagged(array, flagged) for name, array in runs.inputs.items()}
     level = runs.levels[0]
     try:
         found = Session(base, optimize=level.optimize, threads=threads).run(inputs)
@@ -34,13 +35,5 @@ def mixing_outputs(base: ir.Model, runs: BaseRuns, flagged: NDArray[np.bool_], t
     return tuple(
         name
         for name, array in level.outputs.items()
-        if has_samples(array, flagged) and not keeps_unflagged(array, found[name], flagged)
+        if by_sample(array, len(flagged)) and not keeps_unflagged(array, found[name], flagged)
     )
-
-
-def _without_flagged(array: Array, flagged: NDArray[np.bool_]) -> Array:
-    """A copy in which the first sample without a flag stands in for those with one."""
-    if not has_samples(array, flagged):
-        return array
-    places = np.where(flagged, np.argmin(flagged), np.arange(len(flagged)))
-    return np.asarray(array[places])

@@ -8,34 +8,22 @@ from atpatch_onnx.measuring.verify import Check
 
 
 @dataclass(frozen=True)
-class SiteNumbers:
-    """What was measured at one site, with one emission, at one level of optimization."""
+class SiteResult:
+    """What was seen at one site, in one form of the patch, at one level of optimization."""
 
     site: str
-    emission: str
+    form: str
+    """`with If` or `without If`."""
+
     optimized: bool
     """Whether onnxruntime optimized the graph."""
 
-    columns: int
+    tokens: int
     flagged: int
-    """Columns with a flag, their own or a carried one."""
+    """Tokens with a flag, their own or a carried one."""
 
-    difference: float
-    """Largest absolute difference between the corrected output and the numpy reference."""
-
-    product: float
-    """Largest absolute difference between the base's output and `P V`: whether map and values are what they seem."""
-
-    allowed: float
-    """How much either may be: `verify.TOLERANCE`, relative to the largest value (at least 1)."""
-
-    untouched: bool | None
-    """Whether map and values are the base's own, bit for bit; None where flags of earlier sites changed them."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is as it should be."""
-        return max(self.difference, self.product) <= self.allowed and self.untouched is not False
+    exact: bool
+    """Whether flagged tokens are neutral, and all others the base's bit for bit."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class Rehearsal:
     checks: tuple[Check, ...]
     """Everything that was checked; those of the sites are summed up from `sites`."""
 
-    sites: tuple[SiteNumbers, ...]
+    sites: tuple[SiteResult, ...]
 
     @property
     def passed(self) -> bool:

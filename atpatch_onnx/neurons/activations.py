@@ -3,7 +3,7 @@
 Activations are never kept. A batch's are summed up, in float64, as it comes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.baking.read import map_output, probe
+from atpatch_onnx.baking.maps import canonical_map, map_outputs, with_maps
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.names import own_name
@@ -81,7 +81,7 @@ def measure_activations(
     site = _padding_site(model)
     session = Session(_with_activations(model, layers, site))
     fixed = next((value.shape[0] for value in model.graph.inputs if value.shape), None)
-    names = [_output(layer) for layer in layers] + ([map_output(site)] if site else [])
+    names = [_output(layer) for layer in layers] + (list(map_outputs([site]).values()) if site else [])
     alone = 1 if site else MAX_BATCH  # then it does not matter whether samples or tokens come first
     stream = partial(session.stream, outputs=names, batch_size=min(batch_size, alone))
     sums = [_Sums() for _ in layers]
@@ -89,7 +89,7 @@ def measure_activations(
     for (part, clean), (_, other) in sides:
         count = part.stop - part.start
         run = fixed if isinstance(fixed, int) else count
-        seen = [_seen(outputs[map_output(site)]) if site else None for outputs in (clean, other)]
+        seen = [_seen_in(outputs, site) for outputs in (clean, other)]
         for layer, own in zip(layers, sums, strict=True):
             h, h_other = (_of_samples(outputs[_output(layer)], count, run) for outputs in (clean, other))
             own.add(h, h_other, *(_tokens(array, tokens) for array, tokens in zip((h, h_other), seen, strict=True)))
@@ -150,9 +150,17 @@ def _output(layer: HiddenLayer) -> str:
     return own_name(layer.scope, "probe/hidden")
 
 
+def _seen_in(outputs: Mapping[str, Array], site: AttentionSite | None) -> NDArray[np.bool_] | None:
+    """Which tokens are no padding, where a map tells."""
+    if site is None:
+        return None
+    (name,) = map_outputs([site]).values()
+    return _seen(canonical_map(outputs[name], site).astype(np.float32))
+
+
 def _with_activations(model: ir.Model, layers: Sequence[HiddenLayer], site: AttentionSite | None) -> ir.Model:
     """A copy of `model` with the activations of `layers`, and the map of `site`, as outputs in float32."""
-    probed = probe(model, {}, maps=[site]) if site else graphs.copy(model)
+    probed = with_maps(model, [site], []) if site else graphs.copy(model)
     for layer in layers:
         at = Insertion(probed.graph, layer.scope)
         h = find_value(probed.graph, layer.value)

@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.edits import Arrays, dense, weave_edits
-from atpatch_onnx.baking.emission import import_functions
 from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.names import own_name
@@ -35,7 +34,6 @@ class NeuronTrial:
         require_opset(model)
         trial = graphs.copy(model)
         weave_edits(trial, layers, _inputs)
-        import_functions(trial)
         self.layers = tuple(layers)
         self._output = output
         self._session = Session(trial)

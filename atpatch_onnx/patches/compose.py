@@ -17,15 +17,12 @@ from atpatch_onnx.patches.patch import LayerEdit, Patch
 def compose(patches: Sequence[Patch]) -> Patch:
     """One patch that does what `patches` do, in this order; a single one that needs no other stays what it is.
 
-    A joint decision stays that of its own sites: a patch that has one goes with no other of the attention.
-
     The figures are those of the last, if it was fitted after the others; else those of the last of the attention, if
     any, and the goal is met if all meet theirs. In `composed` are the id and figures of each.
 
     Raises:
         PatchMismatchError: There is none; they are of different models; one stands there twice; one was fitted after
-            another that does not stand before it; two are at the same attention site, or of the attention and one
-            decides jointly; or edits of one unit overflow.
+            another that does not stand before it; two are at the same attention site; or edits of one unit overflow.
     """
     if not patches:
         raise _mismatch("the patches", "at least one", "none")
@@ -51,15 +48,11 @@ def compose(patches: Sequence[Patch]) -> Patch:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise _mismatch("the patches", "at most one patch at each attention site", f"two at {twice[0]}")
-    joint = next((patch.joint for patch in patches if patch.joint is not None), None)
-    if joint is not None and sum(bool(patch.sites) for patch in patches) > 1:
-        raise _mismatch("the patches", "no other patch of the attention beside a joint decision", "several")
     return Patch(
         base=patches[0].base,
         sites=tuple(sites),
         figures={**_figures(patches), "composed": [{"id": patch.id, **patch.figures} for patch in patches]},
         edits=_composed_edits([edit for patch in patches for edit in patch.edits]),
-        joint=joint,
     )
 
 

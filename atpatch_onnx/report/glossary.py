@@ -8,10 +8,13 @@ from atpatch_onnx.measuring.evaluate import Evaluation
 _ALWAYS = (
     ("Attention map", "How much every token (row) attends to every other (column); each row sums to 1."),
     ("Column", "The attention that one token receives from all others."),
-    ("Flag", "A column that the detector calls anomalous. Flags travel along to later sites."),
+    ("Flag", "A token that the detector calls anomalous by its key. Flags travel along to later sites."),
     ("Site", "One attention computation of the model: the unit that is patched."),
-    ("Redistribution", "Flagged columns get the benign attention, the others share the rest; nothing else changes."),
-    ("Benign attention", "What a flagged column gets, in units of an even share: 1 is as much as an average token."),
+    (
+        "Redistribution",
+        "Flagged tokens show a neutral key and hand over a neutral value.",
+    ),
+    ("Neutral key and value", "The means over clean data at a site."),
     ("Counterfactual", "The same input with the trigger, or with the protected attribute changed."),
     ("Floor", "The share of clean inputs that the base sends to the target class anyway."),
     ("Clean flag rate", "The share of clean inputs on which any benign column is flagged."),
@@ -21,8 +24,11 @@ _ALWAYS = (
         " lost Agresti and Min's for pairs, of differences between groups the bootstrap's.",
     ),
     ("Precision, recall", "The share of flags that are right, and the share of anomalies that are flagged."),
-    ("Separation", "Area under the ROC curve of column scores: 1 where anomalous ones are all above benign ones."),
-    ("Gap", "The lowest anomalous scores less the largest clean one; negative where they overlap."),
+    ("Separation", "Area under the ROC curve of token scores: 1 where anomalous ones are all above benign ones."),
+    (
+        "Gap",
+        "The lowest anomalous scores less the largest clean one, in deviations of benign scores.",
+    ),
 )
 _BACKDOOR = (
     ("ASR", "Attack success rate: share of inputs of other classes that go to the target class once triggered."),

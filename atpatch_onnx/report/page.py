@@ -20,7 +20,6 @@ from atpatch_onnx.report.rows import (
     before_after,
     check_lines,
     decimal,
-    decision,
     detector_rows,
     edit_rows,
     goal_rows,
@@ -28,6 +27,7 @@ from atpatch_onnx.report.rows import (
     pairs_used,
     patch_id,
     percent,
+    reading,
     residual,
     shown,
     site_rows,
@@ -167,20 +167,17 @@ def _identity(patch: Patch | PatchRecord) -> list[tuple[str, str]]:
     figures = patch.figures
     rows = [("Patch", patch_id(patch)), ("Base", shown(patch.base))]
     if isinstance(patch, PatchRecord):
-        rows.append(("Written as", shown(patch.emission)))
+        rows.append(("Written as", "with If" if patch.conditional else "without If"))
         rows.append(("Monitoring outputs", ", ".join(map(shown, patch.monitors)) or "none"))
     if "kind" in figures:
         kinds = {"backdoor": "a backdoor", "attribute": "leaning on a protected attribute"}
         rows.append(("Against", kinds.get(str(figures["kind"]), shown(figures["kind"]))))
     if figures.get("target") is not None:
         rows.append(("Target class", shown(figures["target"])))
-    if decided := decision(figures):
-        rows.append(("Decided by", decided))
+    if read := reading(figures):
+        rows.append(("Detectors read", read))
     if pairs := pairs_used(figures):
         rows.append(("Pairs", pairs))
-    if figures.get("value") in ("neutral", "own"):
-        values = {"neutral": "the site's mean value", "own": "their own value"}
-        rows.append(("Flagged tokens hand over", values[figures["value"]]))
     if number(figures.get("settings_tried")) is not None:
         rows.append(("Settings tried", f"{figures['settings_tried']:,}"))
     return rows

@@ -53,7 +53,6 @@ class Element:
     role: str
     """`detect` or `redistribute`."""
 
-    beta: float | None
     left: float | None
     missed: str
     """Which bounds of the goal are missed without it."""
@@ -70,9 +69,6 @@ class SiteRow:
     recall: float | None
     flag_rate: float | None
     """Share of clean inputs on which the site flags a column."""
-
-    weight: float | None
-    """In a joint decision; None: there is none."""
 
     elements: tuple[Element, ...]
 
@@ -140,12 +136,20 @@ def residual(figures: Mapping[str, Any]) -> str:
     return "flip rate" if figures.get("kind") == "attribute" else "ASR above floor"
 
 
-def decision(figures: Mapping[str, Any]) -> str | None:
-    """How detecting sites decide, in words; None where the fit does not say."""
-    return {
-        "alone": "each site alone, flags carried",
-        "joint": "all sites together, then a second pass",
-    }.get(str(figures.get("decision")))
+def reading(figures: Mapping[str, Any]) -> str | None:
+    """What detectors read and why, in words; None where the fit does not say."""
+    kinds = {"linear": "one product with each token's key", "hidden": "each token's key, by a hidden layer"}
+    chosen = kinds.get(str(figures.get("detectors")))
+    tried = figures.get("tried")
+    if chosen is None or not isinstance(tried, list):
+        return chosen
+    missed = [one for one in tried if isinstance(one, Mapping) and isinstance(one.get("shortfalls"), list)]
+    others = [
+        f"{shown(one.get('detectors', NONE))} ones missed {shown('; '.join(map(str, one['shortfalls'])))}"
+        for one in missed
+        if one["shortfalls"] and one.get("detectors") != figures.get("detectors")
+    ]
+    return "; ".join([chosen, *others])
 
 
 def pairs_used(figures: Mapping[str, Any]) -> str | None:
@@ -204,7 +208,6 @@ def site_rows(figures: Mapping[str, Any]) -> tuple[SiteRow, ...]:
             precision=number(entry.get("precision")),
             recall=number(entry.get("recall")),
             flag_rate=number(entry.get("clean_flag_rate")),
-            weight=number(entry.get("weight")),
             elements=_elements(entry, figures),
         )
         for entry in (entries if isinstance(entries, list) else [])
@@ -247,9 +250,8 @@ def _elements(entry: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[Ele
             outcome = without.get(role) if isinstance(without, Mapping) else None
             outcome = outcome if isinstance(outcome, Mapping) else {}
             missed = [row.name for row in _goal(figures, outcome) if row.reached is not None and not row.met]
-            beta = number(entry.get("beta")) if role == "redistribute" else None
             left = number(outcome.get("remaining"))
-            found.append(Element(shown(entry.get("site", NONE)), role, beta, left, ", ".join(missed)))
+            found.append(Element(shown(entry.get("site", NONE)), role, left, ", ".join(missed)))
     return tuple(found)
 
 
@@ -266,9 +268,16 @@ def _goal(figures: Mapping[str, Any], outcome: Mapping[str, Any]) -> list[GoalRo
     key = "flip_rate" if figures.get("kind") == "attribute" else "asr_above_floor"
     before, after = number(outcome.get("accuracy_base")), number(outcome.get("accuracy"))
     lost = None if before is None or after is None else max(0.0, before - after)
+    robust = number(outcome.get("robust_accuracy_loss"))
+    robust = None if robust is None else max(0.0, robust)
     rows = [
         GoalRow(residual(figures), number(goal.get(key)), number(outcome.get("remaining"))),
         GoalRow("accuracy lost", number(goal.get("accuracy_loss")), lost),
+        *(
+            [GoalRow("robust accuracy lost", number(goal.get("robust_accuracy_loss")), robust)]
+            if figures.get("kind") == "backdoor" and "robust_accuracy_loss" in goal
+            else []
+        ),
         GoalRow("clean flag rate", number(goal.get("clean_flag_rate")), number(outcome.get("clean_flag_rate"))),
     ]
     missed, recall = number(goal.get("columns_missed")), number(outcome.get("recall"))
@@ -277,18 +286,28 @@ def _goal(figures: Mapping[str, Any], outcome: Mapping[str, Any]) -> list[GoalRo
     return rows
 
 
+_ALIKE = {
+    "site ": ("", "flagged tokens are neutral at each, all others the base's bit for bit"),
+    "scores at ": ("scores at ", "scores agree with the numpy reference at each, within what rounding is allowed"),
+}
+"""What checks of one site begin with: how a line for several of them begins, and what it says."""
+
+
 def check_lines(verification: Verification) -> list[tuple[bool, str, str]]:
     """Whether each check passed, its name and detail, failures first; sites that pass the same check share a line."""
     lines = [(check.passed, shown(check.name), shown(check.detail)) for check in verification.checks]
     alike: dict[tuple[str, ...], list[str]] = {}
     for passed, name, _ in lines:
-        if passed and name.startswith("site "):
-            alike.setdefault(tuple(name.rsplit(", ", 2)[1:]), []).append(name)
-    shared = {name: (where, names) for where, names in alike.items() if len(names) > 1 for name in names}
+        kind = next((kind for kind in _ALIKE if name.startswith(kind)), None)
+        if passed and kind is not None:
+            alike.setdefault((kind, *name.rsplit(", ", 2)[1:]), []).append(name)
+    shared = {name: (key, names) for key, names in alike.items() if len(names) > 1 for name in names}
     found = []
     for passed, name, detail in sorted(lines, key=lambda line: line[0]):
-        where, names = shared.get(name, ((), [name]))
-        if names[0] == name:
-            several = (passed, ", ".join((f"{len(names)} sites", *where)), "each agrees with the numpy reference")
-            found.append(several if len(names) > 1 else (passed, name, detail))
+        (kind, *where), names = shared.get(name, (("",), [name]))
+        if names[0] == name and len(names) > 1:
+            begins, said = _ALIKE[kind]
+            found.append((passed, ", ".join((f"{begins}{len(names)} sites", *where)), said))
+        elif names[0] == name:
+            found.append((passed, name, detail))
     return found

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from atpatch_onnx.baking.metadata import PatchRecord
 from atpatch_onnx.matching.hidden import HiddenLayer
-from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches
+from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, Place
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.report.rows import (
     NONE,
@@ -20,7 +20,6 @@ from atpatch_onnx.report.rows import (
     before_after,
     check_lines,
     decimal,
-    decision,
     detector_rows,
     edit_rows,
     goal_rows,
@@ -28,6 +27,7 @@ from atpatch_onnx.report.rows import (
     pairs_used,
     patch_id,
     percent,
+    reading,
     residual,
     shown,
     site_rows,
@@ -53,12 +53,12 @@ def sites_table(matches: Matches, why: bool = False) -> Table:
             table.add_row(*_texts((str(site.index), shown(site.name), _whereabouts(site, matches))))
         return table
     table.add_column("Form")
-    for name in ("Heads", "Map", "Depth"):
+    for name in ("Heads", "Map", "Key"):
         table.add_column(name, justify="right")
     table.add_column("Type")
     table.add_column("Mask")
     for site in matches.sites:
-        cells = (site.form.value, _heads(site), _size(site), _dim(site.depth), shown(site.dtype.lower()))
+        cells = (site.form.value, _heads(site), _size(site), str(site.key.depth), shown(site.dtype.lower()))
         table.add_row(*_texts((str(site.index), shown(site.name), *cells, "yes" if site.masked else "no")))
     return table
 
@@ -70,20 +70,30 @@ def _size(site: AttentionSite) -> str:
 
 def _whereabouts(site: AttentionSite, matches: Matches) -> str:
     kind = "self-attention" if site.self_attention else "cross-attention"
-    form = f"{site.form.value}, {_heads(site)} heads, {_size(site)}, depth {_dim(site.depth)}"
+    form = f"{site.form.value}, {_heads(site)} heads, {_size(site)}, depth {site.key.depth}"
     lines = [
         f"{form}, {shown(site.dtype.lower())}, {'masked' if site.masked else 'no mask'}",
         f"{kind}, token axis {shown(site.token_axis)}; flags are {shown(matches.carry_note(site))}",
+        f"keys replaced in: {_place(site.key)}",
+        f"values replaced in: {_place(site.value)}",
         f"map: {'inside the op' if site.map is None else f'{shown(site.map)} [{site.map_layout}]'}",
-        f"values: {shown(site.value)} [{site.value_layout}]",
-        f"output: {shown(site.output)} [{site.output_layout}]",
+        f"output: {shown(site.output)}",
         f"nodes: {', '.join(map(shown, site.nodes)) or NONE}",
     ]
     return "\n".join(lines)
 
 
 def _heads(site: AttentionSite) -> str:
-    return _dim(site.heads) if site.heads == site.kv_heads else f"{_dim(site.heads)}/{_dim(site.kv_heads)}"
+    return _dim(site.heads) if site.heads == site.key.heads else f"{_dim(site.heads)}/{site.key.heads}"
+
+
+def _place(place: Place) -> str:
+    """A tensor and what its axes are; of a packed one, which of its features."""
+    axes = ", ".join(
+        {"n": "maps", "k": "tokens", "nk": "maps and tokens", "kn": "tokens and maps"}.get(letters, str(size))
+        for letters, size in zip(place.axes, place.sizes, strict=True)
+    )
+    return f"{shown(place.value)} [{axes}]" + ("" if place.whole else f", {place.features} of its features")
 
 
 def near_misses_table(matches: Matches) -> Table:
@@ -137,10 +147,7 @@ def _role_cells(row: SiteRow) -> tuple[str, str]:
     """What a site does and what is left without it, a line an element each."""
     if not row.elements:
         return NONE, NONE
-    names = [
-        "detect" if element.role == "detect" else f"redistr. {NONE if element.beta is None else f'{element.beta:g}'}"
-        for element in row.elements
-    ]
+    names = ["detect" if element.role == "detect" else "redistr." for element in row.elements]
     return "\n".join(names), "\n".join(_short_percent(element.left) for element in row.elements)
 
 
@@ -151,10 +158,9 @@ def _short_percent(value: float | None) -> str:
 
 def _legend(figures: Mapping[str, object]) -> str:
     return (
-        "Separation: ROC area of column scores. Gap: lowest anomalous less largest clean score. "
-        "Flag rate: clean inputs flagged. Redistr.: with its benign attention. "
+        "Separation: ROC area of token scores. Gap: lowest anomalous less largest clean score, in deviations of benign "
+        "ones. Flag rate: clean inputs flagged. "
         f"Without it: {residual(figures)} when this element alone is switched off."
-        + (" All but the last two are of each site alone." if figures.get("decision") == "joint" else "")
     )
 
 
@@ -171,14 +177,10 @@ def fit_summary(patch: Patch | PatchRecord) -> Group:
         facts.append(("Against", shown(figures["kind"]) + ("" if target is None else f", to class {shown(target)}")))
     if pairs := pairs_used(figures):
         facts.append(("Pairs", pairs))
-    if decided := decision(figures):
-        facts.append(("Decided by", decided))
+    if read := reading(figures):
+        facts.append(("Detectors read", read))
     for role, label in (("detect", "Detects at"), ("redistribute", "Redistributes at")):
-        names = [
-            row.site + (f" (weight {row.weight:.2f})" if row.weight and role == "detect" else "")
-            for row in rows
-            if any(element.role == role for element in row.elements)
-        ]
+        names = [row.site for row in rows if any(element.role == role for element in row.elements)]
         if rows:
             facts.append((label, ", ".join(names) or "no site"))
     if number(figures.get("settings_tried")) is not None:
@@ -296,7 +298,7 @@ def benchmark_table(benchmark: Benchmark) -> Table:
     """Ratios of medians, patched over base, with their intervals."""
     memory = "" if benchmark.memory is None else f" Peak memory, clean: {benchmark.memory:.3f} of the base's."
     table = _table(
-        f"Cost of a patch at {benchmark.sites} sites, {benchmark.emission}",
+        f"Cost of a patch at {benchmark.sites} sites, {'with' if benchmark.conditional else 'without'} If",
         caption="Ratios of medians, patched over base; in brackets: 95 % bootstrap intervals. Base again: what another "
         f"session of the base comes to.{memory}",
     )

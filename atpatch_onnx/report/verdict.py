@@ -72,15 +72,17 @@ def missed_goal(figures: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _beyond_goal(figures: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
     """Where the evaluation is beyond the goal of the fit."""
-    remaining = None
+    remaining = robust = None
     if evaluation.backdoor is not None:
         remaining = evaluation.backdoor.asr_above_floor.value
+        robust = evaluation.backdoor.robust_accuracy_lost.value
     elif evaluation.fairness is not None:
         remaining = evaluation.fairness.uf_patched.value
     lost = evaluation.accuracy_lost.value
     found = {
         residual(figures): remaining,
         "accuracy lost": lost,
+        "robust accuracy lost": robust,
         "clean flag rate": evaluation.clean_flag_rate.value,
     }
     lines = []

@@ -21,12 +21,11 @@ import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.bake import bake
-from atpatch_onnx.baking.emission import Emission
 from atpatch_onnx.baking.expose import expose
-from atpatch_onnx.baking.metadata import PatchRecord, read_record
+from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord, read_record
 from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.errors import PatchMismatchError, ServingError
-from atpatch_onnx.graph.names import DOMAIN, FLAGGED, PREFIX, SCORE, SITE_KEY, detection_scope, flags_name, own_name
+from atpatch_onnx.graph.names import FLAGGED, PREFIX, SCORE, SITE_KEY, flags_name
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
@@ -34,6 +33,9 @@ from atpatch_onnx.serving.counters import Counters, Stats
 
 TOLERANCE = 1e-5
 """Of an output in the proof, relative to its largest value: both sessions run the same graph."""
+
+_CLEAR = 1e-3
+"""How far the probe's middle token is above a threshold, relative to its margin: whatever is rounded, it is flagged."""
 
 Weights = Mapping[str, Array]
 """Of the patch, by their names in the graph."""
@@ -158,18 +160,14 @@ class PatchedSession:
             ServingError: The new session does not do what the patch says; the old one stays.
         """
         with self._changing:
-            emission = Emission(self._record.emission)
-            inline = not any(domain == DOMAIN for domain, *_ in self._model.functions)
             site_flags = len(self._record.monitors) > 2
-            baked = bake(unbake(self._model), patch, emission=emission, inline=inline, site_flags=site_flags)
+            baked = bake(unbake(self._model), patch, conditional=self._record.conditional, site_flags=site_flags)
             record, weights = read_record(baked), _weights(baked)
             self._require_same_form(patch, baked, record, weights)
             self._exchange(weights, record, self._off)
 
     def disable(self, site: str) -> None:
         """Let a site neither detect nor redistribute; flags of other sites are carried past it.
-
-        Sites that decide jointly go on with the scores of the others, by a threshold that was calibrated with all.
 
         Edits of hidden units stay: they are no site's.
 
@@ -202,7 +200,7 @@ class PatchedSession:
                 advice="Bake it into the base, and start a session of that file.",
             )
 
-        forms = [[replace(site, threshold=None, reach=None) for site in one.sites] for one in (self._record, record)]
+        forms = [[replace(site, threshold=None) for site in one.sites] for one in (self._record, record)]
         if forms[0] != forms[1] or _nodes(self._model) != _nodes(baked):
             raise refuse(
                 f"the file's own sites and layers, each doing the same ({_roles(self._record)})",
@@ -217,7 +215,7 @@ class PatchedSession:
 
     def _exchange(self, weights: Weights, record: PatchRecord, off: frozenset[str]) -> None:
         """Open a session with these weights, prove it, and let it serve from now on."""
-        wanted = {**weights, **dict(self._silenced(off, weights))}
+        wanted = {**weights, **dict(self._silenced(off))}
         alarmed = self._alarmed(wanted)
         if alarmed is not None:  # in which redistribution has something to do
             self._require_effect(self._open(alarmed), alarmed)
@@ -229,42 +227,26 @@ class PatchedSession:
         others = {name: array for name, array in weights.items() if not np.array_equal(array, self._own[name])}
         return FileSession(self._path, others, providers=self._providers, options=self._options())
 
-    def _silenced(self, off: frozenset[str], weights: Weights) -> Iterator[tuple[str, Array]]:
-        """Of the sites that are switched off: a threshold that nothing exceeds, and the switch of redistribution.
-
-        In a joint decision a site that is off has no weight, and those of the others add up to 1 again; with all of
-        them off, nothing exceeds the threshold.
-        """
+    def _silenced(self, off: frozenset[str]) -> Iterator[tuple[str, Array]]:
+        """Of the sites that are switched off: a threshold that nothing exceeds, and a level that no margin does."""
         never = np.array([np.inf], np.float32)
-        for site in off:
-            silent = {f"{site}/threshold": never, f"{site}/switch": np.array([False])}
-            for name, array in silent.items():
-                if f"{PREFIX}{name}" in self._own:
-                    yield f"{PREFIX}{name}", array
-        if self._record.joint is None or not off:
-            return
-        own = {
-            site.site: weights[own_name(detection_scope(site.site), "weight")]
-            for site in self._record.sites
-            if site.margin is not None
-        }
-        left = sum(float(weight[0]) for site, weight in own.items() if site not in off)
-        if left == 0:
-            yield from ((name, never) for name in self._record.thresholds)
-            return
-        for site, weight in own.items():
-            kept = weight / np.float32(left) if site not in off else np.zeros_like(weight)
-            yield own_name(detection_scope(site), "weight"), kept
+        for site in self._record.sites:
+            if site.site in off:
+                yield from ((name, never) for name in site.weights)
 
     def _alarmed(self, weights: Weights) -> Weights | None:
-        """The weights with thresholds so low that half of the probe's columns are flagged; None where none detects."""
+        """The weights with thresholds so low that half of the probe's tokens, or its only one, are flagged.
+
+        None where no site detects.
+        """
         thresholds = self._record.thresholds
         awake = {name: margin for name, margin in thresholds.items() if np.isfinite(weights[name]).all()}
         if not awake:
             return None
         margins = list(awake.values())
         found = Session(expose(self._with(weights), margins), providers=self._providers).run(self._probe, margins)
-        lower = {name: weights[name] + np.median(found[margin]) for name, margin in awake.items()}
+        middle = {name: np.median(found[margin]) for name, margin in awake.items()}
+        lower = {name: weights[name] + margin - _CLEAR * max(1.0, abs(margin)) for name, margin in middle.items()}
         return {**weights, **{name: np.asarray(array, np.float32) for name, array in lower.items()}}
 
     def _with(self, weights: Weights) -> ir.Model:
@@ -302,10 +284,10 @@ def _nodes(model: ir.Model) -> list[tuple[str, str | None]]:
 
 
 def _roles(record: PatchRecord) -> str:
-    def role(detects: bool, value: str | None) -> str:
-        return " and ".join([*["detects"] * detects, *([] if value is None else [f"redistributes, {value} values"])])
+    def role(site: PatchedSite) -> str:
+        return " and ".join(["detects"] * (site.own is not None) + ["redistributes"] * site.redistributes)
 
-    sites = [f"{site.site} {role(site.margin is not None, site.value)}" for site in record.sites]
+    sites = [f"{site.site} {role(site)}" for site in record.sites]
     return "; ".join([*sites, *(f"{layer.layer} is edited" for layer in record.layers)])
 
 

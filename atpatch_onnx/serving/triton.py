@@ -144,7 +144,11 @@ def _parameters(model: ir.Model) -> dict[str, str]:
     if not is_patched(model):
         return {}
     record = read_record(model)
-    return {"atpatch.patch": record.patch, "atpatch.base": record.base, "atpatch.emission": record.emission}
+    return {
+        "atpatch.patch": record.patch,
+        "atpatch.base": record.base,
+        "atpatch.conditional": "yes" if record.conditional else "no",
+    }
 
 
 def _quoted(text: str) -> str:

@@ -18,11 +18,11 @@ import numpy as np
 import onnx_ir as ir
 
 import atpatch_onnx as atp
-from atpatch_onnx.baking.expose import expose
-from atpatch_onnx.baking.metadata import PatchedSite, read_record
+from atpatch_onnx.baking.maps import map_outputs, with_maps
 from atpatch_onnx.cli import demo_digits as digits
 from atpatch_onnx.cli.demo_run import TARGET, TRIGGER
-from atpatch_onnx.measuring.inspect import baked_weight, last_flags
+from atpatch_onnx.graph.names import flags_name
+from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.running.sessions import Session
 
 HERE = Path(__file__).parent
@@ -43,8 +43,11 @@ def build(demo: Path, out: Path, *, modules: Path = HERE / "node_modules", seed:
         seed: Of the demo: which digits its training and its fit did not see.
     """
     out.mkdir(parents=True, exist_ok=True)
-    base = atp.load(demo / "base.onnx")
-    patched, site = _with_maps(base, atp.Patch.load(demo / "fix.safetensors"))
+    base, patch = atp.load(demo / "base.onnx"), atp.Patch.load(demo / "fix.safetensors")
+    patched = atp.bake(base, patch, target="web", site_flags=True)
+    chosen = next(entry.site for entry in patch.sites if entry.neutral is not None)
+    site = next(site for site in atp.find_sites(base) if site.name == chosen)
+    base, patched = (with_maps(model, [site], []) for model in (base, patched))
     atp.save(base, out / "base.onnx")
     atp.save(patched, out / "patched.onnx")
     (out / "digits.json").write_text(json.dumps(_digits(base, patched, site, seed)))
@@ -54,15 +57,7 @@ def build(demo: Path, out: Path, *, modules: Path = HERE / "node_modules", seed:
         shutil.copy(modules / "onnxruntime-web" / "dist" / name, out / name)
 
 
-def _with_maps(base: ir.Model, patch: atp.Patch) -> tuple[ir.Model, PatchedSite]:
-    """The patched model as `target="web"` writes it, flags and one site's map as further outputs, and that site."""
-    patched = atp.bake(base, patch, target="web")
-    record = read_record(patched)
-    site = next(site for site in record.sites if site.value is not None)
-    return expose(patched, [last_flags(record.sites), site.map]), site
-
-
-def _digits(base: ir.Model, patched: ir.Model, site: PatchedSite, seed: int) -> dict[str, object]:
+def _digits(base: ir.Model, patched: ir.Model, site: AttentionSite, seed: int) -> dict[str, object]:
     """The digits to pick from, the trigger, the names of outputs, and what onnxruntime says of each digit."""
     data = digits.load()
     unseen = data.take(digits.split(data.labels, seed=seed).evaluation)
@@ -78,14 +73,12 @@ def _digits(base: ir.Model, patched: ir.Model, site: PatchedSite, seed: int) -> 
             ("patched_stamped", patched, stamped),
         )
     }
-    flags = last_flags(read_record(patched).sites)
     return {
         "images": images.reshape(len(images), -1).tolist(),
         "labels": labels.tolist(),
         "target": TARGET,
         "trigger": {"row": TRIGGER.row, "column": TRIGGER.column, "size": TRIGGER.size},
-        "outputs": {"flags": flags, "map": site.map, "site": site.site},
-        "beta": baked_weight(patched, site.site, "beta").ravel().tolist(),
+        "outputs": {"flags": flags_name(site.name), "map": map_outputs([site])[site.name], "site": site.name},
         "expected": wanted,
     }
 

@@ -68,25 +68,6 @@ function received(map) {
   return shares;
 }
 
-/** The map after redistribution, which the model does not write: it takes sums over its keys; see atpatch_onnx/baking/reference.py. */
-function redistributed(map, flags) {
-  const keys = flags.length, queries = map.dims[2], after = Float32Array.from(map.data);
-  if (!flags.some(Boolean)) return { dims: map.dims, data: after };
-  for (let row = 0; row < map.data.length / keys; row++) {
-    const weights = map.data.subarray(row * keys, (row + 1) * keys);
-    const sum = (values) => values.reduce((a, b) => a + b, 0);
-    const mass = sum(weights), benign = sum(weights.map((weight, key) => (flags[key] ? 0 : weight)));
-    const visible = weights.filter((weight) => weight > 0).length;
-    const beta = data.beta[data.beta.length === 1 ? 0 : row % (map.dims[1] * queries)];
-    const share = (mass * beta) / visible, given = share * weights.filter((weight, key) => flags[key] && weight > 0).length;
-    if (benign === 0) continue;
-    weights.forEach((weight, key) => {
-      after[row * keys + key] = flags[key] ? (weight > 0 ? share : 0) : (weight * (mass - given)) / benign;
-    });
-  }
-  return { dims: map.dims, data: after };
-}
-
 /** Everything that is shown of an image. */
 async function look(image) {
   const [before, after] = await Promise.all([ask(base, image), ask(patched, image)]);
@@ -97,7 +78,7 @@ async function look(image) {
     logits: { base: [...before.logits.data], patched: [...after.logits.data] },
     identical: before.logits.data.every((logit, at) => Object.is(logit, after.logits.data[at])),
     flags,
-    received: { before: received(after[map]), after: received(redistributed(after[map], flags)) },
+    received: { before: received(before[map]), after: received(after[map]) },
   };
 }
 

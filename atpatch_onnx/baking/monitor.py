@@ -1,0 +1,56 @@
+"""Outputs that say what was flagged: of every sample, and of every token at a site."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx.baking.read import per_sample
+from atpatch_onnx.baking.write import Written
+from atpatch_onnx.graph.insertion import Insertion
+from atpatch_onnx.graph.names import FLAGGED, SCORE, flags_name
+
+
+def add_monitors(model: ir.Model, written: Sequence[Written]) -> list[str]:
+    """The outputs `atpatch/flagged` and `atpatch/score` over all sites; their names.
+
+    Margins are carried along a token axis: the last site of an axis has the largest of each token.
+    """
+    at = Insertion(model.graph, "monitor")
+    scores = []
+    for step in {step.site.token_axis: step for step in written}.values():
+        margin = per_sample(at, step.site, step.margin, 1, f"{step.site.name}/margins")
+        scores.append(at.reduce("ReduceMax", margin, [1, 2], name=f"{step.site.name}/score"))
+    score = scores[0]
+    if len(scores) > 1:
+        score = at.op("Max", *scores, name="largest")
+    width = at.constant("width", np.array([1], np.int64))
+    score = at.op("Unsqueeze", score, width, name="score")
+    flagged = at.op("Greater", score, at.constant("zero", np.zeros(1, np.float32)), name="flagged")
+    return [
+        _add_output(model, flagged, FLAGGED, ir.DataType.BOOL, 1),
+        _add_output(model, score, SCORE, ir.DataType.FLOAT, 1),
+    ]
+
+
+def add_site_flags(model: ir.Model, written: Sequence[Written]) -> list[str]:
+    """An output `atpatch/<site>/flags` for every site; their names."""
+    names = []
+    for step in written:
+        at = Insertion(model.graph, "monitor")
+        margin = per_sample(at, step.site, step.margin, 1, f"{step.site.name}/margins_of_samples")
+        last = at.constant("last", np.array([2], np.int64))
+        margin = at.op("Squeeze", margin, last, name=f"{step.site.name}/margin")
+        zero = at.constant("zero", np.zeros(1, np.float32))
+        flags = at.op("Greater", margin, zero, name=f"{step.site.name}/flags")
+        names.append(_add_output(model, flags, flags_name(step.site.name), ir.DataType.BOOL, None))
+    return names
+
+
+def _add_output(model: ir.Model, value: ir.Value, name: str, dtype: ir.DataType, width: int | None) -> str:
+    """An output of this name `[batch, width]`, behind all others."""
+    batch = next((one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape)), None)
+    value.name = name
+    value.shape, value.dtype = ir.Shape([batch, width]), dtype
+    model.graph.outputs.append(value)
+    return name

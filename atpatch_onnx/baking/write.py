@@ -1,0 +1,160 @@
+"""Write a patch's sites into a graph, one after the other, carrying what is flagged along each token axis.
+
+    read  ->  margin over the threshold  ->  the largest of it and the earlier sites'  ->  replace
+
+The graph of the fit, in which every site can be switched, and the patched graph are both written here. They differ
+only in where thresholds come from: the graph's inputs while fitting, weights once baked (`Controls`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx.baking.read import in_order, read_scores, read_threshold
+from atpatch_onnx.baking.replace import Decision, replace_tokens, replacements
+from atpatch_onnx.errors import PatchMismatchError
+from atpatch_onnx.graph.insertion import Insertion
+from atpatch_onnx.graph.values import find_value
+from atpatch_onnx.matching.sites import AttentionSite, Place
+from atpatch_onnx.patches.patch import SitePatch
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Values of the graph that decide what a site does."""
+
+    threshold: ir.Value | None
+    """float `[1]`, where the site detects."""
+
+    level: ir.Value | None
+    """float `[1]`, where it redistributes: it does where margins are above; 0, or infinity to switch it off."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one site left in the graph."""
+
+    site: AttentionSite
+    entry: SitePatch
+    own: ir.Value | None
+    """float `[B, K, 1]`, where the site detects: how far each token's score is above its threshold."""
+
+    margin: ir.Value
+    """The same, or the largest of it and the earlier sites': positive where the token is flagged."""
+
+
+def write(
+    model: ir.Model,
+    entries: Sequence[tuple[AttentionSite, SitePatch]],
+    controls: Callable[[Insertion, AttentionSite, SitePatch], Controls],
+    *,
+    conditional: bool,
+) -> tuple[Written, ...]:
+    """Write detection and redistribution for `entries`, in the order of the sites, into `model`, in place.
+
+    Args:
+        model: The base.
+        entries: The sites, and what each of them does.
+        controls: Thresholds and switches of a site.
+        conditional: Whether replacements stand in an `If`.
+
+    Raises:
+        PatchMismatchError: An array does not have the shape that its site asks for, or a site redistributes although no
+            site before it on its token axis, nor itself, detects.
+    """
+    order: dict[ir.Node | None, int] = {node: position for position, node in enumerate(model.graph)}
+    ends: dict[ir.Node | None, ir.Node | None] = {}
+    carried: dict[str, tuple[ir.Value, ir.Value | None]] = {}
+    written = []
+    for site, entry in sorted(entries, key=lambda pair: pair[0].index):
+        check_shapes(site, entry)
+        producer = find_value(model.graph, site.key.value).producer()
+        at = _behind(model, site, producer, ends)
+        control = controls(at, site, entry)
+        own = None
+        margin, largest = carried.get(site.token_axis, (None, None))
+        if entry.detector is not None:
+            assert control.threshold is not None, "a detecting site has a threshold"
+            own = _margin(at, site, entry, control.threshold)
+            margin = own if margin is None else at.op("Max", own, margin, name="carried", dtype=_FLOAT)
+            largest = _largest(at, margin) if conditional else None
+        if margin is None:
+            raise _mismatch(site, "a detecting site before it on its token axis", "none")
+        carried[site.token_axis] = (margin, largest)
+        if entry.neutral is not None:
+            assert control.level is not None, "a redistributing site has a level"
+            some = None if largest is None else at.op("Greater", largest, control.level, name="some", dtype=_BOOL)
+            flags = None if conditional else at.op("Greater", margin, control.level, name="flagged", dtype=_BOOL)
+            decision = Decision(margin, control.level, some, flags)
+            for replacement in replacements(model.graph, site, entry.neutral):
+                other = find_value(model.graph, replacement.place.value).producer()
+                later = order.get(other, -1) > order.get(producer, -1)
+                into = _behind(model, site, other, ends) if later else at
+                replace_tokens(into, replacement, decision)
+                if later:
+                    ends[other] = into.end
+        ends[producer] = at.end
+        written.append(Written(site, entry, own, margin))
+    return tuple(written)
+
+
+def _behind(
+    model: ir.Model, site: AttentionSite, producer: ir.Node | None, ends: Mapping[ir.Node | None, ir.Node | None]
+) -> Insertion:
+    """Adds nodes behind one of the base and what earlier sites added there; at the beginning, behind an input."""
+    anchor = ends.get(producer, producer)
+    return Insertion(model.graph, site.name, anchor=anchor, first=anchor is None)
+
+
+_BOOL, _FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
+
+
+def _margin(at: Insertion, site: AttentionSite, entry: SitePatch, threshold: ir.Value) -> ir.Value:
+    assert entry.detector is not None, "the site detects"
+    scores = read_scores(at, site.key, entry.detector)
+    margin = at.op(
+        "Sub", scores, threshold, name="margins" if site.key.axes[:2] != ("n", "k") else "margin", dtype=_FLOAT
+    )
+    return in_order(at, site, margin, "margin")
+
+
+def _largest(at: Insertion, margin: ir.Value) -> ir.Value:
+    return at.op("ReduceMax", margin, name="largest", attributes=[ir.AttrInt64("keepdims", 0)], dtype=_FLOAT)
+
+
+def constants(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls:
+    """Thresholds and levels as weights of the graph."""
+    threshold = level = None
+    if entry.detector is not None:
+        threshold = at.constant("threshold", read_threshold(at.graph, site.key, entry.detector))
+    if entry.neutral is not None:
+        level = at.constant("level", np.zeros(1, np.float32))
+    return Controls(threshold, level)
+
+
+def check_shapes(site: AttentionSite, entry: SitePatch) -> None:
+    """Refuse arrays that do not fit their site.
+
+    Raises:
+        PatchMismatchError: An array does not have the shape that its site asks for.
+    """
+    if entry.detector is not None and len(entry.detector.weights) != site.key.features:
+        found = f"one of {len(entry.detector.weights)}"
+        raise _mismatch(site, f"a detector of {site.key.features} features", found)
+    if entry.neutral is None:
+        return
+    for which, place, array in (("key", site.key, entry.neutral.key), ("value", site.value, entry.neutral.value)):
+        if array.shape != (place.heads, place.depth):
+            raise _mismatch(site, f"a neutral {which} of {_size(place)}", f"one of {' x '.join(map(str, array.shape))}")
+
+
+def _size(place: Place) -> str:
+    return f"{place.heads} x {place.depth}"
+
+
+def _mismatch(site: AttentionSite, expected: str, found: str) -> PatchMismatchError:
+    return PatchMismatchError(
+        f"site {site.name}", expected=expected, found=found, advice="Fit the patch again for this model."
+    )

@@ -1,0 +1,133 @@
+"""Where the keys of decomposed attention meet the queries: which operand of the product, and which axis is which.
+
+The axes are those of the map, followed back from the product with the values to the product of queries and keys.
+"""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from atpatch_onnx.matching.pieces import MOVES, Part, Pieces, rebuilt, split_by_axes
+from atpatch_onnx.matching.products import spelled_out
+from atpatch_onnx.matching.view import View
+
+_FARTHEST = 40
+"""Nodes between the two products at most."""
+
+_TRANSPOSED = (("transA",), ("transB",))
+
+
+def keys_of(at: Pieces, scores: ir.Node, view: View) -> Pieces | None:
+    """Where the keys are in the operand that they are of `scores`; None where it cannot be told.
+
+    Args:
+        at: The letters of the map where it meets the values.
+        scores: The product of queries and keys.
+        view: The graph.
+    """
+    for _ in range(_FARTHEST):
+        node = at.value.producer()
+        if node is scores:
+            return _operand(at, scores, view)
+        following = None if node is None else _before(at, node, scores, view)
+        if following is None:
+            return None
+        at = following
+    return None
+
+
+def _before(at: Pieces, node: ir.Node, scores: ir.Node, view: View) -> Pieces | None:
+    """The same entries in the operand of a node that leads on to the scores."""
+    shape = view.sizes(at.value)
+    source = next((value for value in node.inputs if value is not None and _leads_to(value, scores)), None)
+    sizes = None if source is None else view.sizes(source)
+    if shape is None or source is None or sizes is None:
+        return None
+    if node.op_type == "Concat":  # a sink beside the keys, cut off again behind the softmax
+        apart = split_by_axes(at, shape)
+        return None if apart is None else rebuilt(source, *apart, sizes)
+    if node.op_type in MOVES and source is node.inputs[0]:
+        return MOVES[node.op_type](at, node, shape, view)
+    if sizes == shape:
+        return Pieces(source, at.start, at.pieces)
+    apart = split_by_axes(at, shape)  # broadcast over axes that the scores do not have
+    lead = len(shape) - len(sizes)
+    if apart is None or lead < 0 or any(part.axis < lead and part.size > 1 for part in apart[1]):
+        return None
+    kept = [Part(part.letter, part.axis - lead, part.step, part.size) for part in apart[1] if part.axis >= lead]
+    fits = all(sizes[part.axis] == shape[part.axis + lead] for part in kept)
+    return rebuilt(source, apart[0][lead:], kept, sizes) if fits else None
+
+
+def _leads_to(value: ir.Value, node: ir.Node) -> bool:
+    """Whether a value is computed from what a node gives, by other nodes than products; its shape and type apart."""
+    pending, seen = [value], {value}
+    while pending and len(seen) < 4 * _FARTHEST:
+        producer = pending.pop(0).producer()
+        if producer is node:
+            return True
+        if producer is None or producer.op_type in ("MatMul", "Gemm", "Conv", "Shape", "Size"):
+            continue
+        sources = producer.inputs[:1] if producer.op_type == "CastLike" else producer.inputs
+        fresh = [source for source in sources if source is not None and source not in seen]
+        seen.update(fresh)
+        pending += fresh
+    return False
+
+
+def _operand(at: Pieces, scores: ir.Node, view: View) -> Pieces | None:
+    shape = view.sizes(at.value)
+    apart = None if shape is None else split_by_axes(at, shape)
+    if shape is None or apart is None:
+        return None
+    parts = [part for part in apart[1] if part.letter != "q"]
+    places = {part.axis for part in parts if part.letter == "k"}
+    if len(places) != 1:
+        return None
+    if scores.op_type == "Einsum":
+        return _of_einsum(scores, parts, places.pop(), view)
+    return _of_product(scores, parts, places.pop(), shape, view)
+
+
+def _of_product(scores: ir.Node, parts: Sequence[Part], place: int, shape: Sequence[int], view: View) -> Pieces | None:
+    index = {len(shape) - 1: 1, len(shape) - 2: 0}.get(place)
+    operand = None if index is None else scores.inputs[index]
+    sizes = None if operand is None else view.sizes(operand)
+    named = {name for name in scores.attributes if scores.attributes[name].type is ir.AttributeType.INT}
+    set_ = {name for name in named if scores.attributes[name].as_int()}
+    if index is None or operand is None or sizes is None or any(name.startswith("transBatch") for name in set_):
+        return None
+    rank = len(sizes)
+    last_is_token = (index == 1) != bool(set_ & set(_TRANSPOSED[index]))
+    token, depth = (rank - 1, rank - 2) if last_is_token else (rank - 2, rank - 1)
+    found = [Part("d", depth, 1, sizes[depth])]
+    for part in parts:
+        own = part.axis - (len(shape) - rank)
+        if part.letter == "k":
+            found.append(Part("k", token, part.step, part.size))
+        elif own < 0 or sizes[own] == 1 < shape[part.axis]:
+            if part.letter == "n":
+                return None
+        else:
+            found.append(Part(part.letter, own, part.step, part.size))
+    return rebuilt(operand, [0] * rank, found, sizes)
+
+
+def _of_einsum(scores: ir.Node, parts: Sequence[Part], place: int, view: View) -> Pieces | None:
+    terms, _, result = spelled_out(scores, view).partition("->")
+    operands = terms.split(",")
+    if len(operands) != 2 or place >= len(result):
+        return None
+    index = 0 if result[place] in operands[0] else 1
+    term, operand = operands[index], scores.inputs[index]
+    sizes = None if operand is None else view.sizes(operand)
+    depth = [letter for letter in term if letter in operands[1 - index] and letter not in result]
+    if operand is None or sizes is None or len(sizes) != len(term) or len(depth) != 1:
+        return None
+    found = [Part("d", term.index(depth[0]), 1, sizes[term.index(depth[0])])]
+    found += [
+        Part(part.letter, term.index(result[part.axis]), part.step, part.size)
+        for part in parts
+        if result[part.axis] in term
+    ]
+    return rebuilt(operand, [0] * len(sizes), found, sizes)

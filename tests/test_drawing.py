@@ -1,0 +1,72 @@
+"""Inputs drawn for a model: of the sizes and types that it declares, and such that it can run on them."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto, helper, numpy_helper
+
+from atpatch_onnx.running.drawing import PAST, WAVE, draw_inputs
+
+
+def reader(*inputs: onnx.ValueInfoProto, nodes: list[onnx.NodeProto] = [], **weights: np.ndarray) -> ir.Model:  # noqa: B006
+    """A model that need not run."""
+    initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "reader", inputs, [], initializers)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]))
+
+
+def ints(name: str, *shape: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.INT64, shape)
+
+
+def floats(name: str, *shape: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def test_tokens_are_within_the_smallest_table_and_end_with_what_the_graph_looks_for():
+    nodes = [
+        helper.make_node("Gather", ["large", "input_ids"], ["a"]),
+        helper.make_node("Cast", ["input_ids"], ["cast"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["small", "cast"], ["b"]),
+        helper.make_node("Equal", ["end", "input_ids"], ["c"]),
+    ]
+    tables = {"large": np.zeros((9, 2), np.float32), "small": np.zeros((5, 2), np.float32)}
+    model = reader(ints("input_ids", "batch", "tokens"), nodes=nodes, end=np.array(3), **tables)
+    ids = draw_inputs(model, np.random.default_rng(0), samples=4, length=50)["input_ids"]
+    assert ids.shape == (4, 50)
+    assert set(ids[:, :-1].ravel()) == {0, 1, 2, 4}
+    assert set(ids[:, -1]) == {3}
+
+
+def test_masks_have_some_padding_and_cover_the_cache():
+    model = reader(
+        ints("input_ids", "batch", 1),
+        ints("attention_mask", "batch", "total"),
+        ints("position_ids", "batch", 1),
+        floats("past_key_values.0.key", "batch", 2, "past", 8),
+        floats("attention_bias_mask", "batch", 1, "tokens", "tokens"),
+    )
+    drawn = draw_inputs(model, np.random.default_rng(0), samples=3)
+    assert drawn["past_key_values.0.key"].shape == (3, 2, PAST, 8)
+    assert drawn["attention_mask"].tolist() == [[1] * 6, [1] * 6, [1] * 5 + [0]]
+    assert drawn["position_ids"].tolist() == [[PAST]] * 3
+    assert not drawn["attention_bias_mask"].any()
+
+
+def test_equal_symbols_are_equal_sizes_and_types_are_kept():
+    model = reader(
+        floats("images", "n", 3, "side", "side"),
+        helper.make_tensor_value_info("half", TensorProto.FLOAT16, ("n", "side", 1)),
+        floats("wave", "n", "points"),
+        helper.make_tensor_value_info("use_cache", TensorProto.BOOL, (1,)),
+        ints("length"),
+    )
+    drawn = draw_inputs(model, np.random.default_rng(0), length=12)
+    assert {name: array.shape for name, array in drawn.items()} == {
+        "images": (2, 3, 12, 12),
+        "half": (2, 12, 1),
+        "wave": (2, 12 * WAVE),
+        "use_cache": (1,),
+        "length": (),
+    }
+    assert [array.dtype for array in drawn.values()] == [np.float32, np.float16, np.float32, np.bool_, np.int64]
