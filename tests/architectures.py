@@ -105,8 +105,17 @@ class Architecture:
     mapless: int = 0
     """How many of these have no map to patch: linear attention, autocorrelation; or constants as all their inputs."""
 
+    refused: int = 0
+    """How many have keys that stand token by token in no tensor, or in none that nothing else reads: windows on an
+    axis, or keys that choose the queries as well."""
+
     softmaxes: int = 0
     """Softmaxes that are no attention: routers over experts, weights of delays."""
+
+    @property
+    def sites(self) -> int:
+        """How many attentions can be patched."""
+        return self.attentions - self.mapless - self.refused
 
     def build(self) -> nn.Module:
         """The model, with random weights, in the attention implementation that transformers prefers."""
@@ -229,7 +238,7 @@ ARCHITECTURES = {
         {"embed_dim": 16, "image_size": [32, 32], "patch_kernel": [7, 7], "patch_stride": [4, 4],
          "patch_padding": [3, 3], "depths": [1, 1], "num_heads": [2, 4], "num_query_pool": 1, "query_stride": [2, 2],
          "masked_unit_size": [4, 4], "masked_unit_attention": [True, False]},
-        IMAGE32, 2,
+        IMAGE32, 2, refused=2,
     ),
     "mobilevit": Architecture(
         "MobileViTModel",
@@ -279,10 +288,11 @@ ARCHITECTURES = {
     ),
     # time series
     "autoformer_encoder": Architecture(
-        "models.autoformer.modeling_autoformer.AutoformerEncoder", SERIES, {"inputs_embeds": wave(2, 8, 6)}, 1, 1, 1
+        "models.autoformer.modeling_autoformer.AutoformerEncoder", SERIES, {"inputs_embeds": wave(2, 8, 6)}, 1, 1,
+        softmaxes=1,
     ),
     "informer_decoder": Architecture(
-        "models.informer.modeling_informer.InformerDecoder", SERIES, DECODED, 2
+        "models.informer.modeling_informer.InformerDecoder", SERIES, DECODED, 2, refused=1
     ),
     "patchtst": Architecture("PatchTSTModel", PATCHES, CHANNELS, 2),
     "time_series_transformer_decoder": Architecture(

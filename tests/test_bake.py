@@ -8,18 +8,7 @@ import onnx_ir as ir
 import pytest
 from driving import driven
 from form_nets import FORMS as FORM_NETS
-from models import (
-    ALWAYS,
-    FORMS,
-    NEVER,
-    Net,
-    draw_patch,
-    fire_on_some,
-    margins,
-    run,
-    same_bits,
-    see,
-)
+from models import ALWAYS, FORMS, NEVER, Net, draw_patch, fire_on_some, margins, run, same_bits, see
 from onnx.reference import ReferenceEvaluator
 
 from atpatch_onnx import graph

@@ -187,7 +187,7 @@ def test_as_few_as_do_as_well(monkeypatch):
     outcomes = []
 
     def pretended(part, sides):
-        found = Outcome("backdoor", 0.0, 1.0, 1.0, 0.0, 0.0, 0.0)
+        found = Outcome("backdoor", 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
         outcomes.append(replace(found, remaining=0.3 if sides is part.base else 0.0))
         return outcomes[-1]
 
@@ -201,7 +201,7 @@ def test_as_many_as_do_best(monkeypatch):
     left = {1: 0.5, 2: 0.2, 3: 0.1, 4: 0.1}
 
     def pretended(part, sides):
-        return Outcome("backdoor", left.get(getattr(sides, "count", 1), 0.5), 1.0, 1.0, 0.0, 0.0, 0.0)
+        return Outcome("backdoor", left.get(getattr(sides, "count", 1), 0.5), 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
 
     class Counted:
         def __init__(self, sides, count):
