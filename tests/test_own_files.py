@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from models import Net, draw_patch
 
 import atpatch_onnx as atp
 from atpatch_onnx.cli import main
 from atpatch_onnx.errors import ModelFileError
 from atpatch_onnx.graph import to_bytes
-
-from models import Net, draw_patch
 
 NET = Net(batch="batch", tokens="tokens")
 

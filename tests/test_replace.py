@@ -177,11 +177,8 @@ def test_tokens_are_replaced_in_whatever_order_a_tensor_holds_them(name: str, co
     of_site = replace(find_sites(Net().model())[0], key=place, value=replace(place, value="other"))
     (ours, _) = replacements(model.graph, of_site, neutral)
     level = at.constant("level", np.zeros(1, np.float32))
-    zero = find_value(model.graph, "margin")
-    largest = at.op("ReduceMax", zero, name="largest", attributes=[ir.AttrInt64("keepdims", 0)])
-    some = at.op("Greater", largest, level, name="some") if conditional else None
-    flags = None if conditional else at.op("Greater", zero, level, name="flagged")
-    replace_tokens(at, ours, Decision(zero, level, some, flags))
+    flags = at.op("Greater", find_value(model.graph, "margin"), level, name="flagged")
+    replace_tokens(at, ours, Decision(flags, at.constant("some", np.array([True])) if conditional else None))
     tensor = laid_out(keys, place, rng)
     found = run(model, {"x": np.zeros((MAPS, 1), np.float32), "tensor": tensor, "margin": margin})["read"]
     flagged = margin[..., 0] > 0
@@ -231,13 +228,32 @@ def test_a_batch_of_none_runs_as_it_does_in_the_base(name: str, conditional: boo
 # How it is written
 
 
+@pytest.mark.parametrize("conditional", FORMS)
+@pytest.mark.parametrize("place", [0, 7], ids=["first", "last"])
+def test_a_sample_with_a_nan_does_not_switch_the_fix_off_for_its_batch_mates(conditional: bool, place: int) -> None:
+    net = Net()
+    model = net.model()
+    feed = net.feed(np.random.default_rng(0), 8, 5)
+    patch = fire_on_some(model, draw_patch(model), feed, share=0.3)
+    baked = bake(model, patch, conditional=conditional)
+    expected = run(baked, feed)
+    assert expected["atpatch/flagged"].any()
+    broken = {name: array.copy() for name, array in feed.items()}
+    broken["x"][place] = np.nan
+    others = np.arange(8) != place
+    for optimize in (True, False):
+        expected, found = run(baked, feed, optimize=optimize), run(baked, broken, optimize=optimize)
+        for name, array in expected.items():
+            assert same_bits(found[name][others], array[others]), name
+
+
 def ours(baked: ir.Model, site: str) -> list[ir.Node]:
     """Nodes of a site, those within branches included."""
     return [node for node in baked.graph.all_nodes() if node.metadata_props.get(SITE_KEY) == site]
 
 
 NODES = {("linear", False): 5, ("hidden", False): 8, ("linear", True): 12, ("hidden", True): 15}
-"""Of the first site, to which no flags are carried. With an `If`: two nodes of its condition, three in each."""
+"""Of the first site, to which no flags are carried. With an `If`: three nodes of its condition, two more in each."""
 
 
 @pytest.mark.parametrize("kind", ["linear", "hidden"])

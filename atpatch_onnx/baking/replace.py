@@ -43,17 +43,11 @@ class Replacement:
 class Decision:
     """What is flagged at a site, as values of the graph."""
 
-    margin: ir.Value
-    """Float `[B, K, 1]`: how far each token's score is above a threshold, here or at an earlier site."""
-
-    level: ir.Value
-    """Float `[1]`: margins above are flagged; 0, or infinity where the site is switched off."""
+    flags: ir.Value
+    """Bool `[B, K, 1]`: the tokens that are replaced."""
 
     some: ir.Value | None
-    """Bool of one element, whether anything is flagged, for an `If`; None: there is to be none."""
-
-    flags: ir.Value | None = None
-    """Bool `[B, K, 1]`, for all replacements of the site; None: each `If` compares anew, where it comes to that."""
+    """Bool of one element, whether any is, for an `If`; None: there is to be none."""
 
 
 def replacements(graph: ir.Graph, site: AttentionSite, neutral: Neutral) -> Iterator[Replacement]:
@@ -92,10 +86,7 @@ def replace_tokens(at: Insertion, replacement: Replacement, decision: Decision) 
     columns = None if replacement.columns is None else at.constant("columns", replacement.columns)
 
     def replaced(into: Insertion, name: str) -> ir.Value:
-        flags = decision.flags
-        if flags is None:
-            flags = into.op("Greater", decision.margin, decision.level, name=f"{name}/flagged")
-        flags = _laid_out(into, place, flags, name)
+        flags = _laid_out(into, place, decision.flags, name)
         if columns is not None:
             flags = into.op("And", flags, columns, name=f"{name}/flagged_columns")
         return into.op("Where", flags, neutral, value, name=name, shape=place.shape, dtype=dtype)

@@ -66,7 +66,7 @@ def write(
     """
     order: dict[ir.Node | None, int] = {node: position for position, node in enumerate(model.graph)}
     ends: dict[ir.Node | None, ir.Node | None] = {}
-    carried: dict[str, tuple[ir.Value, ir.Value | None]] = {}
+    carried: dict[str, ir.Value] = {}
     written = []
     for site, entry in sorted(entries, key=lambda pair: pair[0].index):
         check_shapes(site, entry)
@@ -74,20 +74,18 @@ def write(
         at = _behind(model, site, producer, ends)
         control = controls(at, site, entry)
         own = None
-        margin, largest = carried.get(site.token_axis, (None, None))
+        margin = carried.get(site.token_axis)
         if entry.detector is not None:
             assert control.threshold is not None, "a detecting site has a threshold"
             own = _margin(at, site, entry, control.threshold)
             margin = own if margin is None else at.op("Max", own, margin, name="carried", dtype=_FLOAT)
-            largest = _largest(at, margin) if conditional else None
         if margin is None:
             raise _mismatch(site, "a detecting site before it on its token axis", "none")
-        carried[site.token_axis] = (margin, largest)
+        carried[site.token_axis] = margin
         if entry.neutral is not None:
             assert control.level is not None, "a redistributing site has a level"
-            some = None if largest is None else at.op("Greater", largest, control.level, name="some", dtype=_BOOL)
-            flags = None if conditional else at.op("Greater", margin, control.level, name="flagged", dtype=_BOOL)
-            decision = Decision(margin, control.level, some, flags)
+            flags = at.op("Greater", margin, control.level, name="flagged", dtype=_BOOL)
+            decision = Decision(flags, _any(at, flags) if conditional else None)
             for replacement in replacements(model.graph, site, entry.neutral):
                 other = find_value(model.graph, replacement.place.value).producer()
                 later = order.get(other, -1) > order.get(producer, -1)
@@ -120,8 +118,11 @@ def _margin(at: Insertion, site: AttentionSite, entry: SitePatch, threshold: ir.
     return in_order(at, site, margin, "margin")
 
 
-def _largest(at: Insertion, margin: ir.Value) -> ir.Value:
-    return at.op("ReduceMax", margin, name="largest", attributes=[ir.AttrInt64("keepdims", 0)], dtype=_FLOAT)
+def _any(at: Insertion, flags: ir.Value) -> ir.Value:
+    """Whether anything is flagged; of flags, not of margins: a sample with a NaN must not hide its batch-mates."""
+    numbers = at.op("Cast", flags, name="flagged_as_numbers", attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)])
+    largest = at.op("ReduceMax", numbers, name="most_flagged", attributes=[ir.AttrInt64("keepdims", 0)], dtype=_FLOAT)
+    return at.op("Cast", largest, name="some", attributes=[ir.AttrInt64("to", ir.DataType.BOOL)], dtype=_BOOL)
 
 
 def constants(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls:
