@@ -1,6 +1,7 @@
 """What a patch costs on large models: timings, memory, a plot over lengths; writes `docs/performance.md`.
 
     python -m samples.performance                 # or: make benchmark
+    python -m samples.performance --go-on         # a run that was stopped: its figures are kept
     python -m samples.performance --render        # the page from docs/performance.json again
 
 Every timing is `atpatch benchmark` with a synthetic patch that detects and redistributes at every site. Run it on a
@@ -15,8 +16,9 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,48 +66,78 @@ class Case:
     whole: bool = True
     """Whether files without `If` and memory are measured as well."""
 
+    @property
+    def label(self) -> str:
+        """What its figures stand under."""
+        return f"{self.name}, {self.length} tokens, batch {self.batch}"
+
 
 CASES = (
     Case("ViT-B/16", "vit", 197, 1),
-    Case("ViT-B/16", "vit", 197, 8),
     Case("BERT-base", "bert", 128, 1),
-    Case("BERT-base", "bert", 128, 8),
     Case("BERT-base", "bert", 512, 1),
-    Case("BERT-base", "bert", 512, 8, whole=False),
     Case("GPT-2 (small)", "gpt2", 1024, 1, whole=False),
+    Case("ViT-B/16", "vit", 197, 8),
+    Case("BERT-base", "bert", 128, 8),
+    Case("BERT-base", "bert", 512, 8, whole=False),
 )
 
 
-def measured(out: Path, *, fast: bool, seconds: float, console: Console) -> dict[str, Any]:
-    """All figures, JSON types."""
+def measure(figures: dict[str, Any], out: Path, keep: Callable[[], None], *, fast: bool, seconds: float) -> None:
+    """Add to `figures` (JSON types) what they lack, piece by piece.
+
+    Args:
+        figures: Those of an earlier run that was stopped, or `nothing()`.
+        out: Where the Fashion-MNIST base is kept.
+        keep: Called after each piece.
+        fast: Tiny models, few rounds.
+        seconds: About how long a row takes to time.
+    """
+    console = Console()
     torch.set_num_threads(THREADS)
+    seconds = 0.0 if fast else seconds
     with tempfile.TemporaryDirectory() as folder:
-        files = {}
-        for name in ("vit", "bert", "gpt2", "two layers"):
+
+        @cache
+        def files(name: str) -> Mapping[str, Path]:
             console.print(f"exporting {name}")
-            files[name] = export(name, Path(folder), fast=fast)
-        rows = []
+            return export(name, Path(folder), fast=fast)
+
+        def add(where: dict[str, Any], name: str, of: Callable[[], Any]) -> None:
+            if name not in where:
+                where[name] = of()
+                console.print(name, where[name])
+                keep()
+
+        def base() -> Path:
+            return prepare("vit/badnets-fixed", seed=0, fast=fast, out=out)[0].base
+
+        def row(case: Case) -> dict[str, Any]:
+            return measured_row(case, files(case.model), min(case.length, 48) if fast else case.length, seconds)
+
+        def at_length(length: int) -> dict[str, Any]:
+            return _at_length(files("two layers")[FUSED], length, seconds / 4)
+
+        add(figures["seconds"], "fit", lambda: _seconds_to_fit(out, fast=fast))
         for case in CASES:
-            length = min(case.length, 48) if fast else case.length
-            rows.append(measured_row(case, files[case.model], length, 0.0 if fast else seconds))
-            console.print(rows[-1])
-        lengths = [
-            _at_length(files["two layers"][FUSED], length, 0.0 if fast else seconds / 4)
-            for length in ((16, 32) if fast else LENGTHS)
-        ]
-        console.print(lengths)
-        hooks = {"ViT-B/16": _against_hooks(files["vit"][FUSED], "vit", fast=fast)}
-        baked = _seconds_to_bake(files["vit"][FUSED], Path(folder) / "baked.onnx")
-    small, _ = prepare("vit/badnets-fixed", seed=0, fast=fast, out=out)
-    hooks["Fashion-MNIST ViT"] = _fashion_against_hooks(small.base)
+            add(figures["rows"], case.label, partial(row, case))
+        add(figures["seconds"], "bake", lambda: _seconds_to_bake(files("vit")[FUSED], Path(folder) / "baked.onnx"))
+        add(figures["hooks"], "Fashion-MNIST ViT", lambda: _fashion_against_hooks(base()))
+        add(figures["hooks"], "ViT-B/16", lambda: _against_hooks(files("vit")[FUSED], "vit", fast=fast))
+        for length in (16, 32) if fast else LENGTHS:
+            add(figures["lengths"], str(length), partial(at_length, length))
+
+
+def nothing() -> dict[str, Any]:
+    """The figures of a run that has not begun."""
     return {
         "machine": _machine(),
         "sessions": SESSIONS,
-        "rows": rows,
-        "lengths": lengths,
-        "hooks": hooks,
-        "seconds": {"bake": baked, "fit": _seconds_to_fit(small.base, small.debug, small.options)},
-        "pairs": min(PAIRS, len(small.debug)),
+        "rows": {},
+        "lengths": {},
+        "hooks": {},
+        "seconds": {},
+        "pairs": PAIRS,
     }
 
 
@@ -192,7 +224,7 @@ def _seconds(do: Any) -> float:
 def _at_length(base: Path, length: int, seconds: float) -> dict[str, Any]:
     """Clean and flagged ratios, with and without `If`."""
     rounds = _rounds(base, length, 1, seconds)
-    point: dict[str, Any] = {"length": length}
+    point: dict[str, Any] = {}
     for form, target in (("with If", "cpu"), ("without If", WITHOUT_IF)):
         [timing] = atp.benchmark(
             base, target=target, length=length, batches=[1], threads=[THREADS], rounds=rounds, memory=False
@@ -237,10 +269,11 @@ def _seconds_to_bake(base: Path, target: Path) -> float:
     return _seconds(lambda: atp.save(atp.bake(atp.load(base), patch), target))
 
 
-def _seconds_to_fit(base: Path, debug: atp.DebugSet, options: atp.FitOptions) -> float:
-    pairs = debug.take(np.arange(min(PAIRS, len(debug))))
-    forced = atp.FitOptions(goal=options.goal, seed=options.seed, force=True)
-    return _seconds(lambda: atp.fit(atp.load(base), pairs, forced))
+def _seconds_to_fit(out: Path, *, fast: bool) -> float:
+    small, _ = prepare("vit/badnets-fixed", seed=0, fast=fast, out=out)
+    pairs = small.debug.take(np.arange(min(PAIRS, len(small.debug))))
+    forced = atp.FitOptions(goal=small.options.goal, seed=small.options.seed, force=True)
+    return _seconds(lambda: atp.fit(atp.load(small.base), pairs, forced))
 
 
 def page(figures: Mapping[str, Any]) -> str:
@@ -253,7 +286,7 @@ def page(figures: Mapping[str, Any]) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["ratio"] = shown
-    rows = figures["rows"]
+    rows = list(figures["rows"].values())
     whole = [row for row in rows if "without_if" in row]
     met = {
         "clean": sum(row["clean"][0] <= row["goal"] for row in rows),
@@ -261,16 +294,19 @@ def page(figures: Mapping[str, Any]) -> str:
         "whole": len(whole),
         "memory": sum(row["memory"] is not None and row["memory"] <= row["goal"] for row in whole),
     }
-    return environment.from_string(PAGE.read_text()).render(**figures, met=met, forms=[EAGER, OFFLINE], base=FUSED)
+    lacking = [case.label for case in CASES if case.label not in figures["rows"]]
+    lacking += [f"two layers at {length} tokens" for length in LENGTHS if str(length) not in figures["lengths"]]
+    document = {**figures, "rows": rows, "lacking": lacking, "met": met}
+    return environment.from_string(PAGE.read_text()).render(**document, forms=[EAGER, OFFLINE], base=FUSED)
 
 
 def plot(figures: Mapping[str, Any], path: Path) -> None:
     """Overhead over length, with and without `If`."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    lengths = [point["length"] for point in figures["lengths"]]
+    lengths = [int(length) for length in figures["lengths"]]
     for form, color in (("with If", "tab:blue"), ("without If", "tab:orange")):
         for kind, style in (("clean", "-"), ("flagged", "--")):
-            of = np.array([point[form][kind] for point in figures["lengths"]]) - 1
+            of = np.array([point[form][kind] for point in figures["lengths"].values()]).reshape(-1, 3) - 1
             axes.plot(lengths, 100 * of[:, 0], style, color=color, marker="o", label=f"{form}, {kind}")
             axes.fill_between(lengths, 100 * of[:, 1], 100 * of[:, 2], color=color, alpha=0.15)
     axes.set(xscale="log", xlabel="tokens", ylabel="time added by the patch, %", xticks=lengths, xticklabels=lengths)
@@ -288,14 +324,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/results"), help="where the Fashion-MNIST base is kept")
     parser.add_argument("--seconds", type=float, default=30, help="about how long a row of the table takes to time")
     parser.add_argument("--fast", action="store_true", help="tiny models, few rounds")
+    parser.add_argument("--go-on", action="store_true", help="keep the figures of a run that was stopped, add the rest")
     parser.add_argument("--render", action="store_true", help="write the page from the figures again")
     options = parser.parse_args(arguments)
     options.docs.mkdir(parents=True, exist_ok=True)
     kept = options.docs / "performance.json"
     if not options.render:
         quiet()
-        figures = measured(options.out, fast=options.fast, seconds=options.seconds, console=Console())
-        kept.write_text(json.dumps(figures, indent=1) + "\n")
+        figures = json.loads(kept.read_text()) if options.go_on else nothing()
+
+        def keep() -> None:
+            kept.write_text(json.dumps(figures, indent=1) + "\n")
+
+        measure(figures, options.out, keep, fast=options.fast, seconds=options.seconds)
     figures = json.loads(kept.read_text())
     plot(figures, options.docs / "performance.png")
     (options.docs / "performance.md").write_text(page(figures))

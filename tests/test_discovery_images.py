@@ -133,7 +133,7 @@ def test_an_output_with_logits_and_other_bounds(backdoored):
 
     clean = images(backdoored) * 2 - 1
     trigger = invert_trigger(Wrapped(), clean, TARGET, bounds=(-1, 1)).trigger()
-    assert trigger.mask[PLACE].sum() == trigger.mask.sum() > 0
+    assert np.count_nonzero(trigger.mask[PLACE]) == np.count_nonzero(trigger.mask) > 0
     assert trigger.pattern.min() < -0.1
     assert trigger.success.value > 0.95
 

@@ -58,7 +58,7 @@ def disguise(model: ir.Model) -> None:
 
 
 def disguise_within_a_branch(model: ir.Model) -> None:
-    node_named(model, "atpatch/site_0/key/then/flagged").name = "harmless"
+    node_named(model, "atpatch/site_0/key/then").name = "harmless"
 
 
 def mark_the_bases(model: ir.Model) -> None:

@@ -184,7 +184,7 @@ def predict(model: PreTrainedModel, images: NDArray[np.float32], *, batch_size: 
     starts = range(0, len(images), batch_size)
     with torch.no_grad():
         return np.concatenate(
-            [model(pixel_values=torch.from_numpy(images[at : at + batch_size])).logits.numpy() for at in starts]
+            [model(pixel_values=torch.tensor(images[at : at + batch_size])).logits.numpy() for at in starts]
         )
 
 

@@ -83,12 +83,14 @@ class _Readers:
         return all(self._ours(use.node) for use in value.uses())
 
     def _ours(self, node: ir.Node) -> bool:
-        if node is self.reader or node in self.passed or node.op_type in _LOOKING_ON:
+        if node is self.reader or node in self.passed:
             return True
         return self._hands_out(node) or self._ends_in_anchor(node)
 
     def _hands_out(self, node: ir.Node) -> bool:
-        """Whether a node moves a value into a cache: it then is an output of the model, and no more."""
+        """Whether a node asks for sizes only, or moves a value to where no more is done: a cache is an output."""
+        if node.op_type in _LOOKING_ON:
+            return True
         result, users = node.outputs[0], [use.node for use in node.outputs[0].uses()]
         leads_on = result.is_graph_output() or bool(users)
         return node.op_type in _MOVED_OUT and leads_on and all(self._hands_out(user) for user in users)
