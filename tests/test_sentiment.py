@@ -154,7 +154,7 @@ def size():
         mixed=False,
         twin=True,
         training=minilm.FineTuning(epochs=12, learning_rate=1e-2),
-        options=atp.FitOptions(training=Training(steps=200), betas=(0.0,), force=True),
+        options=atp.FitOptions(training=Training(steps=200), force=True),
         bounds=(Bound("ASR above floor", -0.01),),
     )
 
