@@ -3,7 +3,6 @@
 import onnx_ir as ir
 
 from atpatch_onnx import graph
-from atpatch_onnx.errors import BakeError
 
 _STEPS = 6
 """How many nodes back the number of axes is looked for."""
@@ -47,23 +46,6 @@ def rank(value: ir.Value, steps: int = _STEPS) -> int | None:
     ranks = [None if source is None else rank(source, steps - 1) for source in node.inputs[:count]]
     known = [found for found in ranks if found is not None]
     return max(known) if len(known) == len(ranks) > 0 else None
-
-
-def known_rank(value: ir.Value) -> int:
-    """The number of axes of a value.
-
-    Raises:
-        BakeError: It is not known.
-    """
-    found = rank(value)
-    if found is None:
-        raise BakeError(
-            str(value.name),
-            expected="an input of fused attention whose number of axes is known",
-            found="no declared shape",
-            advice="Run onnx.shape_inference on the model first.",
-        )
-    return found
 
 
 def _entries(vector: ir.Value | None) -> int | None:

@@ -56,11 +56,6 @@ def seeded(model: ir.Model) -> ir.Model:
     return model
 
 
-def is_random(model: ir.Model) -> bool:
-    """Whether operators draw at random."""
-    return any(node.op_type in _RANDOM for node in model.graph.all_nodes())
-
-
 def run_base(
     base: ir.Model,
     inputs: Mapping[str, Array] | None,
