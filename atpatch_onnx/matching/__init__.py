@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes
 from atpatch_onnx.matching.naming import site_names
@@ -121,7 +120,7 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
 
 def _typed(place: Place, dtype: ir.DataType, seen: View) -> Place:
     """With the element type of the tensor, `dtype` where it is not declared, and its shape."""
-    found = find_value(seen.model.graph, place.value)
+    found = seen.values[place.value]
     return replace(place, dtype=(seen.dtype(found) or dtype).name, shape=seen.shape(found) or ())
 
 

@@ -50,13 +50,11 @@ def value_place(values: Pieces, reader: ir.Node, key: Place, order: Mapping[str,
         view: The graph.
     """
     known = order.get(key.value, -1)
-    nodes = {str(value.name): value for value in view.model.graph.inputs}
-    nodes |= {str(value.name): value for node in view.model.graph for value in node.outputs}
 
     def in_time(place: Place) -> bool:
         if place.value == key.value:
             return True
-        uses = [use.node for use in nodes[place.value].uses() if use.node.op_type not in _LOOKING_ON]
+        uses = [use.node for use in view.values[place.value].uses() if use.node.op_type not in _LOOKING_ON]
         readers = [reader] if place.reader is not None else uses
         return all(order.get(_first_output(node), known + 1) > known for node in readers)
 

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph
+from atpatch_onnx.graph.values import graph_values
 from atpatch_onnx.matching import shapes
 from atpatch_onnx.matching.sites import Dim
 
@@ -28,6 +29,9 @@ class View:
     """A model with what was worked out about it once, for all rules."""
 
     model: ir.Model
+    values: Mapping[str, ir.Value]
+    """The inputs, weights and node outputs of the main graph, by name."""
+
     inferred: shapes.Inferred
     static: frozenset[str]
     """Names of the values that depend on weights and constants only, never on an input of the model."""
@@ -107,6 +111,7 @@ def view(model: ir.Model) -> View:
     inputs = _sample_inputs(model.graph, known.shapes)
     return View(
         model=model,
+        values={str(value.name): value for value in graph_values(model.graph)},
         inferred=known,
         static=frozenset(_static_values(model.graph)),
         batches=frozenset(known.shapes[name][0] for name in inputs),
