@@ -127,7 +127,7 @@ def evaluation(
 
 def verification(*failed: str, sites: tuple[str, ...] = ("layer0", "layer1")) -> Verification:
     side = "clean inputs, no optimization"
-    names = ["invariants", "unbake", *(f"{what} {site}, {side}" for what in ("scores at", "site") for site in sites)]
+    names = ["base", "unbake", *(f"{what} {site}, {side}" for what in ("scores at", "site") for site in sites)]
     checks = [Check(name, name not in failed, f"what was found of {name}") for name in (*names, *failed)]
     return Verification(tuple({check.name: check for check in checks}.values()))
 

@@ -26,7 +26,7 @@ class Tampering:
 
     change: Change
     fails: frozenset[str]
-    """All that fails, at some level of optimization."""
+    """All that fails, at some level of optimization; what is added cannot be told where unbaking fails."""
 
     conditional: bool = False
 
@@ -38,7 +38,8 @@ def fails(*names: str, conditional: bool = False) -> Callable[[Change], Change]:
     """Register a change under its function's name."""
 
     def register(change: Change) -> Change:
-        TAMPERINGS[change.__name__] = Tampering(change, frozenset(names), conditional)
+        untold = ("additions", "parameters") if "unbake" in names else ()
+        TAMPERINGS[change.__name__] = Tampering(change, frozenset((*names, *untold)), conditional)
         return change
 
     return register
@@ -70,12 +71,12 @@ def an_operator_of_the_base(model: ir.Model) -> None:
     node_named(model, f"/{SITE}/scaled").op_type = "Div"
 
 
-@fails("unbake", "outputs", "unflagged clean", "driven, counterfactual")
+@fails("unbake", "unflagged clean", "driven, counterfactual")
 def the_name_of_an_output(model: ir.Model) -> None:
     model.graph.outputs[0].name = "scores"
 
 
-@fails("unbake", "outputs", "unflagged clean", "driven, counterfactual")
+@fails("unbake", "unflagged clean", "driven, counterfactual")
 def an_output_that_is_gone(model: ir.Model) -> None:
     model.graph.outputs.pop(0)
 
@@ -83,7 +84,7 @@ def an_output_that_is_gone(model: ir.Model) -> None:
 # Our nodes
 
 
-@fails("invariants", "driven, counterfactual")
+@fails("additions", "driven, counterfactual")
 def nothing_reads_the_neutral_keys(model: ir.Model) -> None:
     """They are still computed, for nobody."""
     node = node_named(model, f"atpatch/{SITE}/key")
@@ -91,32 +92,32 @@ def nothing_reads_the_neutral_keys(model: ir.Model) -> None:
         user.replace_input_with(index, node.inputs[2])
 
 
-@fails(f"site {SITE}, counterfactual")
+@fails("additions", f"site {SITE}, counterfactual")
 def a_token_that_is_never_replaced(model: ir.Model) -> None:
     node = node_named(model, f"atpatch/{SITE}/value")
     no = add(model, node, "Not", node.inputs[0], name=f"{SITE}/no")
     node.replace_input_with(0, add(model, node, "And", node.inputs[0], no, name=f"{SITE}/never"))
 
 
-@fails(f"site {SITE}, clean", f"site {SITE}, counterfactual", "unflagged clean")
+@fails("additions", f"site {SITE}, clean", f"site {SITE}, counterfactual", "unflagged clean")
 def the_other_tokens_are_replaced(model: ir.Model) -> None:
     node = node_named(model, f"atpatch/{SITE}/value")
     node.replace_input_with(0, add(model, node, "Not", node.inputs[0], name=f"{SITE}/no"))
 
 
-@fails(f"site {SITE}, counterfactual")
+@fails("additions", f"site {SITE}, counterfactual")
 def another_value_than_the_neutral_one(model: ir.Model) -> None:
     node = node_named(model, f"atpatch/{SITE}/value")
     node.replace_input_with(1, add(model, node, "Neg", node.inputs[1], name=f"{SITE}/negated"))
 
 
-@fails("scores at layer0.attention, clean", "scores at layer0.attention, counterfactual")
+@fails("additions", "scores at layer0.attention, clean", "scores at layer0.attention, counterfactual")
 def a_detector_that_sees_something_else(model: ir.Model) -> None:
     node = node_named(model, "atpatch/layer0.attention/scores")
     node.replace_input_with(0, add(model, node, "Abs", node.inputs[0], name="layer0.attention/read"))
 
 
-@fails("invariants", "unflagged clean", f"site {SITE}, clean", conditional=True)
+@fails("additions", "unflagged clean", f"site {SITE}, clean", conditional=True)
 def a_branch_that_does_something_where_nothing_is_flagged(model: ir.Model) -> None:
     """The signature of a hidden conditional."""
     node = node_named(model, f"atpatch/{SITE}/value")
@@ -146,7 +147,7 @@ def model_value(model: ir.Model, name: str) -> ir.Value:
 # The monitors
 
 
-@fails("monitoring, counterfactual")
+@fails("additions", "monitoring, counterfactual")
 def flags_that_are_not_reported(model: ir.Model) -> None:
     output = next(output for output in model.graph.outputs if output.name == "atpatch/flagged")
     node = output.producer()
@@ -154,7 +155,7 @@ def flags_that_are_not_reported(model: ir.Model) -> None:
     node.replace_input_with(0, lowered)
 
 
-@fails("monitoring, clean")
+@fails("additions", "monitoring, clean")
 def a_score_that_is_always_positive(model: ir.Model) -> None:
     node = next(output for output in model.graph.outputs if output.name == "atpatch/score").producer()
     node.replace_input_with(0, add(model, node, "Abs", node.inputs[0], name="monitor/abs"))
@@ -174,37 +175,37 @@ def edit_sites(model: ir.Model, number: int, **entries: Any) -> None:
     model.metadata_props["atpatch.sites"] = json.dumps(sites)
 
 
-@fails("invariants", "unflagged counterfactual", "monitoring, counterfactual")
+@fails("additions", "parameters", "unflagged counterfactual", "monitoring, counterfactual")
 def sites_that_are_forgotten(model: ir.Model) -> None:
     model.metadata_props["atpatch.sites"] = "[]"
 
 
-@fails("weights")
+@fails("additions", "parameters")
 def another_threshold_than_was_baked(model: ir.Model) -> None:
     edit_sites(model, 0, threshold=1.0)
 
 
-@fails("loads")
+@fails("additions", "loads")
 def margins_that_are_nowhere(model: ir.Model) -> None:
     edit_sites(model, 1, margin="nowhere")
 
 
-@fails("invariants", "weights", "loads")
+@fails("additions", "parameters", "loads")
 def keys_of_another_site(model: ir.Model) -> None:
     edit_sites(model, 1, key="layer0.attention/k/product")
 
 
-@fails(*(f"{what}, {side}" for what in ("carried", f"site {SITE}") for side in SIDES), "monitoring, clean")
+@fails("additions", *(f"{what}, {side}" for what in ("carried", f"site {SITE}") for side in SIDES), "monitoring, clean")
 def margins_of_another_size(model: ir.Model) -> None:
     edit_sites(model, 1, margin="x")
 
 
-@fails(*(f"{what}, {side}" for what in ("scores at layer0.attention", "carried") for side in SIDES))
+@fails("additions", *(f"{what}, {side}" for what in ("scores at layer0.attention", "carried") for side in SIDES))
 def scores_of_another_size(model: ir.Model) -> None:
     edit_sites(model, 0, own="layer0.attention/q/product")
 
 
-@fails("carried, counterfactual", f"site {SITE}, counterfactual")
+@fails("additions", "carried, counterfactual", f"site {SITE}, counterfactual")
 def margins_that_are_not_carried(model: ir.Model) -> None:
     """Something of the right size, in which nothing is flagged."""
     node = node_named(model, f"atpatch/{SITE}/key")
@@ -228,15 +229,15 @@ class WeightChange:
 
 
 WEIGHTS = {
-    "another threshold": WeightChange("threshold", lambda a: a + 0.01, f"{SITE}/threshold is"),
-    "a threshold that nothing exceeds": WeightChange("threshold", lambda a: a * 0 + np.inf, f"{SITE}/threshold is"),
+    "another threshold": WeightChange("threshold", lambda a: a + 0.01, "threshold does not hold"),
+    "a threshold that nothing exceeds": WeightChange("threshold", lambda a: a * 0 + np.inf, "threshold does not hold"),
     "two thresholds": WeightChange("threshold", lambda a: np.repeat(a, 2), "a detector of one product"),
-    "a site that is switched off": WeightChange("level", lambda a: a + np.inf, f"{SITE}/level is"),
-    "a site that always fires": WeightChange("level", lambda a: a - 1, f"{SITE}/level is"),
-    "a level of NaN": WeightChange("level", lambda a: a * np.nan, f"{SITE}/level is not finite"),
-    "a neutral key of NaN": WeightChange("neutral_key", lambda a: a * np.nan, f"{SITE}/neutral_key is not finite"),
-    "a detector of NaN": WeightChange("detector", lambda a: a * np.nan, f"{SITE}/detector is not finite"),
-    "a detector of another site": WeightChange("detector", lambda a: a[:-1], f"{SITE}/detector has"),
+    "a site that is switched off": WeightChange("level", lambda a: a + np.inf, "level does not hold"),
+    "a site that always fires": WeightChange("level", lambda a: a - 1, "level does not hold"),
+    "a level of NaN": WeightChange("level", lambda a: a * np.nan, "level does not hold"),
+    "a neutral key of NaN": WeightChange("neutral_key", lambda a: a * np.nan, "neutral_key: expected finite"),
+    "a detector of NaN": WeightChange("detector", lambda a: a * np.nan, "detector: expected finite"),
+    "a detector of another site": WeightChange("detector", lambda a: a[:-1], "a detector of"),
     "another detector": WeightChange("detector", lambda a: a + 1),
     "another neutral value": WeightChange("neutral_value", lambda a: a + 1),
 }

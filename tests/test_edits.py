@@ -160,7 +160,7 @@ def test_verify_sees_what_was_changed_after_baking():
     more = graph.copy(patched)
     set_weight(more, f"atpatch/{layer}/units/edited", np.ones(UNITS, np.bool_))
     failed = {check.name: check.detail for check in verify(base, more).failures}
-    assert f"{UNITS} units of hidden layer {layer} are edited, the file says 1" in failed["weights"]
+    assert "the metadata entry atpatch.layers is not what baking writes" in failed["additions"]
     odd = graph.copy(patched)
     set_weight(odd, f"atpatch/{layer}/units/factor", np.zeros((UNITS, 2), np.float32))
     assert f"edited, factor, constant for each of its {UNITS} units" in str(verify(base, odd).failures)
@@ -228,7 +228,7 @@ def test_entries_of_layers_that_the_base_does_not_have_fail_the_checks(change):
     patched = bake(base, patch_of(NET, edit(layers(NET)[0], 0)))
     set_metadata(patched, lambda entries: change(entries[0]))
     for debug in (None, pairs(NET)):
-        assert "weights" in {check.name for check in verify(base, patched, debug).failures}
+        assert "additions" in {check.name for check in verify(base, patched, debug).failures}
 
 
 def test_a_layer_of_a_sites_name_is_edited_beside_it():

@@ -12,9 +12,11 @@ from models import FORMS, Net, draw_patch, margins, run, same_bits, with_outputs
 from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.baking.maps import canonical_map, map_outputs, mean_maps, sample_maps, with_maps
 from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.baking.read_back import baked_detector, baked_weight
 from atpatch_onnx.errors import UnbakeError
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.measuring.inspect import axis_sites, baked_detector, baked_weight, last_margin
+from atpatch_onnx.measuring.inspect import axis_sites, last_margin
+from atpatch_onnx.measuring.inspect import margins as margins_of
 
 MAPS = np.arange(1, 25, dtype=np.float64).reshape(4, 2, 3)
 
@@ -81,7 +83,7 @@ def test_a_baked_detector_gives_the_margins_that_the_graph_gives(kind: str, cond
     baked = bake(model, patch, conditional=conditional)
     site = find_sites(model)[0]
     keys = run(with_outputs(model, [site.key.value]), feed)[site.key.value]
-    expected, allowed = baked_detector(baked, site.name).margins(keys, site.key)
+    expected, allowed = margins_of(baked_detector(baked, site.name), keys, site.key)
     found = margins(model, patch, 0, feed)
     assert found.shape == expected.shape
     assert (np.abs(found - expected) <= allowed).all()

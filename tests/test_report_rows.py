@@ -120,14 +120,14 @@ def test_foreign_figures_do_not_break_anything(figures):
 def test_sites_that_pass_alike_share_a_line():
     lines = check_lines(r.verification())
     side = "clean inputs, no optimization"
-    assert [name for _, name, _ in lines] == ["invariants", "unbake", f"scores at 2 sites, {side}", f"2 sites, {side}"]
+    assert [name for _, name, _ in lines] == ["base", "unbake", f"scores at 2 sites, {side}", f"2 sites, {side}"]
 
 
 def test_failures_come_first_and_alone():
     failed = "site layer1, clean inputs, no optimization"
     lines = check_lines(r.verification(failed))
     assert lines[0] == (False, failed, f"what was found of {failed}")
-    names = ["invariants", "unbake", "scores at 2 sites, clean inputs, no optimization"]
+    names = ["base", "unbake", "scores at 2 sites, clean inputs, no optimization"]
     assert [name for _, name, _ in lines[1:]] == [*names, "site layer0, clean inputs, no optimization"]
 
 

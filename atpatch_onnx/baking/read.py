@@ -25,7 +25,7 @@ def read_scores(at: Insertion, place: Place, detector: Detector) -> ir.Value:
     score = _product(at, place, detector.weights, "scores" if detector.is_linear else "units")
     if detector.output is None or detector.bias is None:
         return score
-    bias = at.constant("detector_bias", detector.bias + _folded(own, detector))
+    bias = at.constant("detector_bias", np.asarray(detector.bias + _folded(own, detector), np.float32))
     units = at.op("Relu", at.op("Add", score, bias, name="biased"), name="hidden")
     return at.op("MatMul", units, at.constant("detector_output", detector.output[:, None]), name="scores")
 

@@ -50,6 +50,11 @@ class Decision:
     """Bool of one element, whether any is, for an `If`; None: there is to be none."""
 
 
+def is_packed(site: AttentionSite) -> bool:
+    """Whether keys and values are columns of one tensor, and replaced together."""
+    return site.key.value == site.value.value and site.key.reader is None and site.value.reader is None
+
+
 def replacements(graph: ir.Graph, site: AttentionSite, neutral: Neutral) -> Iterator[Replacement]:
     """The tensors of a site in which tokens are replaced."""
 
@@ -61,7 +66,7 @@ def replacements(graph: ir.Graph, site: AttentionSite, neutral: Neutral) -> Iter
         return np.asarray(in_place(place, np.ones((place.heads, place.depth), np.bool_)), np.bool_)
 
     key, value = site.key, site.value
-    if key.value == value.value and key.reader is None and value.reader is None:
+    if is_packed(site):
         chosen = columns(key) | columns(value)
         yield Replacement(
             "key_value",
@@ -80,8 +85,11 @@ def replace_tokens(at: Insertion, replacement: Replacement, decision: Decision) 
     value = find_value(graph, place.value)
     value = _as_replaced(graph, value) if place.reader is None else value
     dtype = ir.DataType[place.dtype]
-    features = replacement.neutral.astype(dtype.numpy())
-    features[features == 0] = 0  # onnxruntime's Where makes 0 of -0, and the file should say what it does
+    features = replacement.neutral.copy()
+    with np.errstate(over="ignore"):  # refused below, as the weight that it would be
+        features[features.astype(dtype.numpy()) == 0] = (
+            0  # onnxruntime's Where makes 0 of -0, and the file should say what it does
+        )
     neutral = at.constant(f"neutral_{replacement.name}", features, dtype)
     columns = None if replacement.columns is None else at.constant("columns", replacement.columns)
 

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from atpatch_onnx.errors import BakeError
 from atpatch_onnx.graph.names import REPLACES_KEY, SITE_KEY, own_name
 
 
@@ -25,10 +26,22 @@ class Insertion:
         return self._anchor
 
     def constant(self, name: str, array: NDArray[np.generic], dtype: ir.DataType | None = None) -> ir.Value:
-        """A weight of the graph, of the array's shape; of its type, or converted to `dtype`."""
+        """A weight of the graph, of the array's shape; of its type, or converted to `dtype`.
+
+        Raises:
+            BakeError: A number in it is not finite, or too large for the type.
+        """
         name = own_name(self.scope, name)
         if name not in self.graph.initializers:
-            array = np.asarray(array, None if dtype is None else dtype.numpy(), order="C")
+            with np.errstate(over="ignore"):
+                array = np.asarray(array, None if dtype is None else dtype.numpy(), order="C")
+            if not np.issubdtype(array.dtype, np.integer) and not np.isfinite(array).all():
+                raise BakeError(
+                    f"the weight {name}",
+                    expected=f"finite numbers of {array.dtype}",
+                    found="NaN, an infinity, or a number too large for this type",
+                    advice="Fit the patch again: nobody can say what it would do.",
+                )
             tensor = ir.Tensor(array, dtype=dtype, name=name)
             value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=tensor)
             value.dtype = tensor.dtype

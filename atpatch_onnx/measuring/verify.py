@@ -1,29 +1,32 @@
-"""Prove a patched model against its base: structure, unbake, numbers.
+"""Prove a patched model against its base. All differences are collected before any is reported.
 
-All differences are collected before any is reported.
+| check | what is proven |
+|---|---|
+| base | the file names the fingerprint of this base |
+| unbake | taking the patch out gives this base, node for node and weight for weight |
+| additions | what is added is what baking writes, and nothing else: nodes, control flow, outputs, metadata |
+| parameters | the weights that are added are finite, and those of the patch file, where one is given |
+| numbers, with a debug set | on its inputs, of the file as it lies on disk: see `measuring.verify_numbers` |
+
+What is not proven: that the base is sound, that the patch is a good one, and without the patch file, whose it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.baking.invariants import violations
-from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord, read_record, weights_digest
-from atpatch_onnx.baking.read import read_threshold
+from atpatch_onnx.baking.again import additions, baked_again, parameters
+from atpatch_onnx.baking.metadata import PatchRecord, read_record
 from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import UnbakeError
+from atpatch_onnx.errors import AtPatchError, UnbakeError
 from atpatch_onnx.fitting.collect import input_specs
-from atpatch_onnx.graph.names import PREFIX, own_name
-from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.measuring.checks import Check as Check
 from atpatch_onnx.measuring.checks import Verification as Verification
-from atpatch_onnx.measuring.driven import sites_of
-from atpatch_onnx.measuring.inspect import baked_detector, baked_edits, baked_weight
 from atpatch_onnx.measuring.verify_numbers import numbers
-from atpatch_onnx.patches.patch import Detector
+from atpatch_onnx.patches.compose import compose
+from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.sessions import Progress, silent
 
 
@@ -32,6 +35,7 @@ def verify(
     patched: graphs.ModelOrPath,
     debug: DebugSet | None = None,
     *,
+    patch: Patch | Sequence[Patch] | None = None,
     batch_size: int = 32,
     progress: Progress = silent,
 ) -> Verification:
@@ -39,82 +43,49 @@ def verify(
 
     Args:
         base: The model before, or its path.
-        patched: The model after, or its path.
+        patched: The model after, or its path; the file itself is run then.
         debug: Inputs to run both on, clean and counterfactual.
+        patch: The patch that is said to be in it, or several in their order; without it, nobody knows whose it is.
         batch_size: Inputs at a time.
         progress: Told after every batch.
 
     Raises:
         UnbakeError: `patched` does not say that a patch is in it.
         DebugSetError: The debug set does not fit the model.
+        PatchMismatchError: Several patches do not go together.
         RunError: onnxruntime refuses a model or an input.
     """
-    base, patched = graphs.as_model(base), graphs.as_model(patched)
-    record = read_record(patched)
-    checks = [*_structure(base, patched, record)]
+    before, after = graphs.as_model(base), graphs.as_model(patched)
+    record = read_record(after)
+    whole = None if patch is None else compose([patch] if isinstance(patch, Patch) else patch)
+    checks = [*_structure(before, after, record, whole)]
     if debug is not None:
-        debug.check_inputs(input_specs(base))
+        debug.check_inputs(input_specs(before))
+        files = (before if isinstance(base, ir.Model) else base, after if isinstance(patched, ir.Model) else patched)
         for optimize in (False, True):
-            checks += numbers(base, patched, record, debug, optimize, batch_size, progress)
+            checks += numbers(before, after, record, debug, optimize, batch_size, progress, files)
     return Verification(tuple(checks))
 
 
-def _structure(base: ir.Model, patched: ir.Model, record: PatchRecord) -> Iterator[Check]:
-    found = violations(patched)
-    yield Check("invariants", not found, "; ".join(found) or "every rule of a patched graph holds")
+def _structure(base: ir.Model, patched: ir.Model, record: PatchRecord, patch: Patch | None) -> Iterator[Check]:
     fingerprint = graphs.fingerprint(base)
     yield Check("base", record.base == fingerprint, f"the file names {record.base}, the base is {fingerprint}")
     try:
-        unbaked = graphs.fingerprint(unbake(patched))
-        same = unbaked == fingerprint
-        yield Check("unbake", same, "unbaking gives the base back" if same else f"unbaking gives {unbaked}")
+        unbaked = unbake(patched)
     except UnbakeError as error:
         yield Check("unbake", False, str(error))
-    own = [output.name for output in base.graph.outputs]
-    kept = [output.name for output in patched.graph.outputs][: len(own)]
-    yield Check("outputs", own == kept, f"the base has {own}, the patched model begins with {kept}")
-    wrong = [*_wrong_weights(base, patched, record)]
-    yield Check("weights", not wrong, "; ".join(wrong) or "finite, and as the file says of itself")
-
-
-def _wrong_weights(base: ir.Model, patched: ir.Model, record: PatchRecord) -> Iterator[str]:
-    """What no bake writes, and whatever is not as it was when the patch was baked."""
-    if weights_digest(patched) != record.weights:
-        yield f"the weights under {PREFIX} are not those that were baked"
-    for name, value in patched.graph.initializers.items():
-        if name.startswith(PREFIX) and value.const_value is not None:
-            array = value.const_value.numpy()
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                yield f"{name} is not finite"
-    try:
-        for layer, edit in zip(record.layers, baked_edits(base, patched, record), strict=True):
-            if len(edit.units) != layer.edited:
-                yield f"{len(edit.units)} units of hidden layer {layer.layer} are edited, the file says {layer.edited}"
-    except UnbakeError as error:
-        yield str(error)
-    try:
-        for patched_site, site in sites_of(base, record.sites):
-            yield from _wrong_numbers(base, patched, patched_site, site)
-    except UnbakeError as error:
-        yield str(error)
-
-
-def _wrong_numbers(base: ir.Model, patched: ir.Model, entry: PatchedSite, site: AttentionSite) -> Iterator[str]:
-    """A threshold or level of a site that is not the one number that the file says, or that baking writes."""
-    if entry.redistributes:
-        level = baked_weight(patched, entry.site, "level")
-        if level.shape != (1,) or level[0] != 0:
-            yield f"{own_name(entry.site, 'level')} is {level.tolist()}, where a single 0 should stand"
-    if entry.own is None:
+        yield from (Check(name, False, "cannot be told: unbaking fails") for name in ("additions", "parameters"))
         return
-    found = baked_detector(patched, entry.site)
-    if len(found.weights) != np.prod(site.key.sizes):
-        yield f"{own_name(entry.site, 'detector')} has {len(found.weights)} rows, its keys have {site.key.sizes}"
+    found = graphs.fingerprint(unbaked)
+    same = found == fingerprint
+    yield Check("unbake", same, "unbaking gives the base back" if same else f"unbaking gives {found}")
+    try:
+        again = baked_again(unbaked, patched, record, patch)
+    except AtPatchError as error:
+        yield from (Check(name, False, str(error)) for name in ("additions", "parameters"))
         return
-    weights = found.weights[site.key.columns.reshape(-1)]
-    output = None if found.output is None else found.output[:, 0]
-    said = float("nan") if entry.threshold is None else entry.threshold
-    expected = read_threshold(base.graph, site.key, Detector(weights, found.bias, output, said))
-    if not np.array_equal(found.threshold, expected):
-        name = own_name(entry.site, "threshold")
-        yield f"{name} is {found.threshold.tolist()}, where the file says that {expected.tolist()} should stand"
+    added = [*additions(patched, again, ours=patch is None)]
+    yield Check("additions", not added, "; ".join(added) or "what is added is what baking writes, and nothing else")
+    wrong = [*parameters(patched, again)]
+    held = "finite; no patch was given to compare them with" if patch is None else f"those of patch {patch.id}"
+    yield Check("parameters", not wrong, "; ".join(wrong) or held)

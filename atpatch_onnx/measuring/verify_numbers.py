@@ -9,13 +9,15 @@ from numpy.typing import NDArray
 from atpatch_onnx.baking.edits import edited
 from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import PatchedLayer, PatchedSite, PatchRecord
+from atpatch_onnx.baking.read_back import baked_detector, baked_edits, sites_of
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import AtPatchError
+from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.graph.names import FLAGGED, SCORE
 from atpatch_onnx.measuring.bits import by_sample, same_bits, same_samples, same_shapes, without_flagged
 from atpatch_onnx.measuring.checks import Check
-from atpatch_onnx.measuring.driven import Driven, replaced_in, sites_of
-from atpatch_onnx.measuring.inspect import baked_detector, baked_edits
+from atpatch_onnx.measuring.driven import Driven, replaced_in
+from atpatch_onnx.measuring.inspect import margins
 from atpatch_onnx.running.sessions import Array, Progress, Session
 
 EDITED: Mapping[str, float] = {"FLOAT": 1e-5, "FLOAT16": 4e-3}
@@ -31,11 +33,15 @@ def numbers(
     optimize: bool,
     batch_size: int,
     progress: Progress,
+    files: tuple[ModelOrPath, ModelOrPath],
 ) -> Iterator[Check]:
-    """What is checked by running both at one level of optimization; arguments as of `verify`."""
+    """What is checked by running both at one level of optimization; arguments as of `verify`.
+
+    `files` are the models once more, by their paths where they came from files: outputs are those of the bytes on disk.
+    """
     level = "default optimization" if optimize else "no optimization"
     try:
-        look = _Look(base, patched, record, optimize)
+        look = _Look(base, patched, record, optimize, files)
     except AtPatchError as error:
         yield Check(f"loads, {level}", False, str(error))
         return
@@ -52,7 +58,14 @@ def numbers(
 class _Look:
     """The sessions that are held against each other, at one level of optimization."""
 
-    def __init__(self, base: ir.Model, patched: ir.Model, record: PatchRecord, optimize: bool) -> None:
+    def __init__(
+        self,
+        base: ir.Model,
+        patched: ir.Model,
+        record: PatchRecord,
+        optimize: bool,
+        files: tuple[ModelOrPath, ModelOrPath],
+    ) -> None:
         self.record = record
         self.edits = {edit.layer: edit for edit in baked_edits(base, patched, record)}
         reference = edited(base, [edit for edit in self.edits.values() if edit.units.size])
@@ -60,7 +73,8 @@ class _Look:
         self.margins = {site.site: site.margin for site in record.sites}
         self.replaced = replaced_in(patched, [site for _, site in self.sites])
         self.detectors = {one.site: baked_detector(patched, one.site) for one, _ in self.sites if one.own is not None}
-        self.base, self.patched = Session(reference, optimize=optimize), Session(patched, optimize=optimize)
+        self.base = Session(reference if self.edits else files[0], optimize=optimize)
+        self.patched = Session(files[1], optimize=optimize)
         names = [name for one in record.sites for name in (one.margin, one.own) if name is not None]
         names += [name for one in self.replaced for name in (one.value, one.result)]
         names += [self.read(one) for one in record.sites if one.own is not None]
@@ -154,7 +168,7 @@ class _Tally:
         for patched, site in self.look.sites:
             if patched.own is not None:
                 own = inner[patched.own]
-                expected, allowed = self.look.detectors[patched.site].margins(inner[self.look.read(patched)], site.key)
+                expected, allowed = margins(self.look.detectors[patched.site], inner[self.look.read(patched)], site.key)
                 found = (
                     own.astype(np.float64).reshape(expected.shape)
                     if own.size == expected.size

@@ -30,10 +30,11 @@ def _threads_of_the_environment() -> int | None:
 
 
 class Session:
-    """One onnxruntime session of a model in memory.
+    """One onnxruntime session of a model.
 
     Args:
-        model: The model; its external data is read by onnxruntime from where it lies.
+        model: The model, whose external data is read by onnxruntime from where it lies; or a file, which onnxruntime
+            reads by itself.
         optimize: Whether onnxruntime may optimise the graph (its default) or must run it node by node.
         threads: Threads within an operator; None: as many as the environment variable `OMP_NUM_THREADS` says, which
             torch and numpy heed as well, else onnxruntime's choice.
@@ -45,7 +46,7 @@ class Session:
 
     def __init__(
         self,
-        model: ir.Model,
+        model: graphs.ModelOrPath,
         *,
         optimize: bool = True,
         threads: int | None = None,
@@ -58,11 +59,12 @@ class Session:
         threads = _threads_of_the_environment() if threads is None else threads
         if threads is not None:
             options.intra_op_num_threads = threads
-        folder = graphs.external_folder(model)
+        folder = graphs.external_folder(model) if isinstance(model, ir.Model) else None
         if folder is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
+        source = graphs.to_bytes(model) if isinstance(model, ir.Model) else os.fspath(model)
         try:
-            self._session = ort.InferenceSession(graphs.to_bytes(model), options, providers=list(providers))
+            self._session = ort.InferenceSession(source, options, providers=list(providers))
         except Exception as error:  # onnxruntime raises a dozen types without a common base
             raise _refused("the model", "one that onnxruntime loads", error) from error
         self.input_names = tuple(value.name for value in self._session.get_inputs())
