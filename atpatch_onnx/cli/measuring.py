@@ -19,13 +19,23 @@ def verify(
     data: Annotated[
         Path | None, typer.Argument(metavar="[DATA]", help="A debug set; without it, structure only.")
     ] = None,
+    patch: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--patch",
+            metavar="PATCH",
+            help="The patch that is said to be in it, a .safetensors file; or several, in order.",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: BatchSize = 32,
     as_json: AsJson = False,
 ) -> None:
-    """Prove PATCHED against BASE: structure, unbake, numbers."""
+    """Prove PATCHED against BASE: that it is BASE and a patch, which one, and what it does."""
     debug = None if data is None else atp.DebugSet.load(data)
+    patches = [atp.Patch.load(path) for path in patch] if patch else None
     with progress_bars() as progress:
-        result = atp.verify(base, patched, debug, batch_size=batch_size, progress=progress)
+        result = atp.verify(base, patched, debug, patch=patches, batch_size=batch_size, progress=progress)
     show(result.to_json(), [text.verification_table(result)], as_json)
     if not result.passed:
         raise VerificationError(
