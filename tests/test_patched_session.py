@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -18,7 +19,8 @@ from planted import Planted, fitted
 
 import atpatch_onnx as atp
 from atpatch_onnx import Patch, PatchedSession
-from atpatch_onnx.errors import PatchMismatchError, ServingError
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.errors import BakeError, PatchMismatchError, ServingError, UnbakeError
 from atpatch_onnx.patches.patch import Detector, LayerEdit, Neutral
 from atpatch_onnx.running.sessions import FileSession
 from atpatch_onnx.serving import drift
@@ -339,3 +341,80 @@ def test_a_file_of_neuron_edits_alone_has_nothing_to_count(tmp_path):
     atp.save(atp.bake(model, patch), tmp_path / "patched.onnx")
     with pytest.raises(ServingError, match="edits of hidden units alone"):
         PatchedSession(tmp_path / "patched.onnx")
+
+
+# Nothing gets past
+
+
+NO_NUMBERS = {
+    "neutral key": (None, {"key": np.nan}),
+    "neutral value": (None, {"value": np.inf}),
+    "weights": ({"weights": np.nan}, None),
+    "threshold": ({"threshold": np.nan}, None),
+    "threshold that no float32 holds": ({"threshold": 1e39}, None),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_a_patch_of_no_numbers_is_not_swapped_in(first, tmp_path, name):
+    """It would serve NaN, or flag nothing."""
+    detector, neutral = NO_NUMBERS[name]
+    site = first.sites[0]
+    if neutral:
+        neutral = {key: np.full_like(getattr(site.neutral, key), number) for key, number in neutral.items()}
+    if detector and "weights" in detector:
+        detector = {"weights": np.full_like(site.detector.weights, np.nan)}
+    session = PatchedSession(written(first, tmp_path))
+    own = answers(session, inputs())
+    with pytest.raises(BakeError, match="finite numbers"):
+        session.swap(changed(first, detector, neutral))
+    assert answers(session, inputs()) == own
+
+
+def test_numbers_too_large_for_the_models_precision_are_refused():
+    model = Net(half=True).model()
+    patch = draw_patch(model, 1)
+    [site, *rest] = patch.sites
+    large = replace(site, neutral=Neutral(np.full_like(site.neutral.key, 1e30), site.neutral.value))
+    with pytest.raises(BakeError, match="finite numbers of float16"):
+        atp.bake(model, replace(patch, sites=(large, *rest)))
+
+
+def test_a_file_that_was_edited_does_not_serve(first, tmp_path):
+    patched = atp.bake(PLANTED.model(), first)
+    node = next(node for node in patched.graph if node.name == f"atpatch/{SITE}/flagged")
+    node.op_type = "GreaterOrEqual"
+    atp.save(patched, tmp_path / "edited.onnx")
+    with pytest.raises(UnbakeError, match="not as baking writes it"):
+        PatchedSession(tmp_path / "edited.onnx")
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["model", "external data"])
+def test_a_file_that_was_exchanged_is_not_taken(first, second, tmp_path, data):
+    """What serves goes on; what was proven is another file."""
+    model = PLANTED.model()
+    path = tmp_path / "model.onnx"
+    onnx.save(ir.to_proto(model), tmp_path / "base.onnx", save_as_external_data=data, location="data", size_threshold=200)
+    patch = replace(first, base=graphs.fingerprint(atp.load(tmp_path / "base.onnx")))
+    atp.save(atp.bake(atp.load(tmp_path / "base.onnx"), patch), path)
+    session = PatchedSession(path)
+    own = answers(session, inputs())
+    exchanged = tmp_path / "data" if data else path
+    other = exchanged.with_suffix(".other")
+    other.write_bytes(exchanged.read_bytes())
+    other.replace(exchanged)
+    with pytest.raises(ServingError, match="exchanged"):
+        session.swap(replace(second, base=patch.base))
+    assert answers(session, inputs()) == own
+    assert session.patch == patch.id
+
+
+def test_a_closed_session_says_so(first, second, tmp_path):
+    with PatchedSession(written(first, tmp_path)) as session:
+        session.run(None, inputs())
+    for use in (lambda: session.run(None, inputs()), session.get_inputs, lambda: session.swap(second), session.close):
+        if use == session.close:
+            use()
+        else:
+            with pytest.raises(ServingError, match="closed"):
+                use()

@@ -30,6 +30,11 @@ class Detector:
     """`[units]`; None where linear."""
 
     threshold: float
+    """Rounded to float32, which its file and the graph hold."""
+
+    def __post_init__(self) -> None:
+        with np.errstate(over="ignore"):
+            object.__setattr__(self, "threshold", float(np.float32(self.threshold)))
 
     @property
     def is_linear(self) -> bool:

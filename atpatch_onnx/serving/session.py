@@ -3,7 +3,8 @@
     a patch  ->  baked into the file's own base, in memory  ->  the weights that differ  ->  a new session of the same
     file with these weights  ->  proven by a probe  ->  exchanged
 
-The file is not touched. A request that runs finishes on the session it began with, and the old session goes when its
+The file is not touched; what is not as baking writes it is refused at the start, and a file that was exchanged since at
+every change. A request that runs finishes on the session it began with, and the old session goes when its
 last request has. onnxruntime checks neither shape nor type of a weight that it is handed, and ignores it where its
 optimizer made another constant of the old one; so both are checked here, and the new session has to answer a probe as
 a session does in whose graph the new weights stand.
@@ -20,16 +21,17 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
+from atpatch_onnx.baking.again import require_as_baked
 from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord, read_record
-from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.errors import PatchMismatchError, ServingError
 from atpatch_onnx.graph.names import FLAGGED, PREFIX, SCORE, SITE_KEY, flags_name
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
 from atpatch_onnx.serving.counters import Counters, Stats
+from atpatch_onnx.serving.held import HeldFile
 
 TOLERANCE = 1e-5
 """Of an output in the proof, relative to its largest value: both sessions run the same graph."""
@@ -54,7 +56,7 @@ class PatchedSession:
 
     Raises:
         ModelFileError: The file cannot be read.
-        UnbakeError: It is not patched, or was edited.
+        UnbakeError: It is not patched, or not what baking writes.
         ServingError: It was baked without monitoring outputs.
         PatchMismatchError, ServingError: See `swap`.
         RunError: onnxruntime refuses it.
@@ -70,7 +72,9 @@ class PatchedSession:
         probe: Mapping[str, Array] | None = None,
     ) -> None:
         self._path, self._providers, self._options = path, tuple(providers), options
+        held = HeldFile.at(path)
         self._model = graphs.load(path)
+        self._held = held.with_data_of(self._model)
         self._record = read_record(self._model)
         if not self._record.detects:
             raise ServingError(
@@ -86,20 +90,14 @@ class PatchedSession:
                 found="a patch baked without it",
                 advice="Bake the patch again with monitoring outputs.",
             )
+        self._base = require_as_baked(self._model)
         self._probe = draw_inputs(self._model, np.random.default_rng(0)) if probe is None else probe
         self._own: Weights = _weights(self._model)
-        if not self._record.thresholds.keys() <= self._own.keys():
-            raise ServingError(
-                os.fspath(path),
-                expected=f"the weights {', '.join(self._record.thresholds)}",
-                found="some of them missing",
-                advice="The file was edited after it was baked: bake the patch into the base again.",
-            )
         self._weights: Weights = self._own
         self._live_record, self._off = self._record, frozenset[str]()
         self._counters, self._changing = Counters(), threading.Lock()
-        self._live = self._open(self._own)
-        self._names = [output.name for output in self._live.session.get_outputs()]
+        self._live: FileSession | None = self._open(self._own)
+        self._names = [output.name for output in self._serving.session.get_outputs()]
         if patch is not None:
             self.swap(patch)
 
@@ -107,7 +105,7 @@ class PatchedSession:
         self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any], run_options: Any = None
     ) -> list[Any]:
         """As `InferenceSession.run`, and counted; what onnxruntime raises is raised."""
-        live = self._live  # one reading: a request belongs to one session
+        live = self._serving  # one reading: a request belongs to one session
         wanted = list(output_names or self._names)
         monitors = [name for name in self._record.monitors if name not in wanted and name != SCORE]
         started = time.perf_counter()
@@ -120,13 +118,36 @@ class PatchedSession:
         )
         return list(results[: len(wanted)])
 
+    def close(self) -> None:
+        """Let go of the model; requests that run finish, later ones are refused."""
+        with self._changing:
+            self._live = None
+
+    def __enter__(self) -> "PatchedSession":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def _serving(self) -> FileSession:
+        live = self._live
+        if live is None:
+            raise ServingError(
+                "the session",
+                expected="one that serves",
+                found="one that was closed",
+                advice="Start a new one.",
+            )
+        return live
+
     def get_inputs(self) -> list[Any]:
         """As of `InferenceSession`."""
-        return list(self._live.session.get_inputs())
+        return list(self._serving.session.get_inputs())
 
     def get_outputs(self) -> list[Any]:
         """As of `InferenceSession`."""
-        return list(self._live.session.get_outputs())
+        return list(self._serving.session.get_outputs())
 
     @property
     def patch(self) -> str:
@@ -161,7 +182,7 @@ class PatchedSession:
         """
         with self._changing:
             site_flags = len(self._record.monitors) > 2
-            baked = bake(unbake(self._model), patch, conditional=self._record.conditional, site_flags=site_flags)
+            baked = bake(self._base, patch, conditional=self._record.conditional, site_flags=site_flags)
             record, weights = read_record(baked), _weights(baked)
             self._require_same_form(patch, baked, record, weights)
             self._exchange(weights, record, self._off)
@@ -215,6 +236,7 @@ class PatchedSession:
 
     def _exchange(self, weights: Weights, record: PatchRecord, off: frozenset[str]) -> None:
         """Open a session with these weights, prove it, and let it serve from now on."""
+        _ = self._serving
         wanted = {**weights, **dict(self._silenced(off))}
         alarmed = self._alarmed(wanted)
         if alarmed is not None:  # in which redistribution has something to do
@@ -225,7 +247,9 @@ class PatchedSession:
 
     def _open(self, weights: Weights) -> FileSession:
         others = {name: array for name, array in weights.items() if not np.array_equal(array, self._own[name])}
-        return FileSession(self._path, others, providers=self._providers, options=self._options())
+        session = FileSession(self._path, others, providers=self._providers, options=self._options())
+        self._held.require_unchanged()
+        return session
 
     def _silenced(self, off: frozenset[str]) -> Iterator[tuple[str, Array]]:
         """Of the sites that are switched off: a threshold that nothing exceeds, and a level that no margin does."""
