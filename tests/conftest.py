@@ -15,6 +15,11 @@ settings.register_profile("steady", deadline=None, derandomize=True)  # however 
 settings.load_profile("steady")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much of what has no end is tried."""
+    parser.addoption("--kills", type=int, default=50, help="how often a process that writes files is stopped")
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `atpatch demo --json` left, with its output in `said.json`; its tests are one group, for one worker."""

@@ -394,7 +394,9 @@ def test_a_file_that_was_exchanged_is_not_taken(first, second, tmp_path, data):
     """What serves goes on; what was proven is another file."""
     model = PLANTED.model()
     path = tmp_path / "model.onnx"
-    onnx.save(ir.to_proto(model), tmp_path / "base.onnx", save_as_external_data=data, location="data", size_threshold=200)
+    onnx.save(
+        ir.to_proto(model), tmp_path / "base.onnx", save_as_external_data=data, location="data", size_threshold=200
+    )
     patch = replace(first, base=graphs.fingerprint(atp.load(tmp_path / "base.onnx")))
     atp.save(atp.bake(atp.load(tmp_path / "base.onnx"), patch), path)
     session = PatchedSession(path)

@@ -23,6 +23,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.metadata import is_patched
 from atpatch_onnx.errors import AtPatchError, BakeError, PatchMismatchError
+from atpatch_onnx.files import write_whole
 from atpatch_onnx.graph.names import PREFIX, SITE_KEY
 from atpatch_onnx.matching.hidden import find_hidden_layers
 from atpatch_onnx.patches.patch import Patch
@@ -73,7 +74,7 @@ def write_settings(patched: ir.Model, path: str | os.PathLike[str]) -> None:
     """
     text = json.dumps(quantizer_settings(patched), indent=2) + "\n"
     try:
-        Path(path).write_text(text, encoding="utf-8", newline="\n")
+        write_whole(Path(path), text.encode())
     except OSError as error:
         raise AtPatchError(
             str(path), expected="a place that can be written to", found=str(error), advice="Choose another path."

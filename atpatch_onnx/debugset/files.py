@@ -21,7 +21,6 @@ Files are untrusted and written aside: a damaged or foreign one is refused, and 
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ import numpy as np
 
 from atpatch_onnx.debugset.arrays import Array, one_line
 from atpatch_onnx.errors import DebugSetError
+from atpatch_onnx.files import staging
 
 HEADER = "debugset.json"
 FORMAT = "atpatch-onnx debug set"
@@ -76,14 +76,14 @@ def write(stored: Stored, path: str | os.PathLike[str]) -> None:
     try:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".atpatch-", dir=path.parent) as staging:
-            staged = Path(staging) / "new"
+        with staging(path.parent) as made:
+            staged = made / "new"
             if path.suffix == ".npz":
                 _write_npz(staged, {HEADER: np.array(header), **arrays})
                 os.replace(staged, path)
             else:
                 _write_folder(staged, header, arrays)
-                _replace_folder(staged, path, Path(staging) / "old")
+                _replace_folder(staged, path, made / "old")
     except (OSError, ValueError) as error:
         raise DebugSetError(
             str(path),

@@ -1,13 +1,13 @@
 """Writing models: the file appears whole or not at all, and its external data comes along as the user asks."""
 
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
 
 from atpatch_onnx.errors import ModelFileError
+from atpatch_onnx.files import staging
 from atpatch_onnx.graph.carrying import External, bring, plan_move, relocated
 from atpatch_onnx.graph.parts import copy, replace_tensors, weights
 from atpatch_onnx.graph.shapes import SHAPE_BYTES
@@ -36,21 +36,20 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: str | None 
     path, how = Path(path), _choice(external)
     try:
         folder = path.parent.resolve(strict=True)
-        with tempfile.TemporaryDirectory(prefix=".atpatch-", dir=folder) as made:
-            staging = Path(made)
+        with staging(folder) as made:
             plan = plan_move(model, folder, how)
             _require_apart(folder / path.name, [*plan.locations, *(folder / one for one in plan.locations.values())])
             moves: list[tuple[Path, Path]] = []
             for number, (source, target) in enumerate(plan.missing.items()):
-                bring(source, staging / str(number), how)
-                moves.append((staging / str(number), target))
+                bring(source, made / str(number), how)
+                moves.append((made / str(number), target))
             model = relocated(model, plan.locations)
             if _bytes_in_memory(model) > PROTOBUF_LIMIT:
-                name = _free_name(path.name, set(plan.locations.values()))
-                model = _with_weights_outside(model, staging / name)
-                moves.append((staging / name, folder / name))
-            (staging / "model").write_bytes(to_bytes(model))
-            moves.append((staging / "model", folder / path.name))  # the data before the model that names it
+                name = _free_name(folder, path.name, set(plan.locations.values()))
+                model = _with_weights_outside(model, made / name)
+                moves.append((made / name, folder / name))
+            (made / "model").write_bytes(to_bytes(model))
+            moves.append((made / "model", folder / path.name))  # the data before the model that names it
             for staged, target in moves:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(staged, target)
@@ -100,10 +99,10 @@ def _bytes_in_memory(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in weights(model).values() if _in_memory(tensor))
 
 
-def _free_name(name: str, taken: set[str]) -> str:
-    """`<name>.data`, or `<name>.2.data`, ... where the model's other data has that name."""
+def _free_name(folder: Path, name: str, taken: set[str]) -> str:
+    """`<name>.data`, or `<name>.2.data`, ... where there is such a file: the model that is replaced may read it."""
     found, count = f"{name}.data", 1
-    while found in taken:
+    while found in taken or (folder / found).exists():
         count += 1
         found = f"{name}.{count}.data"
     return found

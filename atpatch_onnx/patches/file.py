@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from atpatch_onnx.errors import PatchFileError
+from atpatch_onnx.files import write_whole
 from atpatch_onnx.patches.patch import Array, Detector, LayerEdit, Neutral, Patch, SitePatch
 
 SCHEMA_VERSION = 1
@@ -79,12 +80,9 @@ def save(patch: Patch, path: str | os.PathLike[str]) -> None:
         PatchFileError: The target cannot be written.
     """
     path = Path(path)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        staged.write_bytes(to_bytes(patch))
-        os.replace(staged, path)
+        write_whole(path, to_bytes(patch))
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise PatchFileError(
             str(path), expected="a place that can be written to", found=str(error), advice="Choose another path."
         ) from error

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from atpatch_onnx.baking.metadata import PatchRecord
 from atpatch_onnx.errors import AtPatchError, require
+from atpatch_onnx.files import write_whole
 from atpatch_onnx.measuring.evaluate import Evaluation
 from atpatch_onnx.measuring.examples import Example
 from atpatch_onnx.measuring.verify import Verification
@@ -48,12 +49,9 @@ def write_report(path: str | os.PathLike[str], html: str) -> None:
         AtPatchError: The file cannot be written.
     """
     path = Path(path)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        staged.write_text(html, encoding="utf-8", newline="\n")
-        os.replace(staged, path)
+        write_whole(path, html.encode())
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise AtPatchError(
             str(path), expected="a place that can be written to", found=str(error), advice="Choose another path."
         ) from error

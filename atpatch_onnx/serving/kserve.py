@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from atpatch_onnx.baking.metadata import is_patched, read_record
 from atpatch_onnx.errors import ServingError
+from atpatch_onnx.files import write_whole
 from atpatch_onnx.serving.triton import TritonOptions, write_model_repository
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -53,7 +54,12 @@ def write_inference_service(
     place = Path(folder)
     write_model_repository(model, place / "models", name, options.triton)
     file = place / f"{name}.yaml"
-    file.write_text(manifest(model, name, options))
+    try:
+        write_whole(file, manifest(model, name, options).encode())
+    except OSError as error:
+        raise ServingError(
+            str(file), expected="a place that can be written to", found=str(error), advice="Choose another folder."
+        ) from error
     return file
 
 

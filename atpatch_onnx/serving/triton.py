@@ -18,6 +18,7 @@ import onnx_ir as ir
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.metadata import is_patched, read_record
 from atpatch_onnx.errors import ServingError
+from atpatch_onnx.files import staging
 from atpatch_onnx.serving.interface import Interface, ServedTensor, interface
 
 DTYPES = {
@@ -82,8 +83,13 @@ def write_model_repository(
     text = config_pbtxt(model, name, options or TritonOptions())
     place = Path(folder) / name
     try:
-        (place / "1").mkdir(parents=True)
-        (place / "config.pbtxt").write_text(text)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with staging(place.parent) as made:
+            (made / name / "1").mkdir(parents=True)
+            (made / name / "config.pbtxt").write_text(text)
+            graphs.save(model, made / name / "1" / "model.onnx", external="copy")
+            place.mkdir()  # nothing may be there
+            os.replace(made / name, place)
     except OSError as error:
         raise ServingError(
             str(place),
@@ -91,7 +97,6 @@ def write_model_repository(
             found=str(error),
             advice="Choose another folder or name, or move that model away.",
         ) from error
-    graphs.save(model, place / "1" / "model.onnx", external="copy")
     return place
 
 
