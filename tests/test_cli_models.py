@@ -118,7 +118,14 @@ def test_unbake(place, here, capsys):
     assert atp.fingerprint(atp.load("base.onnx")) == atp.fingerprint(atp.load(place / "base.onnx"))
     assert call(place, "unbake @patched.onnx -o again.onnx") == 0
     assert fitted(PLANTED).base in capsys.readouterr().out.replace("\n", "")
+    for option, said in (("", "own word"), (" --base @base.onnx", "which is")):
+        assert said in " ".join(shown_by(capsys, place, f"unbake @patched.onnx -o again.onnx{option}").split())
     assert files(here) == {"base.onnx", "again.onnx"}
+
+
+def shown_by(capsys, place, command):
+    assert call(place, command) == 0
+    return capsys.readouterr().out
 
 
 def test_verify(place, here, capsys):
@@ -131,6 +138,16 @@ def test_verify(place, here, capsys):
     assert len(shown["checks"]) > 5
     assert call(place, "verify @base.onnx @patched.onnx") == 0
     assert "unbake" in capsys.readouterr().out
+    assert "no patch was given" in " ".join(shown_by(capsys, place, "verify @base.onnx @patched.onnx").split())
+    said = shown_by(capsys, place, "verify @base.onnx @patched.onnx --patch @fix.safetensors")
+    assert f"those of patch {fitted(PLANTED).id}" in " ".join(said.split())
+
+
+def test_verify_beside_another_patch(place, here, capsys):
+    other = fitted(PLANTED).with_figures({})
+    other.save("other.safetensors")
+    assert call(place, "verify @base.onnx @patched.onnx --patch other.safetensors") == 1
+    assert "additions" in capsys.readouterr().err
 
 
 def test_verify_that_fails(place, here, capsys):

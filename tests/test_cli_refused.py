@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from command_line import PLANTED, call, files, four_parts, without_attention
 from models import Net
-from planted import Planted
+from planted import Planted, fitted
 
 from atpatch_onnx.cli import main
 
@@ -137,6 +137,10 @@ def nothing(place: Path) -> None:
     """All there is, is there already."""
 
 
+def other_patch(place: Path) -> None:
+    fitted(PLANTED).with_figures({}).save("in.safetensors")
+
+
 REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     # name: what is prepared, the command, what the line says
     "no such model": (nothing, "bake in.onnx @fix.safetensors -o out", r"in\.onnx: .*nothing there"),
@@ -191,6 +195,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "the operator If",
     ),
     "patched already": (nothing, "bake @patched.onnx @fix.safetensors -o out", "patched already"),
+    "another base": (other_model, "unbake @patched.onnx -o out --base in.onnx", "a patch in in.onnx"),
+    "another patch": (
+        other_patch,
+        "report @base.onnx @patched.onnx @small.npz --patch in.safetensors -o out",
+        r"expected the patch \w+ in it",
+    ),
     "nothing to unbake": (nothing, "unbake @base.onnx -o out", "a patched model"),
     "nothing to verify": (nothing, "verify @base.onnx @base.onnx", "a patched model"),
     "no folder to write to": (

@@ -13,7 +13,7 @@ from tritonclient.grpc import model_config_pb2
 
 import atpatch_onnx as atp
 from atpatch_onnx.cli import main
-from atpatch_onnx.errors import ServingError
+from atpatch_onnx.errors import AtPatchError, ServingError
 from atpatch_onnx.serving import KServeOptions, TritonOptions, write_inference_service, write_model_repository
 from atpatch_onnx.serving.triton import DTYPES, config_pbtxt
 
@@ -128,6 +128,22 @@ def test_kserve_manifest(tmp_path: Path) -> None:
     assert (model["protocolVersion"], model["storageUri"]) == ("v2", "s3://bucket/models")
     assert model["resources"]["limits"] == {"cpu": "4", "memory": "4Gi"}
     assert parsed((tmp_path / "models" / "sorter" / "config.pbtxt").read_text()).name == "sorter"
+
+
+@pytest.mark.parametrize("name", ["true", "null", "1", "no"])
+def test_names_that_yaml_reads_as_something_else(name: str, tmp_path: Path) -> None:
+    file = write_inference_service(patched(Planted()), tmp_path, name)
+    assert yaml.safe_load(file.read_text())["metadata"]["name"] == name
+
+
+def test_a_full_disk_leaves_no_half_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, *args: object, **options: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(AtPatchError, match="No space left"):
+        write_model_repository(patched(Planted()), tmp_path, "sorter")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.cli.arguments import AsJson, BatchSize, ExternalData, Model, Out, Output, Patched, Patches, Target
 from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.errors import UnbakeError
 from atpatch_onnx.report import text
 
 
@@ -57,13 +58,32 @@ def bake(
     show(shown, lines, as_json)
 
 
-def unbake(patched: Patched, out: Out, external: ExternalData = None, as_json: AsJson = False) -> None:
-    """Take the patch out of PATCHED again; the fingerprint proves that the base is back."""
-    require_place(out, patched)
-    base = atp.unbake(atp.load(patched))
-    atp.save(base, out, external=external)
-    shown = {"file": str(out), "fingerprint": atp.fingerprint(base)}
-    show(shown, [f"wrote {out}: the base, {shown['fingerprint']}"], as_json)
+def unbake(
+    patched: Patched,
+    out: Out,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base", help="The base, to compare with: a file can name any model its base.", show_default=False
+        ),
+    ] = None,
+    external: ExternalData = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take the patch out of PATCHED again: the base is back, by the fingerprint that PATCHED has of it."""
+    require_place(out, patched, *([] if base is None else [base]))
+    unbaked = atp.unbake(atp.load(patched))
+    found = atp.fingerprint(unbaked)
+    if base is not None and atp.fingerprint(atp.load(base)) != found:
+        raise UnbakeError(
+            str(patched),
+            expected=f"a patch in {base}",
+            found=f"one in another model, {found}",
+            advice="Do not trust this file: it was not made from this base.",
+        )
+    atp.save(unbaked, out, external=external)
+    said = f"which is {base}" if base is not None else f"by {patched}'s own word; compare it with --base"
+    show({"file": str(out), "fingerprint": found}, [f"wrote {out}: the base {found}, {said}"], as_json)
 
 
 def quantize(

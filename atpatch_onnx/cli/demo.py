@@ -8,6 +8,7 @@ from rich.console import RenderableType
 
 from atpatch_onnx.cli.arguments import AsJson
 from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.errors import require
 from atpatch_onnx.report import text
 
 
@@ -17,6 +18,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train a backdoored ViT on handwritten digits and fix it: the whole walk, nothing downloaded."""
+    for package, extra in (("torch", "fit"), ("sklearn", "fit"), ("matplotlib", "report"), ("jinja2", "report")):
+        require(package, extra, "the demo")
     from atpatch_onnx.cli.demo_run import run_demo
 
     with progress_bars() as progress:

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 import typer
 
 import atpatch_onnx as atp
+from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.cli.arguments import TARGETS, AsJson, Base, BatchSize, Data, Out, Output, Patched
 from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import progress_bars, show
-from atpatch_onnx.errors import VerificationError
+from atpatch_onnx.errors import PatchMismatchError, VerificationError
 from atpatch_onnx.report import text
 
 
@@ -119,16 +120,24 @@ def report(
     from atpatch_onnx.measuring.examples import gather_examples
     from atpatch_onnx.report import html
 
-    before, after, debug = atp.load(base), atp.load(patched), atp.DebugSet.load(data)
+    debug, fix = atp.DebugSet.load(data), atp.compose([atp.Patch.load(path) for path in patch])
+    record = read_record(atp.load(patched))
+    if fix.id != record.patch:
+        raise PatchMismatchError(
+            str(patched),
+            expected=f"the patch {fix.id} in it",
+            found=f"the patch {record.patch}",
+            advice="Give the patch that was baked; all of them, in their order, where there were several.",
+        )
     with progress_bars() as progress:
-        evaluation = atp.evaluate(before, after, debug, output=output, batch_size=batch_size, progress=progress)
-        verification = atp.verify(before, after, debug, batch_size=batch_size, progress=progress)
+        evaluation = atp.evaluate(base, patched, debug, output=output, batch_size=batch_size, progress=progress)
+        verification = atp.verify(base, patched, debug, patch=fix, batch_size=batch_size, progress=progress)
     page = html.render_html(
         title=title,
-        patch=atp.compose([atp.Patch.load(path) for path in patch]),
+        patch=fix,
         evaluation=evaluation,
         verification=verification,
-        examples=gather_examples(before, after, debug, output=output),
+        examples=gather_examples(base, patched, debug, output=output),
     )
     html.write_report(out, page)
     show({}, [f"wrote {out}"], False)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from atpatch_onnx.errors import AtPatchError, PatchFileError
+from atpatch_onnx.files import staging
 
 
 def require_place(out: Path, *inputs: Path) -> None:
@@ -21,13 +22,16 @@ def require_place(out: Path, *inputs: Path) -> None:
                 found=f"{'a place in ' if inside else ''}its input {read}",
                 advice="Choose another path: what is in this file would be lost.",
             )
-    if not out.parent.is_dir():
+    try:
+        with staging(out.parent):
+            pass
+    except OSError as error:
         raise PatchFileError(
             str(out),
             expected="a place that can be written to",
-            found=f"no folder {out.parent}",
+            found=str(error) if out.parent.is_dir() else f"no folder {out.parent}",
             advice="Make the folder, or choose another path.",
-        )
+        ) from error
 
 
 def make_folder(folder: Path) -> None:

@@ -1,6 +1,11 @@
 """The root of the command line: all commands in the order of the walk, and the one error handler."""
 
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import typer
 
@@ -34,10 +39,28 @@ for command in (
     app.command()(command)
 
 
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the work as an error does, so that what is half-written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code is 0, 1 after an error, or 2 after wrong usage."""
     try:
-        app(args=arguments)
+        with _ended_by_sigterm():
+            app(args=arguments)
     except AtPatchError as error:
         sys.stderr.write(f"atpatch: {' '.join(str(error).split())}\n")
         return 1

@@ -73,7 +73,7 @@ def manifest(model: ir.Model, name: str, options: KServeOptions) -> str:
         "apiVersion: serving.kserve.io/v1beta1",
         "kind: InferenceService",
         "metadata:",
-        f"  name: {name}",
+        f"  name: {json.dumps(name)}",
         *(["  annotations:"] if notes else []),
         *(f"    {key}: {json.dumps(value)}" for key, value in notes.items()),
         "spec:",
