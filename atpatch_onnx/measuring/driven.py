@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.metadata import PatchedSite
-from atpatch_onnx.errors import UnbakeError
 from atpatch_onnx.graph.insertion import replaced_value
 from atpatch_onnx.graph.names import REPLACES_KEY, SITE_KEY, own_name
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite, Place
-from atpatch_onnx.measuring.inspect import baked_weight
+from atpatch_onnx.measuring.inspect import baked_weight, edited_file
 from atpatch_onnx.running.sessions import Array, Session
 
 
@@ -32,11 +31,10 @@ def sites_of(base: ir.Model, chosen: Sequence[PatchedSite]) -> list[tuple[Patche
     for patched in chosen:
         site = found.get(patched.site)
         if site is None or (site.key.value, site.value.value) != (patched.key, patched.value):
-            raise UnbakeError(
+            raise edited_file(
                 "the metadata entry atpatch.sites",
-                expected=f"sites of the base ({', '.join(found) or 'none'}), with their own keys and values",
-                found=f"{patched.site}, of {patched.key} and {patched.value}",
-                advice="The file was edited after it was baked: bake the patch into the base again.",
+                f"sites of the base ({', '.join(found) or 'none'}), with their own keys and values",
+                f"{patched.site}, of {patched.key} and {patched.value}",
             )
     return [(patched, found[patched.site]) for patched in chosen]
 

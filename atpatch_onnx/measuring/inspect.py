@@ -18,6 +18,12 @@ from atpatch_onnx.patches.patch import LayerEdit
 from atpatch_onnx.running.sessions import Array
 
 
+def edited_file(where: str, expected: str, found: str) -> UnbakeError:
+    """What is wrong with a patched file that is not as baking left it."""
+    advice = "The file was edited after it was baked: bake the patch into the base again."
+    return UnbakeError(where, expected=expected, found=found, advice=advice)
+
+
 def last_margin(sites: Sequence[PatchedSite]) -> str:
     """The value that holds the largest margins of one token axis: they are carried along, so the last site has them.
 
@@ -25,12 +31,7 @@ def last_margin(sites: Sequence[PatchedSite]) -> str:
         UnbakeError: The file names no patched site.
     """
     if not sites:
-        raise UnbakeError(
-            "the metadata entry atpatch.sites",
-            expected="at least one patched site",
-            found="none",
-            advice="The file was edited after it was baked: bake the patch into the base again.",
-        )
+        raise edited_file("the metadata entry atpatch.sites", "at least one patched site", "none")
     return sites[-1].margin
 
 
@@ -89,11 +90,8 @@ def baked_detector(model: ir.Model, site: str) -> BakedDetector:
     units = None if weights.ndim != 2 else weights.shape[1]
     fits = threshold.shape == (1,) and (units == 1 if bias is None else bias.shape == (units,))
     if not fits or (output is not None and output.shape != (units, 1)):
-        raise UnbakeError(
-            f"site {site}",
-            expected="a detector of one product or one hidden layer",
-            found=f"weights of shape {weights.shape}",
-            advice="The file was edited after it was baked: bake the patch into the base again.",
+        raise edited_file(
+            f"site {site}", "a detector of one product or one hidden layer", f"weights of shape {weights.shape}"
         )
     return BakedDetector(weights, bias, output, threshold)
 
@@ -108,11 +106,10 @@ def baked_edit(model: ir.Model, layer: PatchedLayer, units: int) -> LayerEdit:
     edited, factor, constant = arrays
     wanted = [(np.dtype(np.bool_), (units,)), *[(np.dtype(np.float32), (units,))] * 2]
     if [(array.dtype, array.shape) for array in arrays] != wanted:
-        raise UnbakeError(
+        raise edited_file(
             f"hidden layer {layer.layer}",
-            expected=f"{', '.join(ARRAYS)} for each of its {units} units",
-            found=", ".join(f"{array.dtype}{list(array.shape)}" for array in arrays),
-            advice="The file was edited after it was baked: bake the patch into the base again.",
+            f"{', '.join(ARRAYS)} for each of its {units} units",
+            ", ".join(f"{array.dtype}{list(array.shape)}" for array in arrays),
         )
     chosen = np.flatnonzero(edited)
     return LayerEdit(layer.layer, chosen, factor[chosen], constant[chosen])
@@ -129,11 +126,10 @@ def baked_edits(base: ir.Model, patched: ir.Model, record: PatchRecord) -> list[
     for layer in record.layers:
         own = layers.get(layer.layer)
         if own is None or own.value != layer.value:
-            raise UnbakeError(
+            raise edited_file(
                 "the metadata entry atpatch.layers",
-                expected=f"hidden layers of the base ({', '.join(layers) or 'none'})",
-                found=f"{layer.layer}, of the value {layer.value}",
-                advice="The file was edited after it was baked: bake the patch into the base again.",
+                f"hidden layers of the base ({', '.join(layers) or 'none'})",
+                f"{layer.layer}, of the value {layer.value}",
             )
         edits.append(baked_edit(patched, layer, own.units))
     return edits
@@ -147,10 +143,5 @@ def baked_weight(model: ir.Model, scope: str, name: str) -> Array:
     """
     value = model.graph.initializers.get(own_name(scope, name))
     if value is None or value.const_value is None:
-        raise UnbakeError(
-            scope,
-            expected=f"the weight {PREFIX}{scope}/{name}",
-            found="none",
-            advice="The file was edited after it was baked: bake the patch into the base again.",
-        )
+        raise edited_file(scope, f"the weight {PREFIX}{scope}/{name}", "none")
     return value.const_value.numpy()

@@ -19,9 +19,8 @@ from atpatch_onnx.matching import find_sites
 from atpatch_onnx.measuring.bits import finite
 from atpatch_onnx.measuring.drawn import draw_patch
 from atpatch_onnx.measuring.rehearse_aiming import aimed
-from atpatch_onnx.measuring.rehearse_base import run_base, seeded
+from atpatch_onnx.measuring.rehearse_base import mixing_outputs, run_base, seeded
 from atpatch_onnx.measuring.rehearse_checks import fired, unbaked, unfired
-from atpatch_onnx.measuring.rehearse_mixing import mixing_outputs
 from atpatch_onnx.measuring.rehearse_result import Rehearsal, SiteResult
 from atpatch_onnx.measuring.verify import Check
 from atpatch_onnx.running.sessions import Array, Progress, silent
