@@ -31,6 +31,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from atpatch_onnx.debugset.arrays import Array, one_line
 from atpatch_onnx.errors import DebugSetError
@@ -46,11 +47,11 @@ _HEADER_LIMIT = 2**16
 
 @dataclass(frozen=True)
 class Stored:
-    """What a debug set's files hold, not yet checked against each other."""
+    """What a debug set or its files hold, not yet checked against each other."""
 
-    clean: Mapping[str, Array]
-    counterfactual: Mapping[str, Array]
-    extras: Mapping[str, Array]
+    clean: Mapping[str, ArrayLike]
+    counterfactual: Mapping[str, ArrayLike]
+    extras: Mapping[str, ArrayLike]
     """By the names in `EXTRAS`, those that there are."""
 
     kind: str
@@ -68,8 +69,7 @@ def write(stored: Stored, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     arrays = {
-        **{f"clean/{_encoded(name)}": array for name, array in stored.clean.items()},
-        **{f"counterfactual/{_encoded(name)}": array for name, array in stored.counterfactual.items()},
+        **{f"{side}/{quote(name, safe='')}": a for side in SIDES for name, a in getattr(stored, side).items()},
         **stored.extras,
     }
     header = json.dumps({"format": FORMAT, "version": VERSION, "kind": stored.kind, "target": stored.target})
@@ -138,10 +138,6 @@ def _check_ours(path: Path) -> None:
             found=f"a folder with {foreign[0]!r} in it" if foreign else f"a folder without {HEADER}",
             advice="Choose another path.",
         )
-
-
-def _encoded(name: str) -> str:
-    return quote(name, safe="")
 
 
 # Reading

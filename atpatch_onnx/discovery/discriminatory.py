@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from atpatch_onnx.discovery.attributes import Attribute, Table, checked_table, protected_columns
 from atpatch_onnx.discovery.discrimination import Discrimination
-from atpatch_onnx.errors import DebugSetError, require
+from atpatch_onnx.errors import DebugSetError, check_at_least, require
 from atpatch_onnx.running.metrics import Rate
 from atpatch_onnx.running.sessions import Progress, silent
 
@@ -52,21 +52,7 @@ class SearchOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("clusters", 1),
-            ("seeds", 1),
-            ("iterations", 0),
-            ("walks", 0),
-            ("steps", 0),
-            ("sample", 1),
-        ):
-            if getattr(self, name) < least:
-                raise DebugSetError(
-                    f"option {name}",
-                    expected=f"at least {least}",
-                    found=repr(getattr(self, name)),
-                    advice="Choose an allowed value.",
-                )
+        check_at_least(self, DebugSetError, clusters=1, seeds=1, iterations=0, walks=0, steps=0, sample=1)
 
 
 def discriminatory_pairs(

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atpatch_onnx.errors import InversionError
@@ -60,6 +62,23 @@ def check_class(target: int, classes: int) -> int:
             "target", expected=f"a class from 0 to {classes - 1}", found=str(target), advice="Name one of them."
         )
     return int(target)
+
+
+def outside(usual: NDArray[np.int64], label: int, where: str) -> NDArray[np.bool_]:
+    """Which inputs the model does not put into a class, bool `[n]`, of those that it does put them into `[n]`.
+
+    Raises:
+        InversionError: There are none.
+    """
+    rows = np.asarray(usual != label)
+    if not rows.any():
+        raise InversionError(
+            where,
+            expected=f"some that the model does not put into class {label}",
+            found=f"all {len(rows)} of them in it",
+            advice="Give inputs of various classes.",
+        )
+    return rows
 
 
 @torch.no_grad()

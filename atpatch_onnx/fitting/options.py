@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from atpatch_onnx.errors import FitError
+from atpatch_onnx.errors import FitError, check_options
 from atpatch_onnx.fitting.goal import Goal
 from atpatch_onnx.fitting.training import Training
 
@@ -46,17 +46,14 @@ class FitOptions:
     """Write a patch that misses its goal, marked as such."""
 
     def __post_init__(self) -> None:
-        kinds = get_args(Kind)
-        checks = (
-            ("detectors", _some_of(self.detectors, kinds), "some of 'linear' and 'hidden', each once"),
-            ("thresholds", self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
-            ("redistribute", self.redistribute in ("needed", "all"), "'needed' or 'all'"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
+        check_options(
+            self,
+            FitError,
+            detectors=(_some_of(self.detectors, get_args(Kind)), "some of 'linear' and 'hidden', each once"),
+            thresholds=(self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
+            redistribute=(self.redistribute in ("needed", "all"), "'needed' or 'all'"),
+            batch_size=(self.batch_size >= 1, "at least 1"),
         )
-        for name, holds, expected in checks:
-            if not holds:
-                found = repr(getattr(self, name))
-                raise FitError(f"option {name}", expected=expected, found=found, advice="Choose an allowed value.")
 
 
 def _some_of(chosen: Sequence[str], known: Sequence[str]) -> bool:
