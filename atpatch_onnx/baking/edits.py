@@ -76,11 +76,7 @@ def bake_edits(model: ir.Model, edits: Sequence[LayerEdit]) -> tuple[HiddenLayer
 
 
 def edited(model: ir.Model, edits: Sequence[LayerEdit]) -> ir.Model:
-    """A copy of `model` with edits in its graph: what comes after is fitted on this.
-
-    Raises:
-        PatchMismatchError: The edits do not fit the model.
-    """
+    """A copy of `model` with edits in its graph: what comes after is fitted on this."""
     result = graphs.copy(model)
     bake_edits(result, edits)
     return result

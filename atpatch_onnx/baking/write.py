@@ -54,12 +54,6 @@ def write(
 ) -> tuple[Written, ...]:
     """Write detection and redistribution for `entries`, in the order of the sites, into `model`, in place.
 
-    Args:
-        model: The base.
-        entries: The sites, and what each of them does.
-        controls: Thresholds and switches of a site.
-        conditional: Whether replacements stand in an `If`.
-
     Raises:
         PatchMismatchError: An array does not have the shape that its site asks for, or a site redistributes although no
             site before it on its token axis, nor itself, detects.

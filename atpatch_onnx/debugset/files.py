@@ -62,11 +62,7 @@ class Stored:
 
 
 def write(stored: Stored, path: str | os.PathLike[str]) -> None:
-    """Write to a `.npz` file where `path` ends so, else to a folder.
-
-    Raises:
-        DebugSetError: The place cannot be written to, or is a folder that holds something else.
-    """
+    """Write to a `.npz` file where `path` ends so, else to a folder."""
     path = Path(path)
     arrays = {
         **{f"{side}/{quote(name, safe='')}": a for side in SIDES for name, a in getattr(stored, side).items()},
@@ -144,11 +140,7 @@ def _check_ours(path: Path) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Stored:
-    """Read a `.npz` file or a folder of `.npy` files; a folder's arrays are memory-mapped.
-
-    Raises:
-        DebugSetError: Nothing there, no debug set, a damaged one, or one of a later version.
-    """
+    """Read a `.npz` file or a folder of `.npy` files; a folder's arrays are memory-mapped."""
     path = Path(path)
     if path.is_dir():
         header, arrays = _read_folder(path)

@@ -34,11 +34,7 @@ def still(model: nn.Module) -> Iterator[None]:
 
 
 def logits_of(output: object) -> Tensor:
-    """Logits float `[batch, classes]` of what a model returned: the tensor itself, or its `.logits`.
-
-    Raises:
-        InversionError: It is neither.
-    """
+    """Logits float `[batch, classes]` of what a model returned: the tensor itself, or its `.logits`."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         shape = f" {list(logits.shape)}" if isinstance(logits, Tensor) else ""
@@ -52,11 +48,7 @@ def logits_of(output: object) -> Tensor:
 
 
 def check_class(target: int, classes: int) -> int:
-    """The class `target`, if the model has it.
-
-    Raises:
-        InversionError: It has not.
-    """
+    """The class `target`, if the model has it."""
     if not 0 <= target < classes:
         raise InversionError(
             "target", expected=f"a class from 0 to {classes - 1}", found=str(target), advice="Name one of them."
@@ -65,11 +57,7 @@ def check_class(target: int, classes: int) -> int:
 
 
 def outside(usual: NDArray[np.int64], label: int, where: str) -> NDArray[np.bool_]:
-    """Which inputs the model does not put into a class, bool `[n]`, of those that it does put them into `[n]`.
-
-    Raises:
-        InversionError: There are none.
-    """
+    """Which inputs the model does not put into a class, bool `[n]`, of those that it does put them into `[n]`."""
     rows = np.asarray(usual != label)
     if not rows.any():
         raise InversionError(

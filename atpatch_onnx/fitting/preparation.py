@@ -55,13 +55,6 @@ def complete(
 ) -> tuple[DebugSet, str]:
     """Check the debug set against the model and find its target; the set with that, and the output of predictions.
 
-    Args:
-        model: The base.
-        debug: Pairs for it.
-        output: Name of the output that predictions are read from; None: the first float output `[batch, classes]`.
-        batch_size: Inputs at a time.
-        progress: Told after every batch.
-
     Raises:
         DebugSetError: The debug set does not fit the model, or shows no effect.
         FitError: A backdoor's target class cannot be inferred.

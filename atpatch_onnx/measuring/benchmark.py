@@ -141,8 +141,8 @@ def benchmark(
         )
         model, record = graphs.load(base), read_record(graphs.load(files.patched))
         known = {tuple(array.shape for array in of.values()): of for of in _inputs(model, batches, length, seed)}
-        turns = _Turns(rounds, sessions, seed, progress)
-        timings = [_timed(files, of, count, turns) for of in known.values() for count in threads]
+        turns: dict[str, Any] = {"rounds": rounds, "sessions": sessions, "seed": seed, "progress": progress}
+        timings = [_timed(files, of, count, **turns) for of in known.values() for count in threads]
         peaks = _peaks(files, list(known.values())[-1], max(threads)) if memory else None
     return Benchmark(
         patch=record.patch if patched is not None else "synthetic",
@@ -206,29 +206,12 @@ def _options(threads: int) -> SessionOptions:
     return options
 
 
-@dataclass(frozen=True)
-class _Turns:
-    """How forms are timed."""
-
-    rounds: int
-    sessions: int
-    seed: int
-    progress: Progress
-
-
-def _timed(files: _Files, inputs: Mapping[str, Array], threads: int, turns: _Turns) -> Timing:
+def _timed(files: _Files, inputs: Mapping[str, Array], threads: int, *, seed: int, **turns: Any) -> Timing:
     batch = next(len(array) for array in inputs.values() if array.ndim)
-    forms = files.forms()
-    opened = {form: opens(path, weights, inputs, threads) for form, (path, weights) in forms.items()}
-    taken = in_turns(
-        {**opened, "itself": opened["base"]},
-        sessions=turns.sessions,
-        rounds=turns.rounds,
-        seed=turns.seed,
-        progress=turns.progress,
-        stage=f"timing batches of {batch}, {threads} threads",
-    )
-    ratios = {name: ratio(taken[name], taken["base"], seed=turns.seed) for name in RATIOS}
+    opened = {form: opens(path, weights, inputs, threads) for form, (path, weights) in files.forms().items()}
+    stage = f"timing batches of {batch}, {threads} threads"
+    taken = in_turns({**opened, "itself": opened["base"]}, seed=seed, stage=stage, **turns)
+    ratios = {name: ratio(taken[name], taken["base"], seed=seed) for name in RATIOS}
     return Timing(batch, threads, taken["base"].size, float(1000 * np.median(taken["base"])), **ratios)
 
 

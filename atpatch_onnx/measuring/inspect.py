@@ -25,11 +25,7 @@ def edited_file(where: str, expected: str, found: str) -> UnbakeError:
 
 
 def last_margin(sites: Sequence[PatchedSite]) -> str:
-    """The value that holds the largest margins of one token axis: they are carried along, so the last site has them.
-
-    Raises:
-        UnbakeError: The file names no patched site.
-    """
+    """The value that holds the largest margins of one token axis: they are carried along, so the last site has them."""
     if not sites:
         raise edited_file("the metadata entry atpatch.sites", "at least one patched site", "none")
     return sites[-1].margin
@@ -79,11 +75,7 @@ precision a runtime may read keys before it has rounded them."""
 
 
 def baked_detector(model: ir.Model, site: str) -> BakedDetector:
-    """The detector that baking wrote for a site.
-
-    Raises:
-        UnbakeError: It is not there, or not one of these shapes.
-    """
+    """The detector that baking wrote for a site."""
     weights, threshold = (baked_weight(model, site, name) for name in ("detector", "threshold"))
     hidden = own_name(site, "detector_bias") in model.graph.initializers
     bias, output = (baked_weight(model, site, f"detector_{name}") if hidden else None for name in ("bias", "output"))
@@ -97,11 +89,7 @@ def baked_detector(model: ir.Model, site: str) -> BakedDetector:
 
 
 def baked_edit(model: ir.Model, layer: PatchedLayer, units: int) -> LayerEdit:
-    """The edit that baking wrote for a hidden layer of so many units.
-
-    Raises:
-        UnbakeError: It is not there, or not one entry a unit.
-    """
+    """The edit that baking wrote for a hidden layer of so many units."""
     arrays = [baked_weight(model, layer.scope, name) for name in ARRAYS]
     edited, factor, constant = arrays
     wanted = [(np.dtype(np.bool_), (units,)), *[(np.dtype(np.float32), (units,))] * 2]
@@ -116,11 +104,7 @@ def baked_edit(model: ir.Model, layer: PatchedLayer, units: int) -> LayerEdit:
 
 
 def baked_edits(base: ir.Model, patched: ir.Model, record: PatchRecord) -> list[LayerEdit]:
-    """The edits of a patched model, of all layers that it names.
-
-    Raises:
-        UnbakeError: The base has no such layer, or the file not what an edit of it is made of.
-    """
+    """The edits of a patched model, of all layers that it names."""
     layers = {layer.name: layer for layer in find_hidden_layers(base)} if record.layers else {}
     edits = []
     for layer in record.layers:
@@ -136,11 +120,7 @@ def baked_edits(base: ir.Model, patched: ir.Model, record: PatchRecord) -> list[
 
 
 def baked_weight(model: ir.Model, scope: str, name: str) -> Array:
-    """A weight that baking wrote for a site or a hidden layer.
-
-    Raises:
-        UnbakeError: It is not there.
-    """
+    """A weight that baking wrote for a site or a hidden layer."""
     value = model.graph.initializers.get(own_name(scope, name))
     if value is None or value.const_value is None:
         raise edited_file(scope, f"the weight {PREFIX}{scope}/{name}", "none")

@@ -109,12 +109,6 @@ def mixing_outputs(base: ir.Model, runs: BaseRuns, flagged: NDArray[np.bool_], t
     There, no sample keeps its bits when another changes, patched or not: the logits of CLIP compare every image with
     every text, a router with limited places has samples compete for them, and dynamic quantization takes its scale
     from the whole batch.
-
-    Args:
-        base: The base itself: whatever changes is not the patch's doing.
-        runs: What it computed.
-        flagged: The samples to replace, `[samples]`; with all or none of them, nothing can be seen.
-        threads: Threads within an operator; None: onnxruntime's choice.
     """
     if flagged.all() or not flagged.any():
         return ()

@@ -96,13 +96,7 @@ def isolate(
 def rank(
     subject: Subject, means: Sequence[NDArray[np.float64]], *, progress: Progress = silent
 ) -> tuple[Isolated, ...]:
-    """The finalists of the candidates, each frozen alone, the guiltiest first.
-
-    Args:
-        subject: Model, pairs and candidates.
-        means: Of every layer, `[units]`: what its units are frozen at.
-        progress: Told after every unit.
-    """
+    """The finalists of the candidates, each frozen alone at its layer's `means` `[units]`, the guiltiest first."""
     part = subject.judged(subject.some(subject.options.inputs))
     before = part.outcome(part.base)
     allowed = max(subject.options.goal.accuracy_loss, 1 / len(part.part))

@@ -84,11 +84,7 @@ def write_model_repository(
 
 
 def config_pbtxt(model: ir.Model, name: str, options: TritonOptions) -> str:
-    """The text of `config.pbtxt`.
-
-    Raises:
-        ServingError: A tensor has a type that Triton does not know, or no known one.
-    """
+    """The text of `config.pbtxt`."""
     seen = interface(model)
     return "\n".join(_config(seen, name, options, _parameters(model))) + "\n"
 
