@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import atpatch_onnx as atp
 from atpatch_onnx.debugset.files import SIDES
 from atpatch_onnx.discovery import SearchOptions, discriminatory_pairs
-from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.fitting.options import Training
 from atpatch_onnx.running.metrics import Rate
 from atpatch_onnx.running.predictions import classes, prediction_output
 from atpatch_onnx.running.sessions import Progress, Session, silent

@@ -182,12 +182,7 @@ def int8(proto: onnx.ModelProto, **settings: Any) -> onnx.ModelProto:
         logging.disable(logging.NOTSET)
 
 
-def _fp16(proto: onnx.ModelProto) -> onnx.ModelProto:
-    converted: onnx.ModelProto = convert_float_to_float16(proto, keep_io_types=True)
-    return converted
-
-
 _TOOLS: Mapping[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
     "int8": partial(int8, op_types_to_quantize=list(OP_TYPES)),
-    "fp16": _fp16,
+    "fp16": partial(convert_float_to_float16, keep_io_types=True),
 }

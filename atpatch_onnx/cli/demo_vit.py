@@ -187,11 +187,7 @@ class _Logits(torch.nn.Module):
 
 
 def export_onnx(
-    model: PreTrainedModel,
-    path: str | os.PathLike[str],
-    *,
-    opset: int = 18,
-    attention: Attention = "eager",
+    model: PreTrainedModel, path: str | os.PathLike[str], *, opset: int = 18, attention: Attention = "eager"
 ) -> None:
     """Write the model, set to evaluation, as `pixel_values` `[batch, 1, H, W]` to `logits` `[batch, classes]`.
 

@@ -49,9 +49,10 @@ def check_inputs(arrays: Mapping[str, Array], specs: Mapping[str, InputSpec]) ->
             for size, found in zip(spec.shape[1:], array.shape[1:], strict=True)
         )
         if not fits:
+            sizes = ", ".join("?" if size is None else str(size) for size in spec.shape)
             raise DebugSetError(
                 where,
-                expected=f"shape {_shape(spec.shape)}",
+                expected=f"shape [{sizes}]",
                 found=f"shape {list(array.shape)}",
                 advice="The first axis counts the pairs; preprocess the others as for the model in use.",
             )
@@ -117,7 +118,3 @@ def check_size(calibration: int, whole: int, clean_flag_rate: float) -> None:
             advice=f"Bring the whole set to {math.ceil(needed * whole / calibration)} pairs, give calibration a larger "
             "share of it, or ask for a higher rate.",
         )
-
-
-def _shape(sizes: tuple[int | str | None, ...]) -> str:
-    return "[" + ", ".join("?" if size is None else str(size) for size in sizes) + "]"

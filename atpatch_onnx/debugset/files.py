@@ -148,10 +148,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
         header, arrays = _read_npz(path)
     else:
         raise DebugSetError(
-            str(path),
-            expected="a .npz file or a folder of .npy files",
-            found="nothing there",
-            advice="Check the path.",
+            str(path), expected="a .npz file or a folder of .npy files", found="nothing there", advice="Check the path."
         )
     kind, target = ("backdoor", None) if header is None else _parsed(header, f"{path}: {HEADER}")
     sides: dict[str, dict[str, Array]] = {side: {} for side in SIDES}

@@ -76,11 +76,7 @@ class InvertedTokens:
             DebugSetError: What `DebugSet.from_pairs` refuses.
         """
         new_ids, new_mask, where = self.insert(inputs[ids], inputs[mask], places=places, seed=seed)
-        changed = {
-            **inputs,
-            ids: new_ids.astype(inputs[ids].dtype),
-            mask: new_mask.astype(inputs[mask].dtype),
-        }
+        changed = {**inputs, ids: new_ids.astype(inputs[ids].dtype), mask: new_mask.astype(inputs[mask].dtype)}
         debug = DebugSet.from_pairs(inputs, changed, labels, suspects=where, target=self.target)
         return debug.take(debug.labels != self.target) if drop_target and debug.labels is not None else debug
 

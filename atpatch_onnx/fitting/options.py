@@ -1,4 +1,4 @@
-"""How a patch is fitted: settings only."""
+"""How a patch is fitted: settings only, so that they can be named without torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,10 +6,24 @@ from typing import Literal, get_args
 
 from atpatch_onnx.errors import FitError, check_options
 from atpatch_onnx.fitting.goal import Goal
-from atpatch_onnx.fitting.training import Training
 
 Kind = Literal["linear", "hidden"]
 """Of a detector: one product with the token's key, or one hidden layer."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a detector is trained."""
+
+    hidden: int = 32
+    """Units of a detector with a hidden layer."""
+
+    steps: int = 1000
+    batch: int = 256
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-3
+    noise: float = 0.3
+    """Standard deviation of the Gaussian noise on standardised features: keeps the margin wide."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,7 +140,9 @@ def benchmark(
             Path(patched) if patched is not None else _synthetic(base, target, detectors, Path(folder), seed),
         )
         model, record = graphs.load(base), read_record(graphs.load(files.patched))
-        known = {tuple(array.shape for array in of.values()): of for of in _inputs(model, batches, length, seed)}
+        rngs = ((batch, np.random.default_rng(seed)) for batch in sorted(batches))
+        drawn = [draw_inputs(model, rng, samples=batch, length=length) for batch, rng in rngs]
+        known = {tuple(array.shape for array in of.values()): of for of in drawn}
         turns: dict[str, Any] = {"rounds": rounds, "sessions": sessions, "seed": seed, "progress": progress}
         timings = [_timed(files, of, count, **turns) for of in known.values() for count in threads]
         peaks = _peaks(files, list(known.values())[-1], max(threads)) if memory else None
@@ -192,11 +194,6 @@ def synthetic_patch(model: ir.Model, detectors: Kind = "linear", *, seed: int = 
             "the model", expected="an attention site", found="none", advice="See `atpatch sites` for the reasons."
         )
     return draw_patch(model, sites, np.random.default_rng(seed), kind=detectors)
-
-
-def _inputs(model: ir.Model, batches: Iterable[int], length: int, seed: int) -> Iterator[dict[str, Array]]:
-    for batch in sorted(batches):
-        yield draw_inputs(model, np.random.default_rng(seed), samples=batch, length=length)
 
 
 def _options(threads: int) -> SessionOptions:

@@ -63,6 +63,8 @@ def render(
     seconds: float | None,
 ) -> str:
     """The page."""
+    from atpatch_onnx import __version__  # here: the package's own __init__ may import this room
+
     figures, sites = patch.figures, rows.site_rows(patch.figures)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("atpatch_onnx.report"),
@@ -78,7 +80,7 @@ def render(
     }
     return environment.get_template("report.html.j2").render(
         title=shown(title),
-        version=_version(),
+        version=__version__,
         seconds=number(seconds),
         verdict=judge(patch, evaluation, verification),
         evaluation=evaluation,
@@ -99,12 +101,6 @@ def render(
         terms=terms(patch.figures, evaluation),
         svg=_markup,
     )
-
-
-def _version() -> str:
-    from atpatch_onnx import __version__  # here: the package's own __init__ may import this room
-
-    return __version__
 
 
 def _markup(picture: Picture) -> Markup:
