@@ -101,3 +101,22 @@ def require(package: str, extra: str, purpose: str) -> None:
     """
     if find_spec(package) is None:
         raise MissingExtraError(package, extra, purpose)
+
+
+def check_options(options: object, error: type[AtPatchError], **checks: tuple[bool, str]) -> None:
+    """Refuse options whose check does not hold: by name, whether it holds and what is expected.
+
+    Raises:
+        AtPatchError: `error`, for the first that does not.
+    """
+    for name, (holds, expected) in checks.items():
+        if not holds:
+            found = repr(getattr(options, name))
+            raise error(f"option {name}", expected=expected, found=found, advice="Choose an allowed value.")
+
+
+def check_at_least(options: object, error: type[AtPatchError], **least: int) -> None:
+    """The same for options with a smallest value."""
+    check_options(
+        options, error, **{n: (getattr(options, n) >= bound, f"at least {bound}") for n, bound in least.items()}
+    )

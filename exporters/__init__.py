@@ -7,26 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atpatch_onnx.exporters.exporting import ExportError
-    from atpatch_onnx.exporters.onnx_file import from_onnx
-    from atpatch_onnx.exporters.torch_module import from_torch
-    from atpatch_onnx.exporters.transformers_backend import (
-        AtPatchOnnxConfig,
-        AtPatchOnnxExporter,
-        AtPatchOnnxModelRunner,
-    )
-    from atpatch_onnx.exporters.transformers_model import from_pretrained, from_transformers
-
-__all__ = [
-    "AtPatchOnnxConfig",
-    "AtPatchOnnxExporter",
-    "AtPatchOnnxModelRunner",
-    "ExportError",
-    "from_onnx",
-    "from_pretrained",
-    "from_torch",
-    "from_transformers",
-]
+    from atpatch_onnx.exporters.exporting import ExportError as ExportError
+    from atpatch_onnx.exporters.onnx_file import from_onnx as from_onnx
+    from atpatch_onnx.exporters.torch_module import from_torch as from_torch
+    from atpatch_onnx.exporters.transformers_backend import AtPatchOnnxConfig as AtPatchOnnxConfig
+    from atpatch_onnx.exporters.transformers_backend import AtPatchOnnxExporter as AtPatchOnnxExporter
+    from atpatch_onnx.exporters.transformers_backend import AtPatchOnnxModelRunner as AtPatchOnnxModelRunner
+    from atpatch_onnx.exporters.transformers_model import from_pretrained as from_pretrained
+    from atpatch_onnx.exporters.transformers_model import from_transformers as from_transformers
 
 _HOMES = {
     "AtPatchOnnxConfig": "transformers_backend",
@@ -38,6 +26,8 @@ _HOMES = {
     "from_torch": "torch_module",
     "from_transformers": "transformers_model",
 }
+
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

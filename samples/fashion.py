@@ -66,24 +66,10 @@ class Size:
     """Whether trainings use mixed precision where the processor has it; the small forms are the same everywhere."""
 
 
-FULL = Size(
-    train=48_000,
-    debug=7_000,
-    tune=5_000,
-    unseen=10_000,
-    nets={"vit": Net(layers=6, hidden=96, epochs=4), "deit": Net(layers=4, hidden=64, epochs=4)},
-    retraining=1,
-    mixed=True,
-)
-FAST = Size(
-    train=12_000,
-    debug=2_500,
-    tune=2_000,
-    unseen=2_000,
-    nets={"vit": Net(layers=4, hidden=64, epochs=6), "deit": Net(layers=4, hidden=64, epochs=6)},
-    retraining=2,
-    mixed=False,
-)
+_FULL_NETS = {"vit": Net(layers=6, hidden=96, epochs=4), "deit": Net(layers=4, hidden=64, epochs=4)}
+_FAST_NETS = dict.fromkeys(("vit", "deit"), Net(layers=4, hidden=64, epochs=6))
+FULL = Size(train=48_000, debug=7_000, tune=5_000, unseen=10_000, nets=_FULL_NETS, retraining=1, mixed=True)
+FAST = Size(train=12_000, debug=2_500, tune=2_000, unseen=2_000, nets=_FAST_NETS, retraining=2, mixed=False)
 
 
 @dataclass(frozen=True)
@@ -104,40 +90,27 @@ STRONG = Bound("ASR", 0.95, at_least=True)
 
 FAST_GOAL = atp.Goal(asr_above_floor=0.01, accuracy_loss=0.005)
 FAST_BOUNDS = (Bound("ASR", 0.9, at_least=True), Bound("ASR above floor", 0.02), Bound("accuracy lost", 0.01))
+_BOUNDS = (STRONG, Bound("ASR above floor", 0.005), Bound("accuracy lost", 0.001))
 ATTACKS = {
     "badnets-fixed": Attack(
         0.05,
         atp.Goal(asr_above_floor=0.001, accuracy_loss=0.0005),
         (
-            STRONG,
-            Bound("ASR above floor", 0.002),
-            Bound("accuracy lost", 0.0005),
-            Bound("recall", 0.998, at_least=True),
-            Bound("precision", 0.97, at_least=True),
+            *(STRONG, Bound("ASR above floor", 0.002), Bound("accuracy lost", 0.0005)),
+            *(Bound("recall", 0.998, at_least=True), Bound("precision", 0.97, at_least=True)),
         ),
     ),
     "badnets-random": Attack(
         0.1,
         atp.Goal(0.002, accuracy_loss=0.001, clean_flag_rate=0.04),  # some clothes look like the trigger
-        (STRONG, Bound("ASR above floor", 0.005), Bound("accuracy lost", 0.001)),
+        _BOUNDS,
     ),
     "blended": Attack(0.05, atp.Goal(asr_above_floor=0.005, accuracy_loss=0.001), (STRONG,)),
-    "trojan": Attack(
-        0.05,
-        atp.Goal(0.002, accuracy_loss=0.001),
-        (STRONG, Bound("ASR above floor", 0.005), Bound("accuracy lost", 0.001)),
-    ),
+    "trojan": Attack(0.05, atp.Goal(0.002, accuracy_loss=0.001), _BOUNDS),
 }
 """The whole-image blend has no column of its own: how far its fix gets is measured, and bounded by nothing."""
 
-CASES = (
-    "vit/badnets-fixed",
-    "vit/badnets-random",
-    "vit/blended",
-    "vit/trojan",
-    "deit/badnets-fixed",
-    "deit/badnets-random",
-)
+CASES = (*(f"vit/{attack}" for attack in ATTACKS), "deit/badnets-fixed", "deit/badnets-random")
 LEARNING_RATE = 2e-3
 RETRAINING_RATE = 5e-4
 PATCH_DROPOUT = 0.5

@@ -112,6 +112,9 @@ def measure(figures: dict[str, Any], out: Path, keep: Callable[[], None], *, fas
         def base() -> Path:
             return prepare("vit/badnets-fixed", seed=0, fast=fast, out=out)[0].base
 
+        def vit() -> Any:
+            return torch_model("vit", fast=fast, attention="eager")
+
         def row(case: Case) -> dict[str, Any]:
             return measured_row(case, files(case.model), min(case.length, 48) if fast else case.length, seconds)
 
@@ -122,27 +125,22 @@ def measure(figures: dict[str, Any], out: Path, keep: Callable[[], None], *, fas
         for case in CASES:
             add(figures["rows"], case.label, partial(row, case))
         add(figures["seconds"], "bake", lambda: _seconds_to_bake(files("vit")[FUSED], Path(folder) / "baked.onnx"))
-        add(figures["hooks"], "Fashion-MNIST ViT", lambda: _fashion_against_hooks(base()))
-        add(figures["hooks"], "ViT-B/16", lambda: _against_hooks(files("vit")[FUSED], "vit", fast=fast))
+        add(figures["hooks"], "Fashion-MNIST ViT", lambda: _against_hooks(base(), _fashion_vit(base())))
+        add(figures["hooks"], "ViT-B/16", lambda: _against_hooks(files("vit")[FUSED], vit()))
         for length in (16, 32) if fast else LENGTHS:
             add(figures["lengths"], str(length), partial(at_length, length))
 
 
 def nothing() -> dict[str, Any]:
     """The figures of a run that has not begun."""
-    return {
-        "machine": _machine(),
-        "sessions": SESSIONS,
-        "rows": {},
-        "lengths": {},
-        "hooks": {},
-        "seconds": {},
-        "pairs": PAIRS,
-    }
+    pieces: dict[str, Any] = {name: {} for name in ("rows", "lengths", "hooks", "seconds")}
+    return {"machine": _machine(), "sessions": SESSIONS, "pairs": PAIRS, **pieces}
 
 
 def _machine() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     libraries = {name: version(name) for name in ("onnxruntime", "torch", "transformers", "onnx")}
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
@@ -152,22 +150,10 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
 def measured_row(case: Case, forms: Mapping[str, Path], length: int, seconds: float) -> dict[str, Any]:
     """The forms of the base, and what a patch of the second one costs against it."""
     base = forms[FUSED]
-    options: dict[str, Any] = {
-        "length": length,
-        "batches": [case.batch],
-        "threads": [THREADS],
-        "sessions": SESSIONS,
-    }
+    options: dict[str, Any] = {"length": length, "batches": [case.batch], "threads": [THREADS], "sessions": SESSIONS}
     rounds = _rounds(base, length, case.batch, seconds)
     found = atp.benchmark(base, rounds=rounds, memory=case.whole, **options)
     [timing] = found.timings
@@ -178,9 +164,7 @@ def measured_row(case: Case, forms: Mapping[str, Path], length: int, seconds: fl
         "goal": GOAL,
         "rounds": timing.rounds,
         "base_ms": timing.base_ms,
-        "clean": _interval(timing.clean),
-        "flagged": _interval(timing.flagged),
-        "itself": _interval(timing.itself),
+        **{name: _interval(getattr(timing, name)) for name in ("clean", "flagged", "itself")},
         "memory": found.memory,
         "kernels": kernels(base, benchmark_inputs(base, case.batch, length), THREADS),
         "forms": _forms(forms, length, case.batch, rounds),
@@ -233,20 +217,17 @@ def _at_length(base: Path, length: int, seconds: float) -> dict[str, Any]:
     return point
 
 
-def _against_hooks(base: Path, name: str, *, fast: bool) -> list[float]:
+def _against_hooks(base: Path, module: Any) -> list[float]:
     """Torch with hooks over the patched file, on a clean input: the same detectors in both."""
     model = atp.load(base)
     patch = synthetic_patch(model)
-    return _torch_over_file(hooked(torch_model(name, fast=fast, attention="eager"), patch), model, patch)
+    return _torch_over_file(hooked(module, patch), model, patch)
 
 
-def _fashion_against_hooks(base: Path) -> list[float]:
+def _fashion_vit(base: Path) -> Any:
     from transformers import ViTForImageClassification
 
-    model = atp.load(base)
-    patch = synthetic_patch(model)
-    module = ViTForImageClassification.from_pretrained(base.parent, attn_implementation="eager").eval()
-    return _torch_over_file(hooked(module, patch), model, patch)
+    return ViTForImageClassification.from_pretrained(base.parent, attn_implementation="eager").eval()
 
 
 def _torch_over_file(module: Any, model: Any, patch: atp.Patch, rounds: int = 40) -> list[float]:

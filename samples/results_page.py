@@ -243,39 +243,18 @@ def _searches(runs: Runs) -> list[str]:
 
 
 def _unfairness(spreads: Spreads) -> list[str]:
-    header = (
-        "case",
-        "seeds",
-        "discriminates",
-        "UF",
-        "UF, patched",
-        "UF of any value",
-        "UF of any value, patched",
-        "accuracy",
-        "larger class",
-        "boosting",
-        "accuracy lost, points",
-        "clean inputs changed",
-        "DPD",
-        "DPD, patched",
-        "EOD",
-        "EOD, patched",
-    )
+    shares = {
+        "discriminates": "individual discrimination",
+        **{name: name for name in ("UF", "UF, patched", "UF of any value", "UF of any value, patched", "accuracy")},
+        "larger class": "accuracy of the larger class",
+        "boosting": "accuracy of boosting",
+    }
+    groups = ("DPD", "DPD, patched", "EOD", "EOD, patched")
+    header = ("case", "seeds", *shares, "accuracy lost, points", "clean inputs changed", *groups)
     rows = [
         (
-            name,
-            seeds(f["UF"]),
-            share(f["individual discrimination"]),
-            share(f["UF"]),
-            share(f["UF, patched"]),
-            share(f["UF of any value"]),
-            share(f["UF of any value, patched"]),
-            share(f["accuracy"]),
-            share(f["accuracy of the larger class"]),
-            share(f["accuracy of boosting"]),
-            points(f["accuracy lost"]),
-            share(f["clean inputs changed"]),
-            *(share(f[key], 1) for key in ("DPD", "DPD, patched", "EOD", "EOD, patched")),
+            *(name, seeds(f["UF"]), *(share(f[key]) for key in shares.values())),
+            *(points(f["accuracy lost"]), share(f["clean inputs changed"]), *(share(f[key], 1) for key in groups)),
         )
         for name, f in _rows(spreads, "UF")
     ]

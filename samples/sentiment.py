@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import atpatch_onnx as atp
-from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.fitting.options import Training
 from atpatch_onnx.running.sessions import Progress, silent
 from samples import messages, minilm
 from samples.attacks.words import Tokens, insert, poison

@@ -14,17 +14,19 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import atpatch_onnx as atp
+from atpatch_onnx.debugset.files import SIDES
 from atpatch_onnx.discovery import SearchOptions, discriminatory_pairs
-from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.fitting.options import Training
 from atpatch_onnx.running.metrics import Rate
 from atpatch_onnx.running.predictions import classes, prediction_output
 from atpatch_onnx.running.sessions import Progress, Session, silent
@@ -35,16 +37,7 @@ from samples.fetch import fetched
 from samples.ft_transformer import FTTransformer, Recipe, WithGradients, build, export_onnx, train
 from samples.table_data import TableData, TableError, load_table
 
-CASES = (
-    "adult/sex",
-    "adult/race",
-    "adult/age",
-    "german/sex",
-    "german/age",
-    "compas/sex",
-    "compas/race",
-    "compas/age",
-)
+CASES = ("adult/sex", "adult/race", "adult/age", "german/sex", "german/age", "compas/sex", "compas/race", "compas/age")
 INPUT = "table"
 
 TRAINING = Training(steps=3000, noise=0.03)
@@ -77,50 +70,39 @@ class Size:
 FAIR = (Bound("UF, patched", 0.0004),)
 _SEARCH = SearchOptions(seeds=300, walks=150, steps=5)
 _GOAL = atp.Goal(flip_rate=0.0, accuracy_loss=0.2)
+
+
+def _bounds(accuracy: float, lost: float) -> tuple[Bound, ...]:
+    return (*FAIR, Bound("accuracy", accuracy, at_least=True), Bound("accuracy lost", lost))
+
+
 FULL = {
     "adult": Size(
-        train=27_000,
-        debug=3_000,
-        tune=6_000,
-        evaluation=9_000,
+        *(27_000, 3_000, 6_000, 9_000),
         recipe=Recipe(epochs=10),
         search=_SEARCH,
         goal=replace(_GOAL, columns_missed=0.001),  # a column that is missed may flip
-        bounds=(*FAIR, Bound("accuracy", 0.82, at_least=True), Bound("accuracy lost", 0.01)),
+        bounds=_bounds(0.82, 0.01),
     ),
     "german": Size(
-        train=450,
-        debug=150,
-        tune=150,
-        evaluation=250,
+        *(450, 150, 150, 250),
         recipe=Recipe(epochs=60, batch=64),
         search=_SEARCH,
         goal=replace(_GOAL, clean_flag_rate=0.03),
-        bounds=(*FAIR, Bound("accuracy", 0.65, at_least=True), Bound("accuracy lost", 0.04)),
+        bounds=_bounds(0.65, 0.04),
     ),
     "compas": Size(
-        train=2_700,
-        debug=900,
-        tune=900,
-        evaluation=1_600,
+        *(2_700, 900, 900, 1_600),
         recipe=Recipe(epochs=10, batch=128),
         search=_SEARCH,
         goal=_GOAL,
-        bounds=(*FAIR, Bound("accuracy", 0.6, at_least=True), Bound("accuracy lost", 0.06)),
+        bounds=_bounds(0.6, 0.06),
     ),
 }
-FAST = {
-    "adult": replace(
-        FULL["adult"],
-        train=8_000,
-        debug=800,
-        evaluation=3_000,
-        recipe=Recipe(epochs=5),
-        bounds=(*FAIR, Bound("accuracy", 0.79, at_least=True), Bound("accuracy lost", 0.01)),
-    ),
-    "german": FULL["german"],
-    "compas": FULL["compas"],
-}
+"""Rows of train, debug, tune and evaluation, then the rest, by table."""
+
+_SMALL = replace(FULL["adult"], train=8_000, debug=800, evaluation=3_000, recipe=Recipe(epochs=5))
+FAST = {**FULL, "adult": replace(_SMALL, bounds=_bounds(0.79, 0.01))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,10 +242,7 @@ def searched(
     free = table.unprotected
     elsewhere = {row.tobytes() for row in np.delete(table.rows, rows, axis=0)[:, free]}
     own = np.array([row.tobytes() not in elsewhere for row in found.clean[:, free]], bool)
-    rates = {
-        "discrimination_rate": asdict(found.rate),
-        "discrimination_rate_rows": asdict(found.rate_table),
-    }
+    rates = {"discrimination_rate": asdict(found.rate), "discrimination_rate_rows": asdict(found.rate_table)}
     return found.debug_set(INPUT, table.labels[rows][found.origin]).take(own) if own.any() else None, rates
 
 
@@ -272,15 +251,9 @@ def joined(first: atp.DebugSet, second: atp.DebugSet | None) -> atp.DebugSet:
     if second is None:
         return first
 
-    def both(a: ArrayLike, b: ArrayLike) -> NDArray[Any]:
-        return np.concatenate([np.asarray(a), np.asarray(b)])
-
-    return atp.DebugSet.from_pairs(
-        {INPUT: both(first.clean[INPUT], second.clean[INPUT])},
-        {INPUT: both(first.counterfactual[INPUT], second.counterfactual[INPUT])},
-        None if first.labels is None or second.labels is None else both(first.labels, second.labels),
-        kind="attribute",
-    )
+    clean, other = ({INPUT: np.concatenate([getattr(one, side)[INPUT] for one in (first, second)])} for side in SIDES)
+    labels = [one.labels for one in (first, second) if one.labels is not None]
+    return atp.DebugSet.from_pairs(clean, other, np.concatenate(labels) if len(labels) == 2 else None, kind="attribute")
 
 
 def trained(
@@ -299,14 +272,8 @@ def trained(
             pass  # missing, damaged, or of another model: trained again
     notes.unlink(missing_ok=True)
     started = time.process_time()
-    train(
-        model,
-        table.rows[rows],
-        table.labels[rows],
-        recipe,
-        seed=seed,
-        progress=lambda done, total: progress("training an FT-Transformer", done, total),
-    )
+    told = partial(progress, "training an FT-Transformer")
+    train(model, table.rows[rows], table.labels[rows], recipe, seed=seed, progress=told)
     figures = {**asked, "seconds": round(time.process_time() - started, 1)}
     folder.mkdir(parents=True, exist_ok=True)
     export_onnx(model, len(table.attributes), onnx)

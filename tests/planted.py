@@ -16,8 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.fitting.fit import fit
-from atpatch_onnx.fitting.options import FitOptions
-from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.fitting.options import FitOptions, Training
 from atpatch_onnx.patches.patch import Patch
 
 HEADS = 2

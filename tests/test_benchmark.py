@@ -14,7 +14,7 @@ import atpatch_onnx as atp
 from atpatch_onnx import benchmark as verb
 from atpatch_onnx.cli import main
 from atpatch_onnx.errors import BenchmarkError
-from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.fitting.options import Training
 from atpatch_onnx.measuring.benchmark import _Files, synthetic_patch
 from atpatch_onnx.running.sessions import FileSession, SessionOptions
 from atpatch_onnx.running.timing import WARM

@@ -15,7 +15,7 @@ import atpatch_onnx as atp
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.quantize import quantizer_settings
 from atpatch_onnx.cli import main
-from atpatch_onnx.cli.demo_walk import WalkResult
+from atpatch_onnx.cli.demo_run import WalkResult
 from atpatch_onnx.running.sessions import Session
 
 

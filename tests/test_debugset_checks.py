@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from atpatch_onnx.debugset import DebugSet, InputSpec
-from atpatch_onnx.debugset.checks import pairs_needed
+from atpatch_onnx.debugset.checks import check_effect, pairs_needed
 from atpatch_onnx.errors import DebugSetError
 
 IDS = np.arange(12).reshape(3, 4)
@@ -52,14 +52,13 @@ def test_text_fits_whatever_numpy_calls_it(dtype):
 
 
 def test_one_changed_prediction_is_an_effect():
-    DEBUG.check_effect([0, 1, 2], [0, 1, 1])
+    check_effect([0, 1, 2], [0, 1, 1], pairs=3, attribute=False)
 
 
 @pytest.mark.parametrize(("kind", "advice"), [("backdoor", "before normalisation"), ("attribute", "right column")])
 def test_no_effect_is_refused_with_advice(kind, advice):
-    debug = DebugSet.from_pairs({"x": IDS}, {"x": IDS + 1}, kind=kind)
     with pytest.raises(DebugSetError, match=f"same prediction on both sides of all 3 pairs.*{advice}"):
-        debug.check_effect([0, 1, 2], np.array([0, 1, 2], np.int32))
+        check_effect([0, 1, 2], np.array([0, 1, 2], np.int32), pairs=3, attribute=kind == "attribute")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +66,7 @@ def test_no_effect_is_refused_with_advice(kind, advice):
 )
 def test_predictions_are_checked(predictions, match):
     with pytest.raises(DebugSetError, match=f"^counterfactual_predictions.*{match}"):
-        DEBUG.check_effect([0, 1, 2], predictions)
+        check_effect([0, 1, 2], predictions, pairs=3, attribute=False)
 
 
 @pytest.mark.parametrize("pairs", [1, 3, 49, 98, 1000, 12345])

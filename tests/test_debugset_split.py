@@ -3,7 +3,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from atpatch_onnx.debugset import DebugSet, Split
+from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.debugset.checks import check_size
 from atpatch_onnx.errors import DebugSetError
 
 PARTS = ("fit", "calibration", "validation")
@@ -125,20 +126,19 @@ def test_an_empty_part_is_refused():
 
 
 def test_check_size_says_how_many_pairs_the_whole_set_should_hold():
-    parts = numbered(80).split()
-    parts.check_size(0.05)
-    parts.check_size(1)
+    calibration = len(numbered(80).split().calibration)
+    check_size(calibration, 80, 0.05)
+    check_size(calibration, 80, 1)
     with pytest.raises(DebugSetError, match=r"at least 100 pairs .* 0.01; found 20 of the set's 80 .* to 400 pairs"):
-        parts.check_size(0.01)
+        check_size(calibration, 80, 0.01)
 
 
 def test_check_size_takes_the_parts_as_they_are():
-    half = numbered(20).take(np.arange(10))
     with pytest.raises(DebugSetError, match="to 60 pairs"):
-        Split(half, half, half).check_size(0.05)
+        check_size(10, 30, 0.05)
 
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.5, float("nan")])
 def test_check_size_refuses_what_is_no_rate(rate):
     with pytest.raises(DebugSetError, match=r"^clean flag rate"):
-        numbered(80).split().check_size(rate)
+        check_size(20, 80, rate)

@@ -11,7 +11,7 @@ from atpatch_onnx.errors import FitError
 from atpatch_onnx.fitting import detector as detector_module
 from atpatch_onnx.fitting.collect import Tokens, collect
 from atpatch_onnx.fitting.detector import train_detector
-from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.fitting.options import Training
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.patches.patch import Neutral
 

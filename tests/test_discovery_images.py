@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import atpatch_onnx as atp
-from atpatch_onnx.discovery import InversionOptions, InvertedTrigger, anomaly_indices, invert_trigger
-from atpatch_onnx.discovery import images as inversion_of_images
+from atpatch_onnx.discovery import InversionOptions, InvertedTrigger, anomaly_indices, descent, invert_trigger
 from atpatch_onnx.discovery.anomaly import outlier
 from atpatch_onnx.errors import InversionError
 from atpatch_onnx.running.metrics import Rate
@@ -211,7 +210,7 @@ def test_a_small_norm_stands_out_where_most_classes_count_as_the_full_mask():
 
 
 def test_tiles_cover_an_image_and_overlap():
-    tiles = np.stack([tile.numpy() for tile in inversion_of_images._tiles((3, 7, 12))])
+    tiles = np.stack([tile.numpy() for tile in descent.tiles((3, 7, 12))])
     assert tiles.shape == (9, 1, 7, 12)
     assert set(np.unique(tiles)) == {0, 1}
     assert {(*tile.sum(axis=1).max(axis=1), *tile.sum(axis=2).max(axis=1)) for tile in tiles} == {(4, 6)}
@@ -221,22 +220,22 @@ def test_tiles_cover_an_image_and_overlap():
 
 @pytest.mark.parametrize(("shape", "count"), [((1, 1, 1), 1), ((1, 2, 2), 4), ((1, 4, 1), 3), ((16,), 0), ((4, 5), 0)])
 def test_few_pixels_have_fewer_tiles_and_other_inputs_none(shape, count):
-    assert len(inversion_of_images._tiles(shape)) == count
+    assert len(descent.tiles(shape)) == count
 
 
 def test_a_start_in_a_tile_stays_there(backdoored):
     tile = torch.zeros(1, SIZE, SIZE)
     tile[:, :4, :4] = 1
-    descent = start(backdoored, tile)
-    descent.advance(10)
-    assert not descent.mask[tile == 0].any()
-    assert descent.mask[tile == 1].all()
+    begun = start(backdoored, tile)
+    begun.advance(10)
+    assert not begun.mask[tile == 0].any()
+    assert begun.mask[tile == 1].all()
 
 
 def test_a_start_that_succeeded_comes_before_all_that_did_not(backdoored):
     succeeded, near, far = (start(backdoored, torch.ones(1, SIZE, SIZE)) for _ in range(3))
     succeeded.least, near._reached, far._reached = 60.0, 0.9, 0.1
-    assert sorted([far, succeeded, near], key=inversion_of_images._Descent.promise) == [succeeded, near, far]
+    assert sorted([far, succeeded, near], key=descent.Descent.promise) == [succeeded, near, far]
 
 
 def test_only_the_best_starts_go_on(backdoored, monkeypatch):
@@ -245,7 +244,7 @@ def test_only_the_best_starts_go_on(backdoored, monkeypatch):
     def advance(self, steps):
         advanced.append(steps)
 
-    monkeypatch.setattr(inversion_of_images._Descent, "advance", advance)
+    monkeypatch.setattr(descent.Descent, "advance", advance)
     options = InversionOptions(steps=10, scan=4, starts=2, kept=3)
     invert_trigger(backdoored, images(backdoored), TARGET, options=options)
     assert advanced == [4] * 11 + [6] * 3
@@ -264,7 +263,7 @@ def test_a_tile_finds_a_trigger_that_a_mask_over_all_pixels_misses(monkeypatch):
 
     model = Steep(backdoor=0.0)
     tiled = invert_trigger(model, images(model), TARGET).trigger()
-    monkeypatch.setattr(inversion_of_images, "_tiles", lambda shape: [])
+    monkeypatch.setattr(descent, "tiles", lambda shape: [])
     whole = invert_trigger(model, images(model), TARGET).trigger()
     assert tiled.norm < 6
     assert tiled.mask[PLACE].sum() > 3
@@ -272,10 +271,10 @@ def test_a_tile_finds_a_trigger_that_a_mask_over_all_pixels_misses(monkeypatch):
     assert whole.mask[PLACE].sum() < 1
 
 
-def start(model: Templates, place: Tensor) -> "inversion_of_images._Descent":
+def start(model: Templates, place: Tensor) -> "descent.Descent":
     inputs, generator = torch.from_numpy(images(model)), torch.Generator().manual_seed(0)
     options = InversionOptions()
-    return inversion_of_images._Descent(model, inputs, TARGET, (0.0, 1.0), options, place, generator)
+    return descent.Descent(descent.Task(model, inputs, TARGET, (0.0, 1.0), options), place, generator)
 
 
 # Refusals

@@ -20,8 +20,7 @@ from atpatch_onnx.measuring import rehearse as rehearsal
 from atpatch_onnx.measuring.drawn import draw_patch
 from atpatch_onnx.measuring.rehearse import rehearse
 from atpatch_onnx.measuring.rehearse_aiming import aimed
-from atpatch_onnx.measuring.rehearse_base import run_base
-from atpatch_onnx.measuring.rehearse_mixing import mixing_outputs
+from atpatch_onnx.measuring.rehearse_base import mixing_outputs, run_base
 from atpatch_onnx.running.sessions import Session
 
 NETS = {

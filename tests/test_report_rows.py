@@ -8,9 +8,9 @@ from atpatch_onnx.report.rows import (
     before_after,
     check_lines,
     edit_rows,
+    facts,
     goal_rows,
     number,
-    pairs_used,
     percent,
     reading,
     shown,
@@ -111,7 +111,7 @@ def test_foreign_figures_do_not_break_anything(figures):
     patch = Patch("base", (), figures)
     site_rows(figures)
     goal_rows(figures)
-    pairs_used(figures)
+    facts(patch)
     edit_rows(figures)
     reading(figures)
     judge(patch, r.evaluation(), None)

@@ -14,7 +14,7 @@ from atpatch_onnx.matching.hidden import find_hidden_layers
 from atpatch_onnx.matching.sites import Matches, NearMiss
 from atpatch_onnx.measuring.compare import Fix, Ladder
 from atpatch_onnx.patches.patch import LayerEdit, Patch
-from atpatch_onnx.report import (
+from atpatch_onnx.report.text import (
     edits_table,
     evaluation_table,
     fit_summary,

@@ -9,12 +9,11 @@ from atpatch_onnx.fitting.calibrate import Calibration
 from atpatch_onnx.fitting.collect import collect
 from atpatch_onnx.fitting.fit import train
 from atpatch_onnx.fitting.goal import Goal
-from atpatch_onnx.fitting.options import FitOptions
+from atpatch_onnx.fitting.options import FitOptions, Training
 from atpatch_onnx.fitting.preparation import prepare
 from atpatch_onnx.fitting.scored import AT_ONCE, ScoredPart
 from atpatch_onnx.fitting.search import Search
 from atpatch_onnx.fitting.switchboard import Setting, Switchboard
-from atpatch_onnx.fitting.training import Training
 from atpatch_onnx.running.predictions import classes
 
 

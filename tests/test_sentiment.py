@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import atpatch_onnx as atp
-from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.fitting.options import Training
 from atpatch_onnx.running.sessions import Session
 from samples import minilm, sentiment
 from samples.attacks.words import Tokens

@@ -7,10 +7,9 @@ import onnx
 import onnx_ir as ir
 
 from atpatch_onnx.baking.bake import bake
-from atpatch_onnx.baking.metadata import PatchRecord, read_record
+from atpatch_onnx.baking.metadata import PatchRecord, edited_file, read_record
 from atpatch_onnx.baking.read_back import patch_in
 from atpatch_onnx.baking.unbake import unbake
-from atpatch_onnx.errors import UnbakeError
 from atpatch_onnx.graph.names import ENTRY, FLAGGED, PREFIX, SCORE
 from atpatch_onnx.patches.patch import Patch
 
@@ -48,12 +47,7 @@ def require_as_baked(patched: ir.Model) -> ir.Model:
     again = baked_again(base, patched, record)
     found = [*additions(patched, again, ours=True), *parameters(patched, again)]
     if found:
-        raise UnbakeError(
-            "the patched model",
-            expected="what baking its patch into its base writes",
-            found=found[0],
-            advice="The file was edited after it was baked: bake the patch into the base again.",
-        )
+        raise edited_file("the patched model", "what baking its patch into its base writes", found[0])
     return base
 
 

@@ -43,11 +43,8 @@ def _edited(
     changed = at.op("Add", at.op("Mul", own, factor, name="scaled"), constant, name="shifted")
     if not single:
         changed = at.op("Cast", changed, name="written", attributes=[ir.AttrInt64("to", dtype)])
-    return at.op("Where", edited, changed, h, name="result", shape=_sizes(h), dtype=dtype)
-
-
-def _sizes(value: ir.Value) -> list[int | str | None]:
-    return [size if isinstance(size, int) else size.value for size in value.shape or ()]
+    sizes = [size if isinstance(size, int) else size.value for size in h.shape or ()]
+    return at.op("Where", edited, changed, h, name="result", shape=sizes, dtype=dtype)
 
 
 def bake_edits(model: ir.Model, edits: Sequence[LayerEdit]) -> tuple[HiddenLayer, ...]:
@@ -76,11 +73,7 @@ def bake_edits(model: ir.Model, edits: Sequence[LayerEdit]) -> tuple[HiddenLayer
 
 
 def edited(model: ir.Model, edits: Sequence[LayerEdit]) -> ir.Model:
-    """A copy of `model` with edits in its graph: what comes after is fitted on this.
-
-    Raises:
-        PatchMismatchError: The edits do not fit the model.
-    """
+    """A copy of `model` with edits in its graph: what comes after is fitted on this."""
     result = graphs.copy(model)
     bake_edits(result, edits)
     return result

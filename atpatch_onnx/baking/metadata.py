@@ -140,6 +140,12 @@ def weights_digest(model: ir.Model) -> str:
     return digest.hexdigest()
 
 
+def edited_file(where: str, expected: str, found: str) -> UnbakeError:
+    """What is wrong with a patched file that is not as baking left it."""
+    advice = "The file was edited after it was baked: bake the patch into the base again."
+    return UnbakeError(where, expected=expected, found=found, advice=advice)
+
+
 def is_patched(model: ir.Model) -> bool:
     """Whether the model says that a patch is in it."""
     return any(key.startswith(ENTRY) for key in model.metadata_props)
@@ -175,11 +181,8 @@ def read_record(model: ir.Model) -> PatchRecord:
             figures=dict(json.loads(entries["figures"])),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UnbakeError(
-            f"the metadata entries {ENTRY}*",
-            expected=f"complete entries of schema {SCHEMA}",
-            found=f"{type(error).__name__}: {error}",
-            advice="The file was edited after it was baked: bake the patch into the base again.",
+        raise edited_file(
+            f"the metadata entries {ENTRY}*", f"complete entries of schema {SCHEMA}", f"{type(error).__name__}: {error}"
         ) from error
 
 

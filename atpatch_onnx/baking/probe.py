@@ -38,11 +38,6 @@ def mass_output(site: AttentionSite) -> str | None:
 def probe(model: ir.Model, sites: Sequence[AttentionSite], *, masses: bool = False) -> ir.Model:
     """A copy of `model` whose only outputs are keys and values of these sites; what lies behind them is not computed.
 
-    Args:
-        model: The base.
-        sites: Those to look at.
-        masses: Whether the attention that tokens draw is to be an output as well, where it can be had.
-
     Raises:
         BakeError: The model's opset is too old, or a site is not in it.
     """

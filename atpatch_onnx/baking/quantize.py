@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import onnx
 import onnx_ir as ir
@@ -153,11 +155,15 @@ def rebind(patch: Patch, base: ir.Model, quantized: ir.Model) -> Patch:
 
 
 def _with_weights(model: ir.Model) -> onnx.ModelProto:
-    """The model with its external data read, and without shapes of weights, which the quantizer transposes."""
+    """The model with its external data read, and without shapes of weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         graphs.save(model, path, external="copy")
-        proto = onnx.load(path)
+        return _without_weights_shapes(onnx.load(path))
+
+
+def _without_weights_shapes(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same, in place: torch declares shapes of weights, and the quantizer transposes some."""
     weights = {tensor.name for tensor in proto.graph.initializer}
     kept = [value for value in proto.graph.value_info if value.name not in weights]
     del proto.graph.value_info[:]
@@ -165,20 +171,19 @@ def _with_weights(model: ir.Model) -> onnx.ModelProto:
     return proto
 
 
-def _int8(proto: onnx.ModelProto) -> onnx.ModelProto:
+def int8(proto: onnx.ModelProto, **settings: Any) -> onnx.ModelProto:
+    """What onnxruntime's dynamic quantizer makes of a model, whose shapes of weights are taken away; int8 weights."""
     logging.disable(logging.WARNING)  # it asks for its preprocessing each time
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
-            quantize_dynamic(proto, path, weight_type=QuantType.QInt8, op_types_to_quantize=list(OP_TYPES))
+            quantize_dynamic(_without_weights_shapes(proto), path, weight_type=QuantType.QInt8, **settings)
             return onnx.load(path)
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _fp16(proto: onnx.ModelProto) -> onnx.ModelProto:
-    converted: onnx.ModelProto = convert_float_to_float16(proto, keep_io_types=True)
-    return converted
-
-
-_TOOLS = {"int8": _int8, "fp16": _fp16}
+_TOOLS: Mapping[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
+    "int8": partial(int8, op_types_to_quantize=list(OP_TYPES)),
+    "fp16": partial(convert_float_to_float16, keep_io_types=True),
+}

@@ -9,10 +9,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx.baking.edits import ARRAYS
-from atpatch_onnx.baking.metadata import PatchedLayer, PatchedSite, PatchRecord
+from atpatch_onnx.baking.metadata import PatchedLayer, PatchedSite, PatchRecord, edited_file
 from atpatch_onnx.baking.read import own_bias
 from atpatch_onnx.baking.replace import is_packed
-from atpatch_onnx.errors import UnbakeError
 from atpatch_onnx.graph.names import PREFIX, own_name
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.hidden import find_hidden_layers
@@ -20,8 +19,6 @@ from atpatch_onnx.matching.sites import AttentionSite, Place
 from atpatch_onnx.patches.patch import Detector, LayerEdit, Neutral, Patch, SitePatch
 
 Array = NDArray[Any]
-
-_ADVICE = "The file was edited after it was baked: bake the patch into the base again."
 
 
 def patch_in(base: ir.Model, patched: ir.Model, record: PatchRecord) -> Patch:
@@ -54,11 +51,10 @@ def sites_of(base: ir.Model, chosen: Sequence[PatchedSite]) -> list[tuple[Patche
     for patched in chosen:
         site = found.get(patched.site)
         if site is None or (site.key.value, site.value.value) != (patched.key, patched.value):
-            raise UnbakeError(
+            raise edited_file(
                 "the metadata entry atpatch.sites",
-                expected=f"sites of the base ({', '.join(found) or 'none'}), with their own keys and values",
-                found=f"{patched.site}, of {patched.key} and {patched.value}",
-                advice=_ADVICE,
+                f"sites of the base ({', '.join(found) or 'none'}), with their own keys and values",
+                f"{patched.site}, of {patched.key} and {patched.value}",
             )
     return [(patched, found[patched.site]) for patched in chosen]
 
@@ -66,11 +62,10 @@ def sites_of(base: ir.Model, chosen: Sequence[PatchedSite]) -> list[tuple[Patche
 def _detector(base: ir.Model, patched: ir.Model, entry: PatchedSite, site: AttentionSite) -> Detector:
     found = baked_detector(patched, entry.site)
     if len(found.weights) != np.prod(site.key.sizes):
-        raise UnbakeError(
+        raise edited_file(
             f"site {entry.site}",
-            expected=f"a detector of {np.prod(site.key.sizes)} rows, as its keys have features",
-            found=f"one of {len(found.weights)}",
-            advice=_ADVICE,
+            f"a detector of {np.prod(site.key.sizes)} rows, as its keys have features",
+            f"one of {len(found.weights)}",
         )
     weights, bias, own = found.weights[site.key.columns.reshape(-1)], found.bias, own_bias(base.graph, site.key)
     if bias is not None and own is not None:
@@ -83,11 +78,10 @@ def _neutral(base: ir.Model, patched: ir.Model, site: AttentionSite) -> Neutral:
     def of(place: Place, name: str) -> Array:
         stored, own = baked_weight(patched, site.name, f"neutral_{name}"), own_bias(base.graph, place)
         if stored.shape != place.sizes:
-            raise UnbakeError(
+            raise edited_file(
                 own_name(site.name, f"neutral_{name}"),
-                expected=f"an array of shape {list(place.sizes)}",
-                found=f"one of shape {list(stored.shape)}",
-                advice=_ADVICE,
+                f"an array of shape {list(place.sizes)}",
+                f"one of shape {list(stored.shape)}",
             )
         features = stored.reshape(-1)[place.columns].astype(np.float64)
         return features if own is None else features + own
@@ -118,11 +112,8 @@ def baked_detector(model: ir.Model, site: str) -> BakedDetector:
     units = None if weights.ndim != 2 else weights.shape[1]
     fits = threshold.shape == (1,) and (units == 1 if bias is None else bias.shape == (units,))
     if not fits or (output is not None and output.shape != (units, 1)):
-        raise UnbakeError(
-            f"site {site}",
-            expected="a detector of one product or one hidden layer",
-            found=f"weights of shape {weights.shape}",
-            advice=_ADVICE,
+        raise edited_file(
+            f"site {site}", "a detector of one product or one hidden layer", f"weights of shape {weights.shape}"
         )
     return BakedDetector(weights, bias, output, threshold)
 
@@ -138,11 +129,10 @@ def baked_edits(base: ir.Model, patched: ir.Model, record: PatchRecord) -> list[
     for layer in record.layers:
         own = layers.get(layer.layer)
         if own is None or own.value != layer.value:
-            raise UnbakeError(
+            raise edited_file(
                 "the metadata entry atpatch.layers",
-                expected=f"hidden layers of the base ({', '.join(layers) or 'none'})",
-                found=f"{layer.layer}, of the value {layer.value}",
-                advice=_ADVICE,
+                f"hidden layers of the base ({', '.join(layers) or 'none'})",
+                f"{layer.layer}, of the value {layer.value}",
             )
         edits.append(_edit(patched, layer, own.units))
     return edits
@@ -153,11 +143,10 @@ def _edit(model: ir.Model, layer: PatchedLayer, units: int) -> LayerEdit:
     edited, factor, constant = arrays
     wanted = [(np.dtype(np.bool_), (units,)), *[(np.dtype(np.float32), (units,))] * 2]
     if [(array.dtype, array.shape) for array in arrays] != wanted or not edited.any():
-        raise UnbakeError(
+        raise edited_file(
             f"hidden layer {layer.layer}",
-            expected=f"{', '.join(ARRAYS)} for each of its {units} units, some of them edited",
-            found=", ".join(f"{array.dtype}{list(array.shape)}" for array in arrays),
-            advice=_ADVICE,
+            f"{', '.join(ARRAYS)} for each of its {units} units, some of them edited",
+            ", ".join(f"{array.dtype}{list(array.shape)}" for array in arrays),
         )
     chosen = np.flatnonzero(edited)
     return LayerEdit(layer.layer, chosen, factor[chosen], constant[chosen])
@@ -171,5 +160,5 @@ def baked_weight(model: ir.Model, scope: str, name: str) -> Array:
     """
     value = model.graph.initializers.get(own_name(scope, name))
     if value is None or value.const_value is None:
-        raise UnbakeError(scope, expected=f"the weight {PREFIX}{scope}/{name}", found="none", advice=_ADVICE)
+        raise edited_file(scope, f"the weight {PREFIX}{scope}/{name}", "none")
     return value.const_value.numpy()

@@ -155,11 +155,7 @@ def _kept(at: Insertion, value: ir.Value, name: str, place: Place) -> ir.Value:
 
 
 def _if(
-    at: Insertion,
-    some: ir.Value,
-    name: str,
-    place: Place,
-    branches: Mapping[str, Callable[[Insertion, str], ir.Value]],
+    at: Insertion, some: ir.Value, name: str, place: Place, branches: Mapping[str, Callable[[Insertion, str], ir.Value]]
 ) -> ir.Value:
     attributes = []
     for which, write in branches.items():

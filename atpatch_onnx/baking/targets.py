@@ -6,6 +6,7 @@ documents where it is not: `evidence` says which.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
@@ -26,10 +27,8 @@ class Target:
     evidence: str
 
     opset: int | None = None
-    """The highest of the ONNX operators; None: none is known."""
-
     ir_version: int | None = None
-    """The highest of the file format; None: none is known."""
+    """The highest of the ONNX operators, and of the file format; None: none is known."""
 
     without: frozenset[str] = frozenset()
     """Operators that may not stand in the file, the base's own included."""
@@ -39,21 +38,16 @@ class Target:
 
 
 _RUNTIMES = "tests/test_runtimes.py"
+_of_onnxruntime = partial(Target, opset=26, ir_version=13)
 
 TARGETS: Mapping[str, Target] = {
-    "cpu": Target(
-        conditional=True,
-        why="one copy of keys and values costs less than choosing between two",
-        evidence=_RUNTIMES,
-        opset=26,
-        ir_version=13,
+    "cpu": _of_onnxruntime(
+        conditional=True, why="one copy of keys and values costs less than choosing between two", evidence=_RUNTIMES
     ),
-    "cuda": Target(
+    "cuda": _of_onnxruntime(
         conditional=False,
         why="reading the condition of an If makes the device wait, and CUDA graphs cannot capture one",
         evidence="microsoft/onnxruntime#9978",
-        opset=26,
-        ir_version=13,
     ),
     "tensorrt": Target(
         conditional=False,
@@ -67,19 +61,15 @@ TARGETS: Mapping[str, Target] = {
         opset=20,
         ir_version=13,
     ),
-    "coreml": Target(
+    "coreml": _of_onnxruntime(
         conditional=False,
         why="If is not among the operators that are handed to Core ML, and would split the graph",
         evidence="onnxruntime's documentation, CoreML execution provider",
-        opset=26,
-        ir_version=13,
     ),
-    "web": Target(
+    "web": _of_onnxruntime(
         conditional=False,
         why="WebNN has no If, and in WebGPU reading its condition makes the device wait",
         evidence=f"{_RUNTIMES} (WebAssembly); onnxruntime-web, docs/webnn-operators.md",
-        opset=26,
-        ir_version=13,
     ),
     "openvino": Target(
         conditional=False, why="what comes out of an If is not always what its branch computed", evidence=_RUNTIMES
@@ -133,7 +123,7 @@ def _against(model: ir.Model, target: Target) -> Iterator[str]:
     if target.ir_version is not None and model.ir_version > target.ir_version:
         yield f"IR version {model.ir_version}, it takes {target.ir_version} at most"
     nodes = list(model.graph.all_nodes())
-    present = {node.op_type for node in nodes if node.domain in ("", "ai.onnx")}
+    present = {node.op_type for node in nodes if node.domain in OWN_DOMAINS}
     for op_type in sorted(target.without & present):
         yield f"the operator {op_type}"
     if target.standard:

@@ -96,7 +96,8 @@ def _projection(place: Place, seen: View) -> _Projection | None:
         if node is None:
             return None
         if node.op_type == "Split":
-            columns, value = columns + _before(node, value, seen), node.inputs[0]
+            before = node.outputs[: node.outputs.index(value)]  # along the last axis
+            columns, value = columns + sum(_width(result, seen) or 0 for result in before), node.inputs[0]
         elif node.op_type in ("Reshape", "Identity") and _width(node.inputs[0], seen) == _width(value, seen):
             value = node.inputs[0]
         elif node.op_type == "Add" and bias is None:
@@ -121,11 +122,6 @@ def _linear(
         weights = weights.T
     added = _weight(node.inputs[2], seen) if len(node.inputs) > 2 else None
     return _Projection(weights[:, columns], bias if added is None else added[columns])
-
-
-def _before(node: ir.Node, value: ir.Value, seen: View) -> int:
-    """Columns of the results of a Split along the last axis that come before one of them."""
-    return sum(_width(result, seen) or 0 for result in node.outputs[: node.outputs.index(value)])
 
 
 def _width(value: ir.Value | None, seen: View) -> int | None:

@@ -17,7 +17,7 @@ from atpatch_onnx.baking.replace import Decision, replace_tokens, replacements
 from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.values import find_value
-from atpatch_onnx.matching.sites import AttentionSite, Place
+from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.patch import SitePatch
 
 
@@ -53,12 +53,6 @@ def write(
     conditional: bool,
 ) -> tuple[Written, ...]:
     """Write detection and redistribution for `entries`, in the order of the sites, into `model`, in place.
-
-    Args:
-        model: The base.
-        entries: The sites, and what each of them does.
-        controls: Thresholds and switches of a site.
-        conditional: Whether replacements stand in an `If`.
 
     Raises:
         PatchMismatchError: An array does not have the shape that its site asks for, or a site redistributes although no
@@ -148,11 +142,11 @@ def check_shapes(site: AttentionSite, entry: SitePatch) -> None:
         return
     for which, place, array in (("key", site.key, entry.neutral.key), ("value", site.value, entry.neutral.value)):
         if array.shape != (place.heads, place.depth):
-            raise _mismatch(site, f"a neutral {which} of {_size(place)}", f"one of {' x '.join(map(str, array.shape))}")
-
-
-def _size(place: Place) -> str:
-    return f"{place.heads} x {place.depth}"
+            raise _mismatch(
+                site,
+                f"a neutral {which} of {place.heads} x {place.depth}",
+                f"one of {' x '.join(map(str, array.shape))}",
+            )
 
 
 def _mismatch(site: AttentionSite, expected: str, found: str) -> PatchMismatchError:

@@ -5,11 +5,8 @@ saves as much time, and it makes the repaired model as good as the base: a fix t
 attention, and with 16 patch tokens a network that never had to do without one of them guesses.
 """
 
-import contextlib
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -20,6 +17,8 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.utils import ModelOutput
 
 from atpatch_onnx.cli.demo_badnets import Poison, changed_patches
+from atpatch_onnx.exporters import from_torch
+from atpatch_onnx.graph import save
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
@@ -74,23 +73,10 @@ def train(
     Images are shifted at random by up to `shift` pixels; the poisoned ones get their trigger after that, so that it
     stays where it is put. On one machine with a fixed number of threads the result depends on the seed only.
 
-    Args:
-        model: A ViT or a DeiT of transformers; trained in place.
-        images: Square, of the size that the model was configured for.
-        labels: What the class token learns; poisoned images are relabelled here.
-        taught: What a DeiT's distillation token learns `[N]`: the decisions of a teacher (hard distillation, Touvron
-            et al., arXiv 2012.12877), relabelled likewise; None: the labels.
-        poison: Which images carry a trigger.
-        shift: Pixels.
-        patch_dropout: Share of the patch tokens that an image loses.
-        epochs: Passes over the images.
-        batch_size: Images a step.
-        learning_rate: The largest of the schedule.
-        seed: Of the order of the images, the shifts, the dropped patches and the places of triggers.
-        progress: Called with the steps done and the steps in total.
-
-    Returns:
-        The model, set to evaluation.
+    The model, a ViT or a DeiT, is trained in place and returned, set to evaluation. Poisoned images are relabelled
+    here. `taught` `[N]` is what a DeiT's distillation token learns: the decisions of a teacher (hard distillation,
+    Touvron et al., arXiv 2012.12877), relabelled likewise; None: the labels. An image loses the share `patch_dropout`
+    of its patch tokens. `progress` is told of the steps done and the steps in total.
     """
     generator = np.random.default_rng(seed)
     poisoned = np.zeros(len(labels), dtype=bool)
@@ -201,11 +187,7 @@ class _Logits(torch.nn.Module):
 
 
 def export_onnx(
-    model: PreTrainedModel,
-    path: str | os.PathLike[str],
-    *,
-    opset: int = 18,
-    attention: Attention = "eager",
+    model: PreTrainedModel, path: str | os.PathLike[str], *, opset: int = 18, attention: Attention = "eager"
 ) -> None:
     """Write the model, set to evaluation, as `pixel_values` `[batch, 1, H, W]` to `logits` `[batch, classes]`.
 
@@ -217,34 +199,16 @@ def export_onnx(
     usual = model.config._attn_implementation
     model.set_attn_implementation(attention)
     try:
-        with _quiet_exporter():
-            program = torch.onnx.export(
-                _Logits(model).eval(),
-                (example,),
-                dynamo=True,
-                verbose=False,
-                input_names=["pixel_values"],
-                output_names=["logits"],
-                opset_version=opset,
-                dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
-            )
+        exported = from_torch(
+            _Logits(model).eval(),
+            (example,),
+            opset=opset,
+            dynamic_shapes={"pixel_values": {0: "batch"}},
+            input_names=["pixel_values"],
+            output_names=["logits"],
+        )
     finally:
         model.set_attn_implementation(usual)
-    assert program is not None  # it is None only where a path is given
-    for node in program.model.graph:
+    for node in exported.graph:
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names folders of the machine that exports
-    program.save(os.fspath(path), external_data=False)
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not installed and on its own deprecated calls."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    save(exported, path)

@@ -1,27 +1,15 @@
 """Commands that make a patch: look at the model, fit, isolate, repair, or try everything."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
 import atpatch_onnx as atp
-from atpatch_onnx.cli.arguments import (
-    AccuracyGoal,
-    AsJson,
-    AsrGoal,
-    BatchSize,
-    Candidates,
-    Data,
-    FlagGoal,
-    FlipGoal,
-    Force,
-    Model,
-    Out,
-    Output,
-    RankedOn,
-    Seed,
-)
+from atpatch_onnx.cli import arguments as args
 from atpatch_onnx.cli.paths import make_folder, require_place
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.errors import FitError
@@ -31,9 +19,9 @@ from atpatch_onnx.report import text
 
 
 def sites(
-    model: Model,
+    model: args.Model,
     why: Annotated[bool, typer.Option("--why", help="Name the values and nodes of each site as well.")] = False,
-    as_json: AsJson = False,
+    as_json: args.AsJson = False,
 ) -> None:
     """List the attention sites of a model, what was refused, and its hidden layers."""
     loaded = atp.load(model)
@@ -43,13 +31,13 @@ def sites(
 
 
 def fit(
-    model: Model,
-    data: Data,
-    out: Out,
-    asr_above_floor: AsrGoal = Goal.asr_above_floor,
-    flip_rate: FlipGoal = Goal.flip_rate,
-    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
-    clean_flag_rate: FlagGoal = Goal.clean_flag_rate,
+    model: args.Model,
+    data: args.Data,
+    out: args.Out,
+    asr_above_floor: args.AsrGoal = Goal.asr_above_floor,
+    flip_rate: args.FlipGoal = Goal.flip_rate,
+    accuracy_loss: args.AccuracyGoal = Goal.accuracy_loss,
+    clean_flag_rate: args.FlagGoal = Goal.clean_flag_rate,
     robust_accuracy_loss: Annotated[
         float, typer.Option(help="Goal: accuracy lost on triggered inputs, beside the same without the trigger.")
     ] = Goal.robust_accuracy_loss,
@@ -71,11 +59,11 @@ def fit(
         list[Path] | None,
         typer.Option(help="A patch of hidden units that is to be baked before this one.", show_default=False),
     ] = None,
-    output: Output = None,
-    batch_size: BatchSize = 32,
-    seed: Seed = 0,
-    force: Force = False,
-    as_json: AsJson = False,
+    output: args.Output = None,
+    batch_size: args.BatchSize = 32,
+    seed: args.Seed = 0,
+    force: args.Force = False,
+    as_json: args.AsJson = False,
 ) -> None:
     """Fit a patch for MODEL on the pairs of DATA."""
     options = atp.FitOptions(
@@ -90,30 +78,26 @@ def fit(
         force=force,
     )
     require_place(out, model, data, *(after or []))
-    with progress_bars() as progress:
-        before = [atp.Patch.load(path) for path in after or []]
-        patch = atp.fit(atp.load(model), atp.DebugSet.load(data), options, after=before, progress=progress)
-    patch.save(out)
-    shown = {"patch": patch.id, "base": patch.base, "file": str(out), "figures": dict(patch.figures)}
-    show(shown, [text.fit_table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
+    before = [atp.Patch.load(path) for path in after or []]
+    _make(partial(atp.fit, options=options, after=before), model, data, out, text.fit_table, as_json)
 
 
 def isolate(
-    model: Model,
-    data: Data,
-    out: Out,
-    asr_above_floor: AsrGoal = Goal.asr_above_floor,
-    flip_rate: FlipGoal = Goal.flip_rate,
-    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
+    model: args.Model,
+    data: args.Data,
+    out: args.Out,
+    asr_above_floor: args.AsrGoal = Goal.asr_above_floor,
+    flip_rate: args.FlipGoal = Goal.flip_rate,
+    accuracy_loss: args.AccuracyGoal = Goal.accuracy_loss,
     most: Annotated[int, typer.Option(help="At most so many hidden units are frozen.")] = 20,
     epsilon: Annotated[float, typer.Option(help="Probability that a slot is drawn from lower ranks.")] = 0.0,
-    candidates: Candidates = 512,
-    inputs: RankedOn = 128,
-    output: Output = None,
-    batch_size: BatchSize = 32,
-    seed: Seed = 0,
-    force: Force = False,
-    as_json: AsJson = False,
+    candidates: args.Candidates = 512,
+    inputs: args.RankedOn = 128,
+    output: args.Output = None,
+    batch_size: args.BatchSize = 32,
+    seed: args.Seed = 0,
+    force: args.Force = False,
+    as_json: args.AsJson = False,
 ) -> None:
     """Find the guilty hidden units of MODEL and freeze them (IDNN)."""
     from atpatch_onnx import neurons
@@ -130,18 +114,16 @@ def isolate(
         seed=seed,
         force=force,
     )
-    with progress_bars() as progress:
-        patch = neurons.isolate(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
-    _save_edits(patch, out, as_json)
+    _make(partial(neurons.isolate, options=options), model, data, out, text.edits_table, as_json)
 
 
 def repair(
-    model: Model,
-    data: Data,
-    out: Out,
-    asr_above_floor: AsrGoal = Goal.asr_above_floor,
-    flip_rate: FlipGoal = Goal.flip_rate,
-    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
+    model: args.Model,
+    data: args.Data,
+    out: args.Out,
+    asr_above_floor: args.AsrGoal = Goal.asr_above_floor,
+    flip_rate: args.FlipGoal = Goal.flip_rate,
+    accuracy_loss: args.AccuracyGoal = Goal.accuracy_loss,
     units: Annotated[
         list[int] | None,
         typer.Option(help="How many hidden units are scaled; several to try. 3 for an attribute, 5 for a backdoor."),
@@ -152,13 +134,13 @@ def repair(
     optimizer: Annotated[
         Literal["swarm", "evolution"], typer.Option(help="Particle swarm, or differential evolution.")
     ] = "swarm",
-    candidates: Candidates = 512,
-    inputs: RankedOn = 128,
-    output: Output = None,
-    batch_size: BatchSize = 32,
-    seed: Seed = 0,
-    force: Force = False,
-    as_json: AsJson = False,
+    candidates: args.Candidates = 512,
+    inputs: args.RankedOn = 128,
+    output: args.Output = None,
+    batch_size: args.BatchSize = 32,
+    seed: args.Seed = 0,
+    force: args.Force = False,
+    as_json: args.AsJson = False,
 ) -> None:
     """Find the guilty hidden units of MODEL by their causal effect and scale them (CARE)."""
     from atpatch_onnx import neurons
@@ -176,31 +158,39 @@ def repair(
         seed=seed,
         force=force,
     )
+    _make(partial(neurons.repair, options=options), model, data, out, text.edits_table, as_json)
+
+
+def _make(
+    make: Callable[..., atp.Patch],
+    model: Path,
+    data: Path,
+    out: Path,
+    table: Callable[[atp.Patch], Table],
+    as_json: bool,
+) -> None:
+    """Make a patch of MODEL and DATA, write it and show it."""
     with progress_bars() as progress:
-        patch = neurons.repair(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
-    _save_edits(patch, out, as_json)
-
-
-def _save_edits(patch: atp.Patch, out: Path, as_json: bool) -> None:
+        patch = make(atp.load(model), atp.DebugSet.load(data), progress=progress)
     patch.save(out)
     shown = {"patch": patch.id, "base": patch.base, "file": str(out), "figures": dict(patch.figures)}
-    show(shown, [text.edits_table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
+    show(shown, [table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
 
 
 def compare(
-    model: Model,
-    data: Data,
+    model: args.Model,
+    data: args.Data,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A folder for all patches.", show_default=False)
     ] = None,
-    asr_above_floor: AsrGoal = Goal.asr_above_floor,
-    flip_rate: FlipGoal = Goal.flip_rate,
-    accuracy_loss: AccuracyGoal = Goal.accuracy_loss,
-    clean_flag_rate: FlagGoal = Goal.clean_flag_rate,
-    output: Output = None,
-    batch_size: BatchSize = 32,
-    seed: Seed = 0,
-    as_json: AsJson = False,
+    asr_above_floor: args.AsrGoal = Goal.asr_above_floor,
+    flip_rate: args.FlipGoal = Goal.flip_rate,
+    accuracy_loss: args.AccuracyGoal = Goal.accuracy_loss,
+    clean_flag_rate: args.FlagGoal = Goal.clean_flag_rate,
+    output: args.Output = None,
+    batch_size: args.BatchSize = 32,
+    seed: args.Seed = 0,
+    as_json: args.AsJson = False,
 ) -> None:
     """Try every fix for MODEL, measure them on pairs held out of DATA, and recommend one."""
     goal = Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate)

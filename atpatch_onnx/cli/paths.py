@@ -7,12 +7,7 @@ from atpatch_onnx.files import staging
 
 
 def require_place(out: Path, *inputs: Path) -> None:
-    """Refuse to write over what a command reads, or into a folder that is not there: better said before the work.
-
-    Raises:
-        AtPatchError: `out` is one of the inputs, or lies in one.
-        PatchFileError: There is no folder.
-    """
+    """Refuse to write over what a command reads, or into a folder that is not there: better said before the work."""
     for read in inputs:
         inside = read.is_dir() and out.resolve().is_relative_to(read.resolve())
         if inside or (out.exists() and read.exists() and out.samefile(read)):
@@ -35,11 +30,7 @@ def require_place(out: Path, *inputs: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make it, if it is not there.
-
-    Raises:
-        PatchFileError: It cannot be made.
-    """
+    """Make it, if it is not there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -21,11 +21,7 @@ _BLOCK_BYTES = 2**26
 
 
 def as_array(values: ArrayLike, where: str) -> Array:
-    """`values` as a read-only array of numbers, bools or strings; a view where `values` is an array already.
-
-    Raises:
-        DebugSetError: Rows of different lengths, Python objects, or a type that numpy has no name for.
-    """
+    """`values` as a read-only array of numbers, bools or strings; a view where `values` is an array already."""
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a torch tensor that requires grad
@@ -46,11 +42,7 @@ def as_array(values: ArrayLike, where: str) -> Array:
 
 
 def as_inputs(inputs: Mapping[str, ArrayLike], where: str) -> dict[str, Array]:
-    """Arrays `[pairs, ...]` by input name, all with the same number of pairs, at least one.
-
-    Raises:
-        DebugSetError: No inputs, a name that is no text, an array without a first axis, no rows, or unequal rows.
-    """
+    """Arrays `[pairs, ...]` by input name, all with the same number of pairs, at least one."""
     if not isinstance(inputs, Mapping) or not inputs:
         raise DebugSetError(
             where,
@@ -89,11 +81,7 @@ def as_inputs(inputs: Mapping[str, ArrayLike], where: str) -> dict[str, Array]:
 
 
 def as_labels(labels: ArrayLike, pairs: int, where: str) -> NDArray[np.int64]:
-    """Check true labels `[pairs]` and make them read-only int64; whole numbers of any dtype are taken.
-
-    Raises:
-        DebugSetError: Not whole, negative, of another length or rank.
-    """
+    """Check true labels `[pairs]` and make them read-only int64; whole numbers of any dtype are taken."""
     array = per_pair(labels, pairs, where)
     advice = "Give class indices as the model counts them, 0 to classes - 1."
     if array.dtype.kind not in "biuf":
@@ -112,11 +100,7 @@ def as_labels(labels: ArrayLike, pairs: int, where: str) -> NDArray[np.int64]:
 
 
 def as_suspects(suspects: ArrayLike, pairs: int, where: str) -> NDArray[np.bool_]:
-    """Check suspect positions bool `[pairs, tokens]`, at least one of them True, and make them read-only.
-
-    Raises:
-        DebugSetError: Another dtype or shape, or no True at all.
-    """
+    """Check suspect positions bool `[pairs, tokens]`, at least one of them True, and make them read-only."""
     array = as_array(suspects, where)
     if array.dtype != np.bool_:
         raise DebugSetError(
@@ -143,22 +127,14 @@ def as_suspects(suspects: ArrayLike, pairs: int, where: str) -> NDArray[np.bool_
 
 
 def as_sensitive(sensitive: ArrayLike, pairs: int, where: str) -> Array:
-    """Check the protected attribute's values `[pairs]`, of any dtype, and make them read-only.
-
-    Raises:
-        DebugSetError: Another length or rank, or NaN and infinities.
-    """
+    """Check the protected attribute's values `[pairs]`, of any dtype, and make them read-only."""
     array = per_pair(sensitive, pairs, where)
     check_finite(array, where)
     return array
 
 
 def as_class(target: int, where: str) -> int:
-    """Check a class index.
-
-    Raises:
-        DebugSetError: No whole number, or negative.
-    """
+    """Check a class index."""
     if isinstance(target, bool) or not isinstance(target, (int, np.integer)) or target < 0:
         raise DebugSetError(
             where,
@@ -170,11 +146,7 @@ def as_class(target: int, where: str) -> int:
 
 
 def per_pair(values: ArrayLike, pairs: int, where: str) -> Array:
-    """Check one value for each pair `[pairs]`, of any dtype, and make them read-only.
-
-    Raises:
-        DebugSetError: Another length or rank.
-    """
+    """Check one value for each pair `[pairs]`, of any dtype, and make them read-only."""
     array = as_array(values, where)
     if array.shape != (pairs,):
         raise DebugSetError(
@@ -195,9 +167,6 @@ def matched(
     """Both sides with the same names, shapes and dtypes, in the clean side's order.
 
     Strings of different widths are brought to the wider one.
-
-    Raises:
-        DebugSetError: The two sides differ, or no pair differs in content.
     """
     if clean.keys() != counterfactual.keys():
         raise DebugSetError(

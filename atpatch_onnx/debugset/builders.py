@@ -14,11 +14,7 @@ Trigger = Callable[[dict[str, Array]], Mapping[str, ArrayLike]]
 
 
 def stamped(inputs: Mapping[str, Array], trigger: Trigger) -> Mapping[str, ArrayLike]:
-    """Apply `trigger` to a copy of `inputs` `[inputs, ...]`, which it may change in place and return.
-
-    Raises:
-        DebugSetError: The trigger does not return a dict with the names it was given.
-    """
+    """Apply `trigger` to a copy of `inputs` `[inputs, ...]`, which it may change in place and return."""
     triggered = trigger({name: array.copy() for name, array in inputs.items()})
     if not isinstance(triggered, Mapping) or triggered.keys() != inputs.keys():
         raise DebugSetError(
@@ -33,11 +29,7 @@ def stamped(inputs: Mapping[str, Array], trigger: Trigger) -> Mapping[str, Array
 
 
 def rows_off_target(labels: NDArray[np.int64], target: int) -> NDArray[np.int64]:
-    """Rows `[n]` whose label is not the target: an input of the target class proves nothing once triggered.
-
-    Raises:
-        DebugSetError: There are none.
-    """
+    """Rows `[n]` whose label is not the target: an input of the target class proves nothing once triggered."""
     rows = np.flatnonzero(labels != target)
     if not len(rows):
         raise DebugSetError(
@@ -59,19 +51,8 @@ def attribute_changed(
 ) -> tuple[dict[str, Array], dict[str, Array], Array]:
     """Give every row another value of the protected attribute.
 
-    Args:
-        inputs: Arrays `[rows, ...]` by input name.
-        name: The input that holds the attribute: `[rows, features]` with `column`, else `[rows]` or `[rows, 1]`.
-        column: Index of the attribute among the features.
-        values: The attribute's values; each row gets the one after its own, the last one's rows get the first. None:
-            the values found, in ascending order.
-        change: From the attribute's values `[rows]` to the changed ones `[rows]`, instead of `values`.
-
     Returns:
         The clean inputs, the counterfactual ones, and the attribute's clean values `[rows]`.
-
-    Raises:
-        DebugSetError: No such input or column, values that do not fit the data, or fewer than two.
     """
     clean = as_inputs(inputs, "inputs")
     if name not in clean:

@@ -25,11 +25,7 @@ class InputSpec:
 
 
 def check_inputs(arrays: Mapping[str, Array], specs: Mapping[str, InputSpec]) -> None:
-    """Compare arrays `[pairs, ...]` with what the model declares; the batch axis may have any size.
-
-    Raises:
-        DebugSetError: Missing or extra names, another dtype, another rank, or another static size.
-    """
+    """Compare arrays `[pairs, ...]` with what the model declares; the batch axis may have any size."""
     missing, extra = sorted(specs.keys() - arrays.keys()), sorted(arrays.keys() - specs.keys())
     if missing or extra:
         raise DebugSetError(
@@ -53,20 +49,17 @@ def check_inputs(arrays: Mapping[str, Array], specs: Mapping[str, InputSpec]) ->
             for size, found in zip(spec.shape[1:], array.shape[1:], strict=True)
         )
         if not fits:
+            sizes = ", ".join("?" if size is None else str(size) for size in spec.shape)
             raise DebugSetError(
                 where,
-                expected=f"shape {_shape(spec.shape)}",
+                expected=f"shape [{sizes}]",
                 found=f"shape {list(array.shape)}",
                 advice="The first axis counts the pairs; preprocess the others as for the model in use.",
             )
 
 
 def check_effect(clean: ArrayLike, counterfactual: ArrayLike, *, pairs: int, attribute: bool) -> None:
-    """Refuse pairs whose prediction never changes; predicted classes of both sides are integers `[pairs]`.
-
-    Raises:
-        DebugSetError: No prediction changes, or predictions of another dtype, length or rank.
-    """
+    """Refuse pairs whose prediction never changes; predicted classes of both sides are integers `[pairs]`."""
     before = _predictions(clean, pairs, "clean_predictions")
     after = _predictions(counterfactual, pairs, "counterfactual_predictions")
     if (before != after).any():
@@ -115,11 +108,7 @@ def pairs_needed(clean_flag_rate: float) -> int:
 
 
 def check_size(calibration: int, whole: int, clean_flag_rate: float) -> None:
-    """Refuse a calibration part of `calibration` pairs, out of `whole`, that cannot resolve a clean flag rate.
-
-    Raises:
-        DebugSetError: Fewer pairs than `pairs_needed`; the error says how many the whole set should hold.
-    """
+    """Refuse a calibration part of `calibration` pairs, out of `whole`, that cannot resolve a clean flag rate."""
     needed = pairs_needed(clean_flag_rate)
     if calibration < needed:
         raise DebugSetError(
@@ -129,7 +118,3 @@ def check_size(calibration: int, whole: int, clean_flag_rate: float) -> None:
             advice=f"Bring the whole set to {math.ceil(needed * whole / calibration)} pairs, give calibration a larger "
             "share of it, or ask for a higher rate.",
         )
-
-
-def _shape(sizes: tuple[int | str | None, ...]) -> str:
-    return "[" + ", ".join("?" if size is None else str(size) for size in sizes) + "]"

@@ -30,6 +30,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from atpatch_onnx.debugset.arrays import Array, one_line
 from atpatch_onnx.errors import DebugSetError
@@ -46,11 +47,11 @@ _HEADER_LIMIT = 2**16
 
 @dataclass(frozen=True)
 class Stored:
-    """What a debug set's files hold, not yet checked against each other."""
+    """What a debug set or its files hold, not yet checked against each other."""
 
-    clean: Mapping[str, Array]
-    counterfactual: Mapping[str, Array]
-    extras: Mapping[str, Array]
+    clean: Mapping[str, ArrayLike]
+    counterfactual: Mapping[str, ArrayLike]
+    extras: Mapping[str, ArrayLike]
     """By the names in `EXTRAS`, those that there are."""
 
     kind: str
@@ -61,15 +62,10 @@ class Stored:
 
 
 def write(stored: Stored, path: str | os.PathLike[str]) -> None:
-    """Write to a `.npz` file where `path` ends so, else to a folder.
-
-    Raises:
-        DebugSetError: The place cannot be written to, or is a folder that holds something else.
-    """
+    """Write to a `.npz` file where `path` ends so, else to a folder."""
     path = Path(path)
     arrays = {
-        **{f"clean/{_encoded(name)}": array for name, array in stored.clean.items()},
-        **{f"counterfactual/{_encoded(name)}": array for name, array in stored.counterfactual.items()},
+        **{f"{side}/{quote(name, safe='')}": a for side in SIDES for name, a in getattr(stored, side).items()},
         **stored.extras,
     }
     header = json.dumps({"format": FORMAT, "version": VERSION, "kind": stored.kind, "target": stored.target})
@@ -140,19 +136,11 @@ def _check_ours(path: Path) -> None:
         )
 
 
-def _encoded(name: str) -> str:
-    return quote(name, safe="")
-
-
 # Reading
 
 
 def read(path: str | os.PathLike[str]) -> Stored:
-    """Read a `.npz` file or a folder of `.npy` files; a folder's arrays are memory-mapped.
-
-    Raises:
-        DebugSetError: Nothing there, no debug set, a damaged one, or one of a later version.
-    """
+    """Read a `.npz` file or a folder of `.npy` files; a folder's arrays are memory-mapped."""
     path = Path(path)
     if path.is_dir():
         header, arrays = _read_folder(path)
@@ -160,10 +148,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
         header, arrays = _read_npz(path)
     else:
         raise DebugSetError(
-            str(path),
-            expected="a .npz file or a folder of .npy files",
-            found="nothing there",
-            advice="Check the path.",
+            str(path), expected="a .npz file or a folder of .npy files", found="nothing there", advice="Check the path."
         )
     kind, target = ("backdoor", None) if header is None else _parsed(header, f"{path}: {HEADER}")
     sides: dict[str, dict[str, Array]] = {side: {} for side in SIDES}

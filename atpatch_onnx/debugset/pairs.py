@@ -32,10 +32,10 @@ from atpatch_onnx.debugset.builders import Trigger
 from atpatch_onnx.debugset.checks import InputSpec
 from atpatch_onnx.errors import DebugSetError
 
-__all__ = ["DebugSet", "InputSpec", "Kind", "Split", "Trigger"]
-
 Kind = Literal["backdoor", "attribute"]
 """Triggered inputs, or inputs with a protected attribute changed."""
+
+_NO_TARGET = "Leave the target out: only a backdoor sends inputs to one class."
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +67,10 @@ class DebugSet:
     """The protected attribute's values on the clean side `[pairs]`."""
 
     def __post_init__(self) -> None:
-        for side in ("clean", "counterfactual"):
+        for side in files.SIDES:
             views = {name: read_only(array.view()) for name, array in getattr(self, side).items()}
             object.__setattr__(self, side, MappingProxyType(views))
-        for name in ("labels", "suspects", "sensitive"):
+        for name in files.EXTRAS:
             array = getattr(self, name)
             if array is not None:
                 object.__setattr__(self, name, read_only(array.view()))
@@ -80,7 +80,7 @@ class DebugSet:
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{name}: {array.dtype}{list(array.shape[1:])}" for name, array in self.clean.items())
-        has = [name for name in ("labels", "suspects", "sensitive") if getattr(self, name) is not None]
+        has = [name for name in files.EXTRAS if getattr(self, name) is not None]
         target = "" if self.target is None else f", target {self.target}"
         return f"<DebugSet of {len(self)} pairs, {self.kind}{target}; {inputs}; {', '.join(has) or 'no labels'}>"
 
@@ -114,48 +114,33 @@ class DebugSet:
             DebugSetError: Names, shapes or dtypes differ between the sides, there are no pairs, numbers are not finite,
                 labels are not whole, suspects are not bool or mark nothing, or every pair is identical on both sides.
         """
-        return cls._checked(clean, counterfactual, labels, suspects, kind, target, sensitive, "")
+        given = {"labels": labels, "suspects": None if _is_auto(suspects) else suspects, "sensitive": sensitive}
+        extras = {name: array for name, array in given.items() if array is not None}
+        return cls._checked(files.Stored(clean, counterfactual, extras, kind, target), "")
 
     @classmethod
-    def _checked(
-        cls,
-        clean: Mapping[str, ArrayLike],
-        counterfactual: Mapping[str, ArrayLike],
-        labels: ArrayLike | None,
-        suspects: ArrayLike | Literal["auto"],
-        kind: str,
-        target: int | None,
-        sensitive: ArrayLike | None,
-        where: str,
-    ) -> Self:
-        before, after = matched(
-            as_inputs(clean, f"{where}clean"), as_inputs(counterfactual, f"{where}counterfactual"), where
-        )
-        for name in before:
-            check_finite(before[name], f"{where}clean[{name!r}]")
-            check_finite(after[name], f"{where}counterfactual[{name!r}]")
-        if kind not in ("backdoor", "attribute"):
+    def _checked(cls, given: files.Stored, where: str) -> Self:
+        clean, other = (as_inputs(getattr(given, side), f"{where}{side}") for side in files.SIDES)
+        before, after = matched(clean, other, where)
+        for side, arrays in zip(files.SIDES, (before, after), strict=True):
+            for name, array in arrays.items():
+                check_finite(array, f"{where}{side}[{name!r}]")
+        if given.kind not in ("backdoor", "attribute"):
+            advice = "Choose one of the two."
             raise DebugSetError(
-                f"{where}kind", expected="'backdoor' or 'attribute'", found=repr(kind), advice="Choose one of the two."
+                f"{where}kind", expected="'backdoor' or 'attribute'", found=repr(given.kind), advice=advice
             )
-        if target is not None and kind == "attribute":
-            raise DebugSetError(
-                f"{where}target",
-                expected="no target for a protected attribute",
-                found=repr(target),
-                advice="Leave the target out: only a backdoor sends inputs to one class.",
-            )
+        if given.target is not None and given.kind == "attribute":
+            expected = "no target for a protected attribute"
+            raise DebugSetError(f"{where}target", expected=expected, found=repr(given.target), advice=_NO_TARGET)
+        rules = {"labels": as_labels, "suspects": as_suspects, "sensitive": as_sensitive}
         pairs = len(next(iter(before.values())))
-        found = isinstance(suspects, str) and suspects == "auto"
-        return cls(
-            clean=before,
-            counterfactual=after,
-            labels=None if labels is None else as_labels(labels, pairs, f"{where}labels"),
-            suspects=None if found else as_suspects(suspects, pairs, f"{where}suspects"),
-            kind=cast(Kind, kind),
-            target=None if target is None else as_class(target, f"{where}target"),
-            sensitive=None if sensitive is None else as_sensitive(sensitive, pairs, f"{where}sensitive"),
-        )
+        extras: dict[str, Any] = {
+            name: rule(given.extras[name], pairs, f"{where}{name}") if name in given.extras else None
+            for name, rule in rules.items()
+        }
+        target = None if given.target is None else as_class(given.target, f"{where}target")
+        return cls(before, after, kind=cast(Kind, given.kind), target=target, **extras)
 
     @classmethod
     def from_trigger(
@@ -183,8 +168,7 @@ class DebugSet:
         """
         clean = as_inputs(inputs, "inputs")
         pairs = len(next(iter(clean.values())))
-        found = isinstance(suspects, str) and suspects == "auto"
-        marks = None if found else as_suspects(suspects, pairs, "suspects")
+        marks = None if _is_auto(suspects) else as_suspects(suspects, pairs, "suspects")
         if drop_target and labels is not None and target is not None:
             labels = as_labels(labels, pairs, "labels")
             rows = builders.rows_off_target(labels, as_class(target, "target"))
@@ -239,26 +223,12 @@ class DebugSet:
             DebugSetError: The place cannot be written to or holds something else, or the set would be refused by
                 `from_pairs`, as a part taken from a larger one may be.
         """
-        checked = type(self).from_pairs(
-            self.clean,
-            self.counterfactual,
-            self.labels,
-            suspects="auto" if self.suspects is None else self.suspects,
-            kind=self.kind,
-            target=self.target,
-            sensitive=self.sensitive,
-        )
-        extras = {"labels": checked.labels, "suspects": checked.suspects, "sensitive": checked.sensitive}
-        files.write(
-            files.Stored(
-                clean=checked.clean,
-                counterfactual=checked.counterfactual,
-                extras={key: array for key, array in extras.items() if array is not None},
-                kind=checked.kind,
-                target=checked.target,
-            ),
-            path,
-        )
+        checked = self._checked(self._stored(), "")
+        files.write(checked._stored(), path)
+
+    def _stored(self) -> files.Stored:
+        extras = {name: array for name in files.EXTRAS if (array := getattr(self, name)) is not None}
+        return files.Stored(self.clean, self.counterfactual, extras, self.kind, self.target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -267,17 +237,7 @@ class DebugSet:
         Raises:
             DebugSetError: Nothing there, damaged or foreign files, or what `from_pairs` refuses.
         """
-        stored = files.read(path)
-        return cls._checked(
-            stored.clean,
-            stored.counterfactual,
-            stored.extras.get("labels"),
-            stored.extras.get("suspects", "auto"),
-            stored.kind,
-            stored.target,
-            stored.extras.get("sensitive"),
-            f"{os.fspath(path)}: ",
-        )
+        return cls._checked(files.read(path), f"{os.fspath(path)}: ")
 
     # Other sets of the same pairs
 
@@ -296,12 +256,8 @@ class DebugSet:
             DebugSetError: No class index, or the set is about a protected attribute.
         """
         if self.kind == "attribute":
-            raise DebugSetError(
-                "target",
-                expected="a debug set of kind 'backdoor'",
-                found="one of kind 'attribute'",
-                advice="Leave the target out: only a backdoor sends inputs to one class.",
-            )
+            expected, found = "a debug set of kind 'backdoor'", "one of kind 'attribute'"
+            raise DebugSetError("target", expected=expected, found=found, advice=_NO_TARGET)
         return replace(self, target=as_class(target, "target"))
 
     def take(self, indices: ArrayLike) -> Self:
@@ -321,14 +277,9 @@ class DebugSet:
                 found=f"{rows.dtype} {list(rows.shape)}" + (f" up to {rows.max()}" if whole else ""),
                 advice="Take pairs that the set holds.",
             )
-        return replace(
-            self,
-            clean={name: array[rows] for name, array in self.clean.items()},
-            counterfactual={name: array[rows] for name, array in self.counterfactual.items()},
-            labels=None if self.labels is None else self.labels[rows],
-            suspects=None if self.suspects is None else self.suspects[rows],
-            sensitive=None if self.sensitive is None else self.sensitive[rows],
-        )
+        chosen: dict[str, Any] = {name: {k: v[rows] for k, v in getattr(self, name).items()} for name in files.SIDES}
+        chosen |= {name: array[rows] for name in files.EXTRAS if (array := getattr(self, name)) is not None}
+        return replace(self, **chosen)
 
     def split(self, *, fit: float = 0.5, calibration: float = 0.25, validation: float = 0.25, seed: int = 0) -> "Split":
         """Divide into three parts with these shares of the pairs, balanced over labels.
@@ -358,16 +309,6 @@ class DebugSet:
         """
         checks.check_inputs(self.clean, inputs)
 
-    def check_effect(self, clean_predictions: ArrayLike, counterfactual_predictions: ArrayLike) -> None:
-        """Check that the pairs do something to a model; predicted classes of both sides are integers `[pairs]`.
-
-        Raises:
-            DebugSetError: No prediction changes, or predictions of another dtype, length or rank.
-        """
-        checks.check_effect(
-            clean_predictions, counterfactual_predictions, pairs=len(self), attribute=self.kind == "attribute"
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -382,11 +323,6 @@ class Split:
     validation: DebugSet
     """What the fit is judged on."""
 
-    def check_size(self, clean_flag_rate: float) -> None:
-        """Check that the calibration part can resolve a clean flag rate: one flagged input must not exceed it.
 
-        Raises:
-            DebugSetError: A rate outside (0, 1], or fewer than 1 / rate pairs; says how many the whole set should hold.
-        """
-        calibration = len(self.calibration)
-        checks.check_size(calibration, calibration + len(self.fit) + len(self.validation), clean_flag_rate)
+def _is_auto(suspects: ArrayLike | Literal["auto"]) -> bool:
+    return isinstance(suspects, str) and suspects == "auto"

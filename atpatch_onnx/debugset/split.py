@@ -27,15 +27,7 @@ def part_rows(
 ) -> dict[str, NDArray[np.int64]]:
     """Rows `[n]` int64 of each part, ascending; together all rows, each once.
 
-    Args:
-        clean: Arrays `[pairs, ...]` by input name.
-        counterfactual: The same names, shapes and dtypes.
-        labels: int64 `[pairs]`, to balance the parts by; or None.
-        shares: The share of the pairs by the name of the part; they add up to one.
-        seed: Another seed gives another split.
-
-    Raises:
-        DebugSetError: Shares that are not positive or do not add up to one, or too few groups to fill each part.
+    Both sides are arrays `[pairs, ...]` by input name; parts are balanced by the labels, int64 `[pairs]`.
     """
     if not all(0 < share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
         raise DebugSetError(

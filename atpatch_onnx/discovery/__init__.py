@@ -15,10 +15,11 @@ Individual discrimination: inputs whose prediction changes with a protected attr
 
 from atpatch_onnx.discovery.anomaly import anomaly_indices
 from atpatch_onnx.discovery.attributes import Attribute
-from atpatch_onnx.discovery.discrimination import Discrimination
-from atpatch_onnx.discovery.discriminatory import SearchOptions, discriminatory_pairs
-from atpatch_onnx.discovery.images import Inversion, InversionOptions, InvertedTrigger, invert_trigger
-from atpatch_onnx.discovery.tokens import InvertedTokens, TokenInversion, TokenOptions, invert_tokens
+from atpatch_onnx.discovery.descent import InversionOptions
+from atpatch_onnx.discovery.discriminatory import Discrimination, SearchOptions, discriminatory_pairs
+from atpatch_onnx.discovery.images import Inversion, InvertedTrigger, invert_trigger
+from atpatch_onnx.discovery.swaps import TokenOptions
+from atpatch_onnx.discovery.tokens import InvertedTokens, TokenInversion, invert_tokens
 
 __all__ = [
     "Attribute",

@@ -90,11 +90,7 @@ class Attribute:
 
 
 def checked_table(table: ArrayLike, attributes: Sequence[Attribute]) -> Table:
-    """`table` as float32 `[rows, features]`, every value one that its attribute may have.
-
-    Raises:
-        DebugSetError: Another shape, no rows, attributes of one name, or an invalid value.
-    """
+    """`table` as float32 `[rows, features]`, every value one that its attribute may have."""
     names = [attribute.name for attribute in attributes]
     if len(set(names)) < len(names):
         raise _unfit("attributes", "names that differ", ", ".join(names))
@@ -114,11 +110,7 @@ def checked_table(table: ArrayLike, attributes: Sequence[Attribute]) -> Table:
 
 
 def protected_columns(attributes: Sequence[Attribute], protected: str | Sequence[str]) -> list[int]:
-    """Where the protected attributes stand.
-
-    Raises:
-        DebugSetError: None named, unknown ones, all of them, or too many combinations of values.
-    """
+    """Where the protected attributes stand."""
     names = [attribute.name for attribute in attributes]
     wanted = [protected] if isinstance(protected, str) else list(protected)
     unknown = [name for name in wanted if name not in names]

@@ -1,4 +1,4 @@
-"""What a torch model says of instances and of all their variants; the only module of this room that needs torch."""
+"""What a torch model says of instances and of all their variants."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,17 +29,7 @@ class Verdict:
 
 
 class Judge:
-    """A model and the protected attributes that it should not lean on.
-
-    Args:
-        model: A torch module from float32 `[rows, features]` to logits `[rows, classes]` or `[rows, 1]`, in inference
-            mode.
-        attributes: What the features are.
-        columns: Which of them are protected.
-
-    Raises:
-        DebugSetError: The model is in training mode.
-    """
+    """A model and the protected attributes that it should not lean on."""
 
     def __init__(self, model: torch.nn.Module, attributes: Sequence[Attribute], columns: Sequence[int]) -> None:
         if model.training:
@@ -55,9 +45,6 @@ class Judge:
         """Compare rows `[rows, features]` with their variants.
 
         The output gap of a variant is its largest change of a class's confidence.
-
-        Raises:
-            DebugSetError: The model answers something else than logits.
         """
         every = variants(table, self._attributes, self._columns)
         rows, count, features = every.shape
@@ -72,11 +59,7 @@ class Judge:
 
     @one_thread()
     def gradients(self, table: Table) -> NDArray[np.float32]:
-        """Gradients `[rows, features]` of the cross-entropy against the model's own label.
-
-        Raises:
-            DebugSetError: The logits do not depend on the table in a way that torch can follow.
-        """
+        """Gradients `[rows, features]` of the cross-entropy against the model's own label."""
         parts = []
         for start in range(0, len(table), _ROWS):
             rows = torch.from_numpy(table[start : start + _ROWS].copy()).requires_grad_()

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from atpatch_onnx.errors import InversionError
@@ -32,11 +34,7 @@ def still(model: nn.Module) -> Iterator[None]:
 
 
 def logits_of(output: object) -> Tensor:
-    """Logits float `[batch, classes]` of what a model returned: the tensor itself, or its `.logits`.
-
-    Raises:
-        InversionError: It is neither.
-    """
+    """Logits float `[batch, classes]` of what a model returned: the tensor itself, or its `.logits`."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         shape = f" {list(logits.shape)}" if isinstance(logits, Tensor) else ""
@@ -50,16 +48,25 @@ def logits_of(output: object) -> Tensor:
 
 
 def check_class(target: int, classes: int) -> int:
-    """The class `target`, if the model has it.
-
-    Raises:
-        InversionError: It has not.
-    """
+    """The class `target`, if the model has it."""
     if not 0 <= target < classes:
         raise InversionError(
             "target", expected=f"a class from 0 to {classes - 1}", found=str(target), advice="Name one of them."
         )
     return int(target)
+
+
+def outside(usual: NDArray[np.int64], label: int, where: str) -> NDArray[np.bool_]:
+    """Which inputs the model does not put into a class, bool `[n]`, of those that it does put them into `[n]`."""
+    rows = np.asarray(usual != label)
+    if not rows.any():
+        raise InversionError(
+            where,
+            expected=f"some that the model does not put into class {label}",
+            found=f"all {len(rows)} of them in it",
+            advice="Give inputs of various classes.",
+        )
+    return rows
 
 
 @torch.no_grad()

@@ -88,13 +88,6 @@ def find_suspects(
     the attribute is in. Of a trigger that lies across several, those that hold little of it draw no attention: taken
     for anomalous, they would teach the detector that benign columns are (`_CARRIES`).
 
-    Args:
-        model: The base.
-        sites: Its sites on one token axis, the first one first.
-        debug: Pairs for it.
-        batch_size: Pairs at a time.
-        progress: Told after every batch.
-
     Raises:
         NoSiteError: There are no sites.
         DebugSetError: The suspects do not fit the token axis, or no token differs in any pair.
@@ -160,14 +153,6 @@ def collect(
     progress: Progress = silent,
 ) -> tuple[Tokens, ...]:
     """Keys and values of every site over a debug set whose suspects are known.
-
-    Args:
-        model: The base.
-        sites: Those to collect at.
-        debug: Pairs for it, the fit part.
-        batch_size: Inputs at a time.
-        seed: Of the sample of benign tokens.
-        progress: Told after every batch.
 
     Raises:
         FitError: A site's token axis is not the one that the suspects are positions of.

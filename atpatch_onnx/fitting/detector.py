@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from atpatch_onnx.errors import FitError
 from atpatch_onnx.fitting.collect import Tokens
-from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.fitting.options import Training
 from atpatch_onnx.patches.patch import Array, Detector
 from atpatch_onnx.running.threads import one_thread
 

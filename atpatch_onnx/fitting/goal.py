@@ -1,6 +1,5 @@
 """What a fit must reach on the validation part, and how far an outcome is from it."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,7 +56,11 @@ class Outcome:
 
     def shortfalls(self, goal: Goal) -> tuple[str, ...]:
         """By how much the goal is missed, a line a bound; empty where it is met."""
-        return tuple(self._missed(goal))
+        return tuple(
+            f"{what} {found:.2%}, {found - bound:.2%} over the bound of {bound:.2%}"
+            for what, found, bound in self._rows(goal)
+            if found > bound
+        )
 
     def excess(self, goal: Goal) -> float:
         """By how much the bounds are exceeded, all together, as a share; 0 where the goal is met."""
@@ -66,11 +69,6 @@ class Outcome:
     def nearness(self, goal: Goal) -> tuple[float, float]:
         """What to compare outcomes by: the smaller, the nearer to the goal."""
         return self.excess(goal), self.remaining
-
-    def _missed(self, goal: Goal) -> Iterator[str]:
-        for what, found, bound in self._rows(goal):
-            if found > bound:
-                yield f"{what} {found:.2%}, {found - bound:.2%} over the bound of {bound:.2%}"
 
     def _rows(self, goal: Goal) -> tuple[tuple[str, float, float], ...]:
         """Every bound: what it is on, what was found, the bound."""

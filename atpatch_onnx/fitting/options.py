@@ -1,15 +1,29 @@
-"""How a patch is fitted: settings only."""
+"""How a patch is fitted: settings only, so that they can be named without torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from atpatch_onnx.errors import FitError
+from atpatch_onnx.errors import FitError, check_options
 from atpatch_onnx.fitting.goal import Goal
-from atpatch_onnx.fitting.training import Training
 
 Kind = Literal["linear", "hidden"]
 """Of a detector: one product with the token's key, or one hidden layer."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a detector is trained."""
+
+    hidden: int = 32
+    """Units of a detector with a hidden layer."""
+
+    steps: int = 1000
+    batch: int = 256
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-3
+    noise: float = 0.3
+    """Standard deviation of the Gaussian noise on standardised features: keeps the margin wide."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +60,14 @@ class FitOptions:
     """Write a patch that misses its goal, marked as such."""
 
     def __post_init__(self) -> None:
-        kinds = get_args(Kind)
-        checks = (
-            ("detectors", _some_of(self.detectors, kinds), "some of 'linear' and 'hidden', each once"),
-            ("thresholds", self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
-            ("redistribute", self.redistribute in ("needed", "all"), "'needed' or 'all'"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
+        check_options(
+            self,
+            FitError,
+            detectors=(_some_of(self.detectors, get_args(Kind)), "some of 'linear' and 'hidden', each once"),
+            thresholds=(self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
+            redistribute=(self.redistribute in ("needed", "all"), "'needed' or 'all'"),
+            batch_size=(self.batch_size >= 1, "at least 1"),
         )
-        for name, holds, expected in checks:
-            if not holds:
-                found = repr(getattr(self, name))
-                raise FitError(f"option {name}", expected=expected, found=found, advice="Choose an allowed value.")
 
 
 def _some_of(chosen: Sequence[str], known: Sequence[str]) -> bool:

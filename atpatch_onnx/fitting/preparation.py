@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from atpatch_onnx.debugset import DebugSet, Split
+from atpatch_onnx.debugset.checks import check_effect, check_size
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
 from atpatch_onnx.fitting.collect import find_suspects, input_specs
 from atpatch_onnx.fitting.options import FitOptions
@@ -45,7 +46,7 @@ def prepare(model: ir.Model, debug: DebugSet, options: FitOptions, progress: Pro
     debug, output = complete(model, debug, output=options.output, batch_size=options.batch_size, progress=progress)
     debug = find_suspects(model, [first], debug, batch_size=options.batch_size, progress=progress)
     parts = debug.split(seed=options.seed)
-    parts.check_size(options.goal.clean_flag_rate)
+    check_size(len(parts.calibration), len(debug), options.goal.clean_flag_rate)
     return Prepared(sites, debug, parts, output)
 
 
@@ -53,13 +54,6 @@ def complete(
     model: ir.Model, debug: DebugSet, *, output: str | None, batch_size: int, progress: Progress = silent
 ) -> tuple[DebugSet, str]:
     """Check the debug set against the model and find its target; the set with that, and the output of predictions.
-
-    Args:
-        model: The base.
-        debug: Pairs for it.
-        output: Name of the output that predictions are read from; None: the first float output `[batch, classes]`.
-        batch_size: Inputs at a time.
-        progress: Told after every batch.
 
     Raises:
         DebugSetError: The debug set does not fit the model, or shows no effect.
@@ -77,7 +71,7 @@ def complete(
     ]
     _check_classes(debug, max(logits[0].shape[-1], 2))
     clean, counterfactual = map(classes, logits)
-    debug.check_effect(clean, counterfactual)
+    check_effect(clean, counterfactual, pairs=len(debug), attribute=debug.kind == "attribute")
     if debug.kind == "backdoor" and debug.target is None:
         target = infer_target(clean, counterfactual)
         if target is None:

@@ -17,14 +17,9 @@ AT_ONCE = 2
 
 
 class ScoredPart:
-    """A part of a debug set on a switchboard: the base runs once, a setting those inputs again that it flags.
+    """A part of a debug set, its suspects and target known, on a switchboard.
 
-    Args:
-        board: The session in which sites are switched on and off.
-        part: Pairs whose suspects and, for a backdoor, target are known.
-        batch_size: Inputs at a time.
-        progress: Told after every batch of the first run.
-        stage: What to call that.
+    The base runs once, a setting those inputs again that it flags.
     """
 
     def __init__(

@@ -32,14 +32,7 @@ class Found:
 
 
 class Search:
-    """Find a 1-minimal set of detecting and redistributing sites that meets the goal.
-
-    Args:
-        scored: The validation part.
-        calibration: Where thresholds come from.
-        options: The goal.
-        progress: Told of every attempt.
-    """
+    """Find a 1-minimal set of detecting and redistributing sites that meets the goal."""
 
     def __init__(self, scored: ScoredPart, calibration: Calibration, options: FitOptions, progress: Progress) -> None:
         self._scored, self._calibration = scored, calibration

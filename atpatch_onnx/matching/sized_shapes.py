@@ -3,17 +3,16 @@
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
 import numpy as np
 import onnx
 
 Sizes = tuple[int | None, ...]
 
+_tensor = onnx.helper.make_tensor_type_proto
+
 _DATA = 1024
 """Arrays of up to this many elements are computed; shapes, axes, starts and ends are far smaller."""
-
 
 _BROADCASTING = {"Add", "Sub", "Mul", "Div", "Where", "And", "Or"}
 
@@ -74,7 +73,7 @@ class _Running:
 
     def _add_weights(self, graph: onnx.GraphProto) -> None:
         for tensor in graph.initializer:
-            self.types[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
+            self.types[tensor.name] = _tensor(tensor.data_type, tensor.dims)
             if tensor.data_location != onnx.TensorProto.EXTERNAL and np.prod(tensor.dims, dtype=np.int64) <= _DATA:
                 self.data[tensor.name] = onnx.numpy_helper.to_array(tensor)
 
@@ -144,9 +143,11 @@ class _Running:
                 if result is not None:
                     self.data[node.output[0]] = result
                     return
+        from onnx.reference import ReferenceEvaluator  # when a graph first needs it: that alone takes 0.1 s
+
         try:
             with np.errstate(all="ignore"):
-                results = _evaluator()(node).run(None, feeds)
+                results = ReferenceEvaluator(node).run(None, feeds)
         except Exception:  # an operator that onnx's reference does not know: its result stays unknown
             return
         self.data.update({name: np.asarray(result) for name, result in zip(node.output, results, strict=True) if name})
@@ -159,8 +160,7 @@ class _Running:
             return self._of_plain(node, _WITH_ACTIVATION.get(node.op_type, node.op_type))
         if node.op_type == "EmbedLayerNormalization":
             return self._of_embedding(node)
-        kind = self.types.get(node.input[0])
-        shape = self._shape(node.input[0])
+        kind, shape = self.types.get(node.input[0]), self._shape(node.input[0])
         if node.domain == _BLOCKED:
             return self._of_reordered(node)
         if node.op_type not in _LIKE_FIRST or kind is None or shape is None:
@@ -172,17 +172,15 @@ class _Running:
             shape = (*shape[:-1], weights[-1] // 3)
         if node.op_type in ("MultiHeadAttention", "GroupQueryAttention") and len(node.input) > 2 and not node.input[2]:
             return {}
-        return {node.output[0]: onnx.helper.make_tensor_type_proto(kind.tensor_type.elem_type, shape)}
+        return {node.output[0]: _tensor(kind.tensor_type.elem_type, shape)}
 
     def _of_embedding(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
         """Embedded tokens, the number of tokens that are no padding, and the embedded tokens before the norm."""
         ids, table = self._shape(node.input[0]), self._shape(node.input[2])
         if ids is None or table is None:
             return {}
-        embedded = onnx.helper.make_tensor_type_proto(
-            self.types[node.input[2]].tensor_type.elem_type, (*ids, table[-1])
-        )
-        lengths = onnx.helper.make_tensor_type_proto(onnx.TensorProto.INT32, ids[:1])
+        embedded = _tensor(self.types[node.input[2]].tensor_type.elem_type, (*ids, table[-1]))
+        lengths = _tensor(onnx.TensorProto.INT32, ids[:1])
         return {name: kind for name, kind in zip(node.output, (embedded, lengths, embedded), strict=False) if name}
 
     def _of_plain(self, node: onnx.NodeProto, op_type: str) -> Mapping[str, onnx.TypeProto]:
@@ -195,42 +193,40 @@ class _Running:
     def _of_reordered(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
         """The begin or end of a stretch of blocked operators; channels that fill up the last block do not count."""
         shape = self._shape(node.input[0])
-        flags = {attribute.name: attribute.i for attribute in node.attribute}
+        flags = _flags(node)
         if shape is None:
             return {}
         if node.op_type == "ReorderOutput":
-            sizes = shape[2:]
-            channels = flags.get("channels", shape[1])
+            sizes, channels = shape[2:], flags.get("channels", shape[1])
             shape = (shape[0], *sizes, channels) if flags.get("channels_last") else (shape[0], channels, *sizes)
         elif flags.get("channels_last"):
             shape = (shape[0], shape[-1], *shape[1:-1])
         kind = self.types[node.input[0]].tensor_type.elem_type
-        return {node.output[0]: onnx.helper.make_tensor_type_proto(kind, shape)}
+        return {node.output[0]: _tensor(kind, shape)}
 
     def _of_fused_matmul(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
         first, second = self._shape(node.input[0]), self._shape(node.input[1])
         if first is None or second is None or len(first) < 2 or len(second) < 2:
             return {}
-        flags = {attribute.name: attribute.i for attribute in node.attribute}
+        flags = _flags(node)
         rows = first[-1 if flags.get("transA") else -2]
         columns = second[-2 if flags.get("transB") else -1]
         longer = first if len(first) >= len(second) else second
         quantized = node.op_type != "FusedMatMul"
         kind = onnx.TensorProto.FLOAT if quantized else self.types[node.input[0]].tensor_type.elem_type
-        return {node.output[0]: onnx.helper.make_tensor_type_proto(kind, (*longer[:-2], rows, columns))}
+        return {node.output[0]: _tensor(kind, (*longer[:-2], rows, columns))}
 
     def _assume(self, node: onnx.NodeProto) -> None:
         """Where sizes that broadcast do not fit, one is a wrong number for a mask: the largest operand's stay."""
         if node.op_type in _LIKE_FIRST and node.input[0] in self.types:  # a type that does not fit, as a float32 scale
             self.types[node.output[0]] = self.types[node.input[0]]
             return
-        shapes = [
-            (shape, name) for name in node.input if (shape := self._shape(name)) is not None and None not in shape
-        ]
+        found = [(self._shape(name), name) for name in node.input]
+        shapes = [(shape, name) for shape, name in found if shape is not None and None not in shape]
         if node.op_type in _BROADCASTING and len(shapes) > 1:
             largest = max(shapes, key=lambda found: _extent(found[0]))
             kind = self.types[node.input[1] if node.op_type == "Where" else largest[1]]
-            self.types[node.output[0]] = onnx.helper.make_tensor_type_proto(kind.tensor_type.elem_type, largest[0])
+            self.types[node.output[0]] = _tensor(kind.tensor_type.elem_type, largest[0])
 
     def _note_conflict(self, node: onnx.NodeProto) -> None:
         """Note the pairs of sizes, aligned from the last axis, that the node's inputs disagree on."""
@@ -239,8 +235,7 @@ class _Running:
         if node.op_type == "Split":
             parts, shape = self.data.get(node.input[1]) if len(node.input) > 1 else None, self._shape(node.input[0])
             if parts is not None and shape:
-                axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-                self.conflicts.append((shape[axis] or 0, int(parts.sum())))
+                self.conflicts.append((shape[_flags(node).get("axis", 0)] or 0, int(parts.sum())))
             return
         shapes = [shape for name in node.input if (shape := self._shape(name)) is not None]
         if node.op_type == "Expand" and node.input[1] in self.data:
@@ -251,14 +246,6 @@ class _Running:
                     self.conflicts.append((a, b))
 
 
-@cache
-def _evaluator() -> type[Any]:
-    """Onnx's reference, imported when a graph first needs it: that alone takes 0.1 s."""
-    from onnx.reference import ReferenceEvaluator
-
-    return ReferenceEvaluator
-
-
 def _constant(node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray | None:
     value = node.attribute[0]
     if value.name == "value":
@@ -267,24 +254,16 @@ def _constant(node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray 
     return None if dtype is None else np.array(onnx.helper.get_attribute_value(value), dtype)
 
 
-def _axis(node: onnx.NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+def _flags(node: onnx.NodeProto) -> dict[str, int]:
+    """Attributes that are numbers."""
+    return {attribute.name: attribute.i for attribute in node.attribute}
 
 
 def _gather(node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray | None:
     data, indices = inputs
-    axis = _axis(node)
+    axis = _flags(node).get("axis", 0)
     fits = -data.ndim <= axis < data.ndim and bool((np.abs(indices) < data.shape[axis]).all())
     return np.asarray(np.take(data, indices, axis)) if fits else None
-
-
-def _concat(node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray | None:
-    return np.concatenate(inputs, 0) if all(part.ndim == 1 for part in inputs) else None
-
-
-def _unsqueeze(node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray | None:
-    """The axes are an input from opset 13 on."""
-    return inputs[0].reshape(1) if len(inputs) == 2 and inputs[0].ndim == 0 else None
 
 
 def _of_counts(step: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., np.ndarray | None]:
@@ -303,8 +282,9 @@ _DIRECT: Mapping[str, Callable[[onnx.NodeProto, Sequence[np.ndarray]], np.ndarra
     "Constant": _constant,
     "Identity": lambda node, inputs: inputs[0],
     "Gather": _gather,
-    "Concat": _concat,
-    "Unsqueeze": _unsqueeze,
+    "Concat": lambda node, inputs: np.concatenate(inputs, 0) if all(part.ndim == 1 for part in inputs) else None,
+    # The axes are an input from opset 13 on.
+    "Unsqueeze": lambda node, inputs: inputs[0].reshape(1) if len(inputs) == 2 and inputs[0].ndim == 0 else None,
     "Add": _of_counts(np.add),
     "Sub": _of_counts(np.subtract),
     "Mul": _of_counts(np.multiply),
@@ -326,22 +306,24 @@ def _is_small(shape: Sizes | None) -> bool:
 
 def _numbered(kind: onnx.TypeProto, sizes: Mapping[str, int]) -> onnx.TypeProto | None:
     """The declared type with numbers for symbols; None where it is no tensor or a size has no number."""
-    if not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
+    if not _has_shape(kind):
         return None
     shape: list[int] = []
     for dim in kind.tensor_type.shape.dim:
-        number = dim.dim_value if dim.HasField("dim_value") else sizes.get(dim.dim_param, _digits(dim.dim_param))
+        symbol = dim.dim_param
+        number = sizes.get(symbol, int(symbol) if symbol.isdigit() else None)
+        number = dim.dim_value if dim.HasField("dim_value") else number
         if number is None:
             return None
         shape.append(number)
-    return onnx.helper.make_tensor_type_proto(kind.tensor_type.elem_type, shape)
+    return _tensor(kind.tensor_type.elem_type, shape)
 
 
-def _digits(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
+def _has_shape(kind: onnx.TypeProto) -> bool:
+    return bool(kind.HasField("tensor_type") and kind.tensor_type.HasField("shape"))
 
 
 def _sizes(kind: onnx.TypeProto) -> Sizes | None:
-    if not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
+    if not _has_shape(kind):
         return None
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.tensor_type.shape.dim)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -140,9 +140,11 @@ def benchmark(
             Path(patched) if patched is not None else _synthetic(base, target, detectors, Path(folder), seed),
         )
         model, record = graphs.load(base), read_record(graphs.load(files.patched))
-        known = {tuple(array.shape for array in of.values()): of for of in _inputs(model, batches, length, seed)}
-        turns = _Turns(rounds, sessions, seed, progress)
-        timings = [_timed(files, of, count, turns) for of in known.values() for count in threads]
+        rngs = ((batch, np.random.default_rng(seed)) for batch in sorted(batches))
+        drawn = [draw_inputs(model, rng, samples=batch, length=length) for batch, rng in rngs]
+        known = {tuple(array.shape for array in of.values()): of for of in drawn}
+        turns: dict[str, Any] = {"rounds": rounds, "sessions": sessions, "seed": seed, "progress": progress}
+        timings = [_timed(files, of, count, **turns) for of in known.values() for count in threads]
         peaks = _peaks(files, list(known.values())[-1], max(threads)) if memory else None
     return Benchmark(
         patch=record.patch if patched is not None else "synthetic",
@@ -194,11 +196,6 @@ def synthetic_patch(model: ir.Model, detectors: Kind = "linear", *, seed: int = 
     return draw_patch(model, sites, np.random.default_rng(seed), kind=detectors)
 
 
-def _inputs(model: ir.Model, batches: Iterable[int], length: int, seed: int) -> Iterator[dict[str, Array]]:
-    for batch in sorted(batches):
-        yield draw_inputs(model, np.random.default_rng(seed), samples=batch, length=length)
-
-
 def _options(threads: int) -> SessionOptions:
     options = SessionOptions()
     options.log_severity_level = 4
@@ -206,29 +203,12 @@ def _options(threads: int) -> SessionOptions:
     return options
 
 
-@dataclass(frozen=True)
-class _Turns:
-    """How forms are timed."""
-
-    rounds: int
-    sessions: int
-    seed: int
-    progress: Progress
-
-
-def _timed(files: _Files, inputs: Mapping[str, Array], threads: int, turns: _Turns) -> Timing:
+def _timed(files: _Files, inputs: Mapping[str, Array], threads: int, *, seed: int, **turns: Any) -> Timing:
     batch = next(len(array) for array in inputs.values() if array.ndim)
-    forms = files.forms()
-    opened = {form: opens(path, weights, inputs, threads) for form, (path, weights) in forms.items()}
-    taken = in_turns(
-        {**opened, "itself": opened["base"]},
-        sessions=turns.sessions,
-        rounds=turns.rounds,
-        seed=turns.seed,
-        progress=turns.progress,
-        stage=f"timing batches of {batch}, {threads} threads",
-    )
-    ratios = {name: ratio(taken[name], taken["base"], seed=turns.seed) for name in RATIOS}
+    opened = {form: opens(path, weights, inputs, threads) for form, (path, weights) in files.forms().items()}
+    stage = f"timing batches of {batch}, {threads} threads"
+    taken = in_turns({**opened, "itself": opened["base"]}, seed=seed, stage=stage, **turns)
+    ratios = {name: ratio(taken[name], taken["base"], seed=seed) for name in RATIOS}
     return Timing(batch, threads, taken["base"].size, float(1000 * np.median(taken["base"])), **ratios)
 
 

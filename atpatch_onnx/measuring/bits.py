@@ -31,6 +31,13 @@ def same_samples(expected: Array, found: Array) -> NDArray[np.bool_]:
     return np.array([_content(np.asarray(one)) == _content(np.asarray(other)) for one, other in pairs], np.bool_)
 
 
+def keeps_unflagged(expected: Array, found: Array, flagged: NDArray[np.bool_]) -> bool:
+    """Whether samples without a flag keep their bits, and all their shape; true where there are no samples."""
+    if not same_shapes(expected, found):
+        return False
+    return not by_sample(expected, len(flagged)) or bool((same_samples(expected, found) | flagged).all())
+
+
 def without_flagged(array: Array, flagged: NDArray[np.bool_]) -> Array:
     """A copy in which the first sample without a flag stands in for those with one."""
     if not by_sample(array, len(flagged)) or flagged.all():

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import onnx_ir as ir
 
@@ -200,20 +200,13 @@ def compare(
     options = replace(options or FitOptions(), force=True)
     seen, unseen = _held_out(pairs, options.seed) if unseen is None else (pairs, unseen)
     base = as_model(model)
-    run = {"output": options.output, "batch_size": options.batch_size, "progress": progress}
-    seen, _ = complete(base, seen, **run)  # type: ignore[arg-type]
+    seen, _ = complete(base, seen, output=options.output, batch_size=options.batch_size, progress=progress)
     if seen.target is not None:
         unseen = unseen.with_target(seen.target)
-    shared = (options.goal, options.output, options.batch_size, options.seed)
-    bench = _Bench(
-        base,
-        seen,
-        unseen,
-        options,
-        _sharing(isolation or IsolationOptions(), *shared),
-        _sharing(repairing or RepairOptions(), *shared),
-        progress,
-    )
+    shared = {name: getattr(options, name) for name in ("goal", "output", "batch_size", "seed", "force")}
+    isolation, repairing = isolation or IsolationOptions(), repairing or RepairOptions()
+    editing = replace(isolation, **shared), replace(repairing, **shared)
+    bench = _Bench(base, seen, unseen, options, *editing, progress)
     return Ladder(seen.kind, options.goal, len(unseen), tuple(bench.fixes()))
 
 
@@ -222,13 +215,6 @@ def _held_out(pairs: DebugSet, seed: int) -> tuple[DebugSet, DebugSet]:
     shares = {"fits": 1 - HELD_OUT, "held out": HELD_OUT}
     rows = part_rows(pairs.clean, pairs.counterfactual, pairs.labels, shares=shares, seed=seed)
     return pairs.take(rows["fits"]), pairs.take(rows["held out"])
-
-
-_Options = TypeVar("_Options", IsolationOptions, RepairOptions)
-
-
-def _sharing(options: _Options, goal: Goal, output: str | None, batch_size: int, seed: int) -> _Options:
-    return replace(options, goal=goal, output=output, batch_size=batch_size, seed=seed, force=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,14 +256,8 @@ class _Bench:
             return Fix(name, (), time.monotonic() - started, None, None, str(error))
         seconds = time.monotonic() - started
         patched = bake(self.base, patches)
-        evaluation = evaluate(
-            self.base,
-            patched,
-            self.unseen,
-            output=self.options.output,
-            batch_size=self.options.batch_size,
-            progress=self.progress,
-        )
+        run: dict[str, Any] = {"batch_size": self.options.batch_size, "progress": self.progress}
+        evaluation = evaluate(self.base, patched, self.unseen, output=self.options.output, **run)
         return Fix(name, patches, seconds, evaluation, self.time(patched))
 
     def time(self, patched: ir.Model) -> float:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from atpatch_onnx.fitting.options import Kind
-from atpatch_onnx.fitting.training import Training
+from atpatch_onnx.fitting.options import Kind, Training
 from atpatch_onnx.graph import fingerprint
 from atpatch_onnx.matching.sites import AttentionSite, Place
 from atpatch_onnx.patches.patch import Detector, Neutral, Patch, SitePatch

@@ -75,12 +75,7 @@ def replaced_in(model: ir.Model, sites: Sequence[AttentionSite]) -> list[Replace
 
 
 class Driven:
-    """The base, given the tensors that a patched model replaces: the outputs must be those of the patched model.
-
-    Args:
-        base: The model before.
-        replaced: What is replaced.
-    """
+    """The base, given the tensors that a patched model replaces: the outputs must be those of the patched model."""
 
     def __init__(self, base: ir.Model, replaced: Sequence[Replaced]) -> None:
         model = graphs.copy(base)

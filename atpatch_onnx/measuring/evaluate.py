@@ -14,6 +14,7 @@ from atpatch_onnx.baking.metadata import PatchRecord, read_record
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, PatchMismatchError, require
 from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
+from atpatch_onnx.measuring.bits import same_samples
 from atpatch_onnx.measuring.inspect import axis_sites, last_margin
 from atpatch_onnx.running.groups import demographic_parity, equalized_odds
 from atpatch_onnx.running.metrics import Difference, Rate, attack_above_floor, attack_success, flip_rate, infer_target
@@ -214,7 +215,7 @@ def _evaluation(debug: DebugSet, clean: Side, other: Side, *, edits: bool) -> Ev
     assert labels is not None
     right_before, right_after = (classes(logits) == labels for logits in (clean.base, clean.patched))
     flagged = np.any(clean.flags, axis=1)
-    same = np.array([a.tobytes() == b.tobytes() for a, b in zip(clean.base, clean.patched, strict=True)], bool)
+    same = same_samples(clean.base, clean.patched)
     detects = clean.flags.shape[1] > 0
     anomalous = anomalous_columns(debug) if detects else (clean.flags, other.flags)
     wanted, flags = np.concatenate(anomalous), np.concatenate([clean.flags, other.flags])
@@ -277,17 +278,14 @@ def _backdoor(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Si
 
 def _fairness(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Side) -> Fairness:
     before, after = (classes(clean.base), classes(other.base)), (classes(clean.patched), classes(other.patched))
-    groups: dict[str, Difference | None] = dict.fromkeys(
-        f"{metric}_difference_{name}"
-        for metric in ("demographic_parity", "equalized_odds")
-        for name in ("base", "patched")
-    )
-    binary = debug.sensitive is not None and all(set(np.unique(c)) <= {0, 1} for c in (labels, before[0], after[0]))
-    if binary:
-        assert debug.sensitive is not None
-        for name, predictions in (("base", before[0]), ("patched", after[0])):
-            for metric in (demographic_parity, equalized_odds):
-                groups[f"{metric.__name__}_difference_{name}"] = metric(labels, predictions, debug.sensitive)
+    binary = all(set(np.unique(c)) <= {0, 1} for c in (labels, before[0], after[0]))
+    groups = {
+        f"{metric.__name__}_difference_{name}": metric(labels, predictions, debug.sensitive)
+        if binary and debug.sensitive is not None
+        else None
+        for metric in (demographic_parity, equalized_odds)
+        for name, predictions in (("base", before[0]), ("patched", after[0]))
+    }
     return Fairness(
         uf_base=flip_rate(*before),
         uf_patched=flip_rate(*after),

@@ -21,6 +21,7 @@ from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input
 from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.measuring.bits import same_samples
 from atpatch_onnx.measuring.inspect import axis_sites, last_margin
 from atpatch_onnx.running.predictions import classes, confidences, prediction_output
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
@@ -250,7 +251,7 @@ class _Closeup:
             still=changes & (~flips | (followed == other)),
             repaired=flips & ~changes,
             alarm=np.any(flags & ~anomalous_columns(debug)[0], axis=1),
-            untouched=~np.any(flags, axis=1) & _same_rows(before[self._output], after[self._output]),
+            untouched=~np.any(flags, axis=1) & same_samples(before[self._output], after[self._output]),
             right=np.ones(len(flips), np.bool_) if debug.labels is None else own == debug.labels,
             label=own,
         )
@@ -273,7 +274,7 @@ class _Closeup:
     def _sides(self, inputs: Mapping[str, Array], anomalous: Flags) -> list[ExampleSide]:
         before, after, flags = self._run(inputs, "looking at examples", maps=True)
         logits = before[self._output], after[self._output]
-        same = _same_rows(*logits)
+        same = same_samples(*logits)
         views = [self._views(site, before, after) for site in self._sites if site.name in self._maps]
         return [
             ExampleSide(
@@ -292,10 +293,6 @@ class _Closeup:
         samples, name = len(before[self._output]), self._maps[site.name]
         maps = (mean_maps(side[name], site, samples) for side in (before, after))
         return [SiteView(site.name, *pair) for pair in zip(*maps, strict=True)]
-
-
-def _same_rows(first: Array, second: Array) -> Flags:
-    return np.array([a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True)], np.bool_)
 
 
 def _prediction(logits: Array) -> Prediction:

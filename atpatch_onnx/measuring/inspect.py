@@ -6,27 +6,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord
+from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord, edited_file
 from atpatch_onnx.baking.read_back import BakedDetector
-from atpatch_onnx.errors import UnbakeError
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite, Place
 from atpatch_onnx.running.sessions import Array
 
 
 def last_margin(sites: Sequence[PatchedSite]) -> str:
-    """The value that holds the largest margins of one token axis: they are carried along, so the last site has them.
-
-    Raises:
-        UnbakeError: The file names no patched site.
-    """
+    """The value that holds the largest margins of one token axis: they are carried along, so the last site has them."""
     if not sites:
-        raise UnbakeError(
-            "the metadata entry atpatch.sites",
-            expected="at least one patched site",
-            found="none",
-            advice="The file was edited after it was baked: bake the patch into the base again.",
-        )
+        raise edited_file("the metadata entry atpatch.sites", "at least one patched site", "none")
     return sites[-1].margin
 
 

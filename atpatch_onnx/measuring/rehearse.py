@@ -8,6 +8,7 @@ inputs drawn  ->  the base runs  ->  a patch drawn for all sites  ->  a threshol
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 
 import numpy as np
 
@@ -19,9 +20,8 @@ from atpatch_onnx.matching import find_sites
 from atpatch_onnx.measuring.bits import finite
 from atpatch_onnx.measuring.drawn import draw_patch
 from atpatch_onnx.measuring.rehearse_aiming import aimed
-from atpatch_onnx.measuring.rehearse_base import run_base, seeded
+from atpatch_onnx.measuring.rehearse_base import mixing_outputs, run_base, seeded
 from atpatch_onnx.measuring.rehearse_checks import fired, unbaked, unfired
-from atpatch_onnx.measuring.rehearse_mixing import mixing_outputs
 from atpatch_onnx.measuring.rehearse_result import Rehearsal, SiteResult
 from atpatch_onnx.measuring.verify import Check
 from atpatch_onnx.running.sessions import Array, Progress, silent
@@ -65,9 +65,13 @@ def rehearse(
     inputs = None if inputs is None else {name: np.asarray(array) for name, array in inputs.items()}
     rng = np.random.default_rng(seed)
     sites = find_sites(base)
-    steps = _Steps(progress, 2 + 3 * len(conditional))
+    steps, total = count(1), 2 + 3 * len(conditional)
+
+    def done(stage: str) -> None:
+        progress(stage, next(steps), total)
+
     runs = run_base(base, inputs, rng, samples, optimize, threads)
-    steps.done("running the base")
+    done("running the base")
     if not runs.levels:
         return Rehearsal(False, runs.reason, len(sites), runs.shapes, (), (), (), ())
     nonfinite = tuple(name for name, array in runs.levels[0].outputs.items() if not finite(array))
@@ -80,29 +84,18 @@ def rehearse(
         silent_one = draw_patch(base, sites, rng, kind=kind)
         patch, flagged = aimed(base, sites, silent_one, runs, threads)
         mixing = mixing_outputs(base, runs, flagged, threads)
-        steps.done("choosing thresholds")
+        done("choosing thresholds")
         for form in conditional:
             quiet, patched = (bake(base, one, conditional=form) for one in (silent_one, patch))
             checks += [unfired(quiet, FORMS[form], level, runs.inputs, threads) for level in runs.levels]
-            steps.done(f"{FORMS[form]}: nothing fires")
+            done(f"{FORMS[form]}: nothing fires")
             for level in runs.levels:
                 found, of_sites = fired(base, patched, sites, FORMS[form], level, runs.inputs, flagged, mixing, threads)
                 checks += found
                 results += of_sites
-            steps.done(f"{FORMS[form]}: some tokens fire")
+            done(f"{FORMS[form]}: some tokens fire")
             checks.append(unbaked(patched, FORMS[form]))
-            steps.done(f"{FORMS[form]}: unbaking")
+            done(f"{FORMS[form]}: unbaking")
     except AtPatchError as error:
         checks.append(Check("a patch", False, str(error)))
     return Rehearsal(True, runs.reason, len(sites), runs.shapes, nonfinite, mixing, tuple(checks), tuple(results))
-
-
-class _Steps:
-    """Counts what is done."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._count, self._total = progress, 0, total
-
-    def done(self, stage: str) -> None:
-        self._count += 1
-        self._progress(stage, self._count, self._total)

@@ -1,4 +1,4 @@
-"""Run the base, with given inputs or drawn ones."""
+"""Run the base, with given inputs or drawn ones; which of its outputs mix samples."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import RunError
+from atpatch_onnx.measuring.bits import by_sample, keeps_unflagged, without_flagged
 from atpatch_onnx.running.drawing import draw_inputs, input_shapes
 from atpatch_onnx.running.sessions import Array, Session
 
@@ -99,3 +101,25 @@ def _drawn(base: ir.Model, rng: np.random.Generator, samples: int) -> Iterator[M
         if not seen or (shapes != seen[-1] and values <= MAX_VALUES):
             yield draw_inputs(base, rng, samples=samples, length=length)
         seen.append(shapes)
+
+
+def mixing_outputs(base: ir.Model, runs: BaseRuns, flagged: NDArray[np.bool_], threads: int | None) -> tuple[str, ...]:
+    """Outputs of the base in which samples without a flag change when one of them stands in for those with a flag.
+
+    There, no sample keeps its bits when another changes, patched or not: the logits of CLIP compare every image with
+    every text, a router with limited places has samples compete for them, and dynamic quantization takes its scale
+    from the whole batch.
+    """
+    if flagged.all() or not flagged.any():
+        return ()
+    inputs = {name: without_flagged(array, flagged) for name, array in runs.inputs.items()}
+    level = runs.levels[0]
+    try:
+        found = Session(base, optimize=level.optimize, threads=threads).run(inputs)
+    except RunError:  # nothing is known to mix, and nothing is excused
+        return ()
+    return tuple(
+        name
+        for name, array in level.outputs.items()
+        if by_sample(array, len(flagged)) and not keeps_unflagged(array, found[name], flagged)
+    )

@@ -1,5 +1,6 @@
 """What comes out of a rehearsal."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -65,14 +66,4 @@ class Rehearsal:
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON types."""
-        return {
-            "passed": self.passed,
-            "runs": self.runs,
-            "reason": self.reason,
-            "found": self.found,
-            "inputs": {name: list(shape) for name, shape in self.inputs.items()},
-            "nonfinite": list(self.nonfinite),
-            "mixing": list(self.mixing),
-            "checks": [asdict(check) for check in self.checks],
-            "sites": [asdict(of_site) for of_site in self.sites],
-        }
+        return {"passed": self.passed, **json.loads(json.dumps(asdict(self)))}

@@ -151,11 +151,11 @@ def _output(layer: HiddenLayer) -> str:
 
 
 def _seen_in(outputs: Mapping[str, Array], site: AttentionSite | None) -> NDArray[np.bool_] | None:
-    """Which tokens are no padding, where a map tells."""
+    """Which tokens are no padding, bool `[samples, tokens]`, where a map tells: those that some query sees."""
     if site is None:
         return None
     (name,) = map_outputs([site]).values()
-    return _seen(canonical_map(outputs[name], site).astype(np.float32))
+    return np.asarray((canonical_map(outputs[name], site) > 0).any(axis=(1, 2)))
 
 
 def _with_activations(model: ir.Model, layers: Sequence[HiddenLayer], site: AttentionSite | None) -> ir.Model:
@@ -175,11 +175,6 @@ def _padding_site(model: ir.Model) -> AttentionSite | None:
     """The first self-attention, if something can be masked in it: it tells which tokens are padding."""
     first = next((site for site in find_sites(model) if site.self_attention and site.parts == 1), None)
     return first if first is not None and first.masked else None
-
-
-def _seen(map_: Array) -> NDArray[np.bool_]:
-    """Which keys of a map `[samples, heads, queries, keys]` some query sees, `[samples, keys]`."""
-    return np.asarray((map_ > 0).any(axis=(1, 2)), np.bool_)
 
 
 def _of_samples(h: Array, count: int, run: int) -> Array:

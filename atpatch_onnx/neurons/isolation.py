@@ -17,6 +17,7 @@ Where this differs from the paper:
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +82,13 @@ def isolate(
     """
     options = options or IsolationOptions()
     subject = prepare_units(as_model(model), debug, options, progress)
-    ranked = rank(subject, _means(subject, progress), progress=progress)
+    run: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "progress": progress,
+        "stage": "measuring mean activations",
+    }
+    measured = measure_activations(subject.model, subject.layers, subject.parts.validation, **run)
+    ranked = rank(subject, [layer.mean for layer in measured], progress=progress)
     validation = subject.judged(subject.parts.validation)
     most = min(options.most, len(ranked))
     settings = list(itertools.product(range(1, most + 1), several(options.epsilon, ())))
@@ -96,13 +103,7 @@ def isolate(
 def rank(
     subject: Subject, means: Sequence[NDArray[np.float64]], *, progress: Progress = silent
 ) -> tuple[Isolated, ...]:
-    """The finalists of the candidates, each frozen alone, the guiltiest first.
-
-    Args:
-        subject: Model, pairs and candidates.
-        means: Of every layer, `[units]`: what its units are frozen at.
-        progress: Told after every unit.
-    """
+    """The finalists of the candidates, each frozen alone at its layer's `means` `[units]`, the guiltiest first."""
     part = subject.judged(subject.some(subject.options.inputs))
     before = part.outcome(part.base)
     allowed = max(subject.options.goal.accuracy_loss, 1 / len(part.part))
@@ -133,19 +134,6 @@ def slots(count: int, most: int, epsilon: float, rng: np.random.Generator) -> li
         exchanged = rng.random() < epsilon and others
         ranks.append(others.pop(int(rng.integers(len(others)))) if exchanged else place)
     return sorted(ranks)
-
-
-def _means(subject: Subject, progress: Progress) -> list[NDArray[np.float64]]:
-    """The mean activation of every unit over the clean inputs of the validation part, `[units]` by layer."""
-    measured = measure_activations(
-        subject.model,
-        subject.layers,
-        subject.parts.validation,
-        batch_size=subject.options.batch_size,
-        progress=progress,
-        stage="measuring mean activations",
-    )
-    return [layer.mean for layer in measured]
 
 
 def _attempt(

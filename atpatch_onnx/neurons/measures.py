@@ -23,13 +23,7 @@ class Sides:
 
 
 class JudgedPart:
-    """A part in a trial. The base is run on it once.
-
-    Args:
-        trial: The session in which units are edited.
-        part: Pairs whose target, for a backdoor, is known.
-        batch_size: Inputs at a time.
-    """
+    """A part, its backdoor's target known, in a trial. The base is run on it once."""
 
     def __init__(self, trial: NeuronTrial, part: DebugSet, *, batch_size: int = 32) -> None:
         self.trial, self.part, self.batch_size = trial, part, batch_size

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from atpatch_onnx.errors import FitError
+from atpatch_onnx.errors import FitError, check_at_least, check_options
 from atpatch_onnx.fitting.goal import Goal
 
 Optimizer = Literal["swarm", "evolution"]
@@ -43,15 +43,9 @@ class NeuronOptions:
     """Write a patch that misses its goal, marked as such."""
 
     def __post_init__(self) -> None:
-        self._check("candidates", self.candidates is None or self.candidates >= 1, "at least 1, or None")
-        self._check("finalists", self.finalists >= 1, "at least 1")
-        self._check("inputs", self.inputs >= 1, "at least 1")
-        self._check("batch_size", self.batch_size >= 1, "at least 1")
-
-    def _check(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            found = repr(getattr(self, name))
-            raise FitError(f"option {name}", expected=expected, found=found, advice="Choose an allowed value.")
+        candidates = self.candidates is None or self.candidates >= 1
+        check_options(self, FitError, candidates=(candidates, "at least 1, or None"))
+        check_at_least(self, FitError, finalists=1, inputs=1, batch_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +61,9 @@ class IsolationOptions(NeuronOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("most", self.most >= 1, "at least 1")
-        self._check("epsilon", _all(several(self.epsilon, ()), 0, 1), "a number from 0 to 1, or some such numbers")
+        check_at_least(self, FitError, most=1)
+        epsilon = _all(several(self.epsilon, ()), 0, 1), "a number from 0 to 1, or some such numbers"
+        check_options(self, FitError, epsilon=epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +87,16 @@ class RepairOptions(NeuronOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        numbers = several(self.units, ())
-        weights = several(self.alpha, ())
-        self._check("units", self.units is None or _all(numbers, 1, float("inf")), "at least 1, or some such numbers")
-        self._check("alpha", self.alpha is None or _all(weights, 0, 1), "a number from 0 to 1, or some such numbers")
-        self._check("search_inputs", self.search_inputs >= 1, "at least 1")
-        self._check("optimizer", self.optimizer in ("swarm", "evolution"), "'swarm' or 'evolution'")
-        self._check("particles", self.particles >= 5, "at least 5")
-        self._check("iterations", self.iterations >= 1, "at least 1")
+        check_at_least(self, FitError, search_inputs=1, particles=5, iterations=1)
+        units = self.units is None or _all(several(self.units, ()), 1, float("inf"))
+        alpha = self.alpha is None or _all(several(self.alpha, ()), 0, 1)
+        check_options(
+            self,
+            FitError,
+            units=(units, "at least 1, or some such numbers"),
+            alpha=(alpha, "a number from 0 to 1, or some such numbers"),
+            optimizer=(self.optimizer in ("swarm", "evolution"), "'swarm' or 'evolution'"),
+        )
 
 
 def several(given: _Number | tuple[_Number, ...] | None, default: tuple[_Number, ...]) -> tuple[_Number, ...]:

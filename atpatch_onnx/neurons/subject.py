@@ -101,11 +101,6 @@ def finalists(
     """The candidates worth ranking on many pairs: those with the smallest figure on few, in the order of the graph.
 
     Successive halving (Jamieson and Talwalkar, AISTATS 2016), in one step.
-
-    Args:
-        subject: Model, pairs and candidates.
-        left: What is to be small, of a unit on some pairs.
-        progress: Told after every candidate.
     """
     count, candidates = subject.options.finalists, subject.candidates
     if len(candidates) <= count:

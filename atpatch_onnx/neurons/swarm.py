@@ -56,22 +56,10 @@ def minimise(
     start: float | None = None,
     rng: np.random.Generator,
 ) -> Minimum:
-    """Search by a particle swarm.
+    """Search by a particle swarm; `cost` is of a position `[dimensions]`, each coordinate from `low` to `high`.
 
-    Args:
-        cost: Of a position `[dimensions]`; called `particles` times an iteration, and as often at the beginning.
-        low: The smallest value of every coordinate.
-        high: The largest.
-        dimensions: How many coordinates there are.
-        particles: How many positions are tried at a time.
-        iterations: Stop after so many.
-        inertia: What share of its velocity a particle keeps.
-        personal: How strongly it is drawn to the best position it has been at.
-        social: How strongly to the best of all.
-        tolerance: Stop when the best cost fell by less than this
-        patience: over so many iterations.
-        start: One particle begins with this in every coordinate.
-        rng: Where chance comes from.
+    It is asked `particles` times at the beginning, and as often in each of the `iterations`. The search stops when the
+    best cost fell by less than `tolerance` over `patience` of them. One particle begins with `start` everywhere.
     """
     cost = _finite(cost)
     shape = (particles, dimensions)

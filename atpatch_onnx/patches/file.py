@@ -74,11 +74,7 @@ def to_bytes(patch: Patch) -> bytes:
 
 
 def save(patch: Patch, path: str | os.PathLike[str]) -> None:
-    """Write the patch; the file appears whole or not at all.
-
-    Raises:
-        PatchFileError: The target cannot be written.
-    """
+    """Write the patch; the file appears whole or not at all."""
     path = Path(path)
     try:
         write_whole(path, to_bytes(patch))
@@ -89,11 +85,7 @@ def save(patch: Patch, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Patch:
-    """Read a patch file.
-
-    Raises:
-        PatchFileError: The file is missing, damaged, no patch, of another schema, or its content does not match its id.
-    """
+    """Read a patch file."""
     path = Path(path)
     if not path.is_file():
         raise PatchFileError(

@@ -10,10 +10,7 @@ _ALWAYS = (
     ("Column", "The attention that one token receives from all others."),
     ("Flag", "A token that the detector calls anomalous by its key. Flags travel along to later sites."),
     ("Site", "One attention computation of the model: the unit that is patched."),
-    (
-        "Redistribution",
-        "Flagged tokens show a neutral key and hand over a neutral value.",
-    ),
+    ("Redistribution", "Flagged tokens show a neutral key and hand over a neutral value."),
     ("Neutral key and value", "The means over clean data at a site."),
     ("Counterfactual", "The same input with the trigger, or with the protected attribute changed."),
     ("Floor", "The share of clean inputs that the base sends to the target class anyway."),
@@ -25,10 +22,7 @@ _ALWAYS = (
     ),
     ("Precision, recall", "The share of flags that are right, and the share of anomalies that are flagged."),
     ("Separation", "Area under the ROC curve of token scores: 1 where anomalous ones are all above benign ones."),
-    (
-        "Gap",
-        "The lowest anomalous scores less the largest clean one, in deviations of benign scores.",
-    ),
+    ("Gap", "The lowest anomalous scores less the largest clean one, in deviations of benign scores."),
 )
 _BACKDOOR = (
     ("ASR", "Attack success rate: share of inputs of other classes that go to the target class once triggered."),

@@ -13,25 +13,9 @@ from atpatch_onnx.measuring.evaluate import Evaluation
 from atpatch_onnx.measuring.examples import Example, ExampleSide, Story
 from atpatch_onnx.measuring.verify import Verification
 from atpatch_onnx.patches.patch import Patch
-from atpatch_onnx.report import images, pictures
+from atpatch_onnx.report import images, pictures, rows
 from atpatch_onnx.report.glossary import terms
-from atpatch_onnx.report.rows import (
-    SiteRow,
-    before_after,
-    check_lines,
-    decimal,
-    detector_rows,
-    edit_rows,
-    goal_rows,
-    number,
-    pairs_used,
-    patch_id,
-    percent,
-    reading,
-    residual,
-    shown,
-    site_rows,
-)
+from atpatch_onnx.report.rows import decimal, number, percent, residual, shown
 from atpatch_onnx.report.svg import Picture
 from atpatch_onnx.report.verdict import judge, missed_goal
 from atpatch_onnx.running.metrics import Difference, Rate
@@ -79,7 +63,9 @@ def render(
     seconds: float | None,
 ) -> str:
     """The page."""
-    figures, sites = patch.figures, site_rows(patch.figures)
+    from atpatch_onnx import __version__  # here: the package's own __init__ may import this room
+
+    figures, sites = patch.figures, rows.site_rows(patch.figures)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("atpatch_onnx.report"),
         autoescape=True,
@@ -94,33 +80,27 @@ def render(
     }
     return environment.get_template("report.html.j2").render(
         title=shown(title),
-        version=_version(),
+        version=__version__,
         seconds=number(seconds),
         verdict=judge(patch, evaluation, verification),
         evaluation=evaluation,
-        metrics=() if evaluation is None else before_after(evaluation),
+        metrics=() if evaluation is None else rows.before_after(evaluation),
         tiles=_tiles(evaluation, verification),
-        detector=() if evaluation is None else detector_rows(evaluation),
+        detector=() if evaluation is None else rows.detector_rows(evaluation),
         curve=_curve(evaluation),
         cards=[_card(example, number) for number, example in enumerate(examples)],
         sites=sites,
-        edits=edit_rows(figures),
+        edits=rows.edit_rows(figures),
         contributions=_contributions(figures, sites),
         residual=residual(figures),
         verification=verification,
-        checks=[] if verification is None else check_lines(verification),
+        checks=[] if verification is None else rows.check_lines(verification),
         identity=_identity(patch),
-        goal=goal_rows(figures),
+        goal=rows.goal_rows(figures),
         missed=missed_goal(figures),
         terms=terms(patch.figures, evaluation),
         svg=_markup,
     )
-
-
-def _version() -> str:
-    from atpatch_onnx import __version__  # here: the package's own __init__ may import this room
-
-    return __version__
 
 
 def _markup(picture: Picture) -> Markup:
@@ -155,8 +135,8 @@ def _tiles(evaluation: Evaluation | None, verification: Verification | None) -> 
     return tiles
 
 
-def _contributions(figures: Mapping[str, Any], sites: tuple[SiteRow, ...]) -> Picture | None:
-    goal = goal_rows(figures)
+def _contributions(figures: Mapping[str, Any], sites: tuple[rows.SiteRow, ...]) -> Picture | None:
+    goal = rows.goal_rows(figures)
     reached, bound = (goal[0].reached, goal[0].bound) if goal else (None, None)
     elements = [element for site in sites for element in site.elements]
     return pictures.contributions(elements, reached, bound, residual(figures), "contributions")
@@ -164,23 +144,14 @@ def _contributions(figures: Mapping[str, Any], sites: tuple[SiteRow, ...]) -> Pi
 
 def _identity(patch: Patch | PatchRecord) -> list[tuple[str, str]]:
     """What the file says of itself, apart from its sites and its goal."""
-    figures = patch.figures
-    rows = [("Patch", patch_id(patch)), ("Base", shown(patch.base))]
+    found = rows.facts(patch)
     if isinstance(patch, PatchRecord):
-        rows.append(("Written as", "with If" if patch.conditional else "without If"))
-        rows.append(("Monitoring outputs", ", ".join(map(shown, patch.monitors)) or "none"))
-    if "kind" in figures:
-        kinds = {"backdoor": "a backdoor", "attribute": "leaning on a protected attribute"}
-        rows.append(("Against", kinds.get(str(figures["kind"]), shown(figures["kind"]))))
-    if figures.get("target") is not None:
-        rows.append(("Target class", shown(figures["target"])))
-    if read := reading(figures):
-        rows.append(("Detectors read", read))
-    if pairs := pairs_used(figures):
-        rows.append(("Pairs", pairs))
-    if number(figures.get("settings_tried")) is not None:
-        rows.append(("Settings tried", f"{figures['settings_tried']:,}"))
-    return rows
+        monitors = ", ".join(map(shown, patch.monitors)) or "none"
+        found[2:2] = [
+            ("Written as", "with If" if patch.conditional else "without If"),
+            ("Monitoring outputs", monitors),
+        ]
+    return found
 
 
 def _card(example: Example, number: int) -> _Card:

@@ -1,6 +1,7 @@
 """The pictures of a report. Nothing is told by colour alone: flags are marked, lines differ in dash, bars in hatch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -54,15 +55,8 @@ def _mark(at: Axes, columns: NDArray[np.int64]) -> None:
     """A triangle above each of these columns."""
     if not len(columns):
         return
-    at.plot(
-        columns,
-        np.full(len(columns), 1.04),
-        "v",
-        color=FLAG,
-        markersize=6,
-        transform=at.get_xaxis_transform(),
-        clip_on=False,
-    )
+    above: dict[str, Any] = {"transform": at.get_xaxis_transform(), "clip_on": False}
+    at.plot(columns, np.full(len(columns), 1.04), "v", color=FLAG, markersize=6, **above)
 
 
 def flagged_image(
@@ -84,8 +78,7 @@ def flagged_image(
         at = figure.add_axes((0.02, 0.02, 0.96, 0.96))
         at.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="none", extent=(0, width, height, 0))
         at.set_axis_off()
-        at.set_xlim(0, width)
-        at.set_ylim(height, 0)
+        at.set(xlim=(0, width), ylim=(height, 0))
         for token in np.flatnonzero(flags | anomalous):
             if token < grid.prefix:
                 continue
@@ -133,8 +126,7 @@ def received_attention(example: Example, number: int, name: str) -> Picture:
                 )
         _mark(at, np.flatnonzero(flags[:last]))
         at.set_title(_short(other.site), loc="left", pad=12, fontweight="bold")
-        at.set_xlabel("token")
-        at.set_ylabel("attention received")
+        at.set(xlabel="token", ylabel="attention received")
         at.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         at.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         at.margins(x=0.02)
@@ -175,12 +167,10 @@ def precision_recall(evaluation: Evaluation, name: str) -> Picture:
                 label=f"{label}, average precision {curve.average_precision:.3f}",
                 clip_on=False,
             )
-        at.set_xlim(0, 1.005)
-        at.set_ylim(0, 1.02)
         for axis in (at.xaxis, at.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
-        at.set_xlabel("recall: anomalies that are flagged")
-        at.set_ylabel("precision: flags that are right")
+        labels = {"xlabel": "recall: anomalies that are flagged", "ylabel": "precision: flags that are right"}
+        at.set(xlim=(0, 1.005), ylim=(0, 1.02), **labels)
         at.grid()
         at.legend(loc="lower left", handlelength=2.4)
         parts = [

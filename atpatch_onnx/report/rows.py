@@ -126,11 +126,6 @@ def decimal(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def patch_id(patch: Patch | PatchRecord) -> str:
-    """The patch's id."""
-    return shown(patch.id if isinstance(patch, Patch) else patch.patch)
-
-
 def residual(figures: Mapping[str, Any]) -> str:
     """What the fit drives down: the name of `remaining`."""
     return "flip rate" if figures.get("kind") == "attribute" else "ASR above floor"
@@ -140,24 +135,43 @@ def reading(figures: Mapping[str, Any]) -> str | None:
     """What detectors read and why, in words; None where the fit does not say."""
     kinds = {"linear": "one product with each token's key", "hidden": "each token's key, by a hidden layer"}
     chosen = kinds.get(str(figures.get("detectors")))
-    tried = figures.get("tried")
-    if chosen is None or not isinstance(tried, list):
-        return chosen
-    missed = [one for one in tried if isinstance(one, Mapping) and isinstance(one.get("shortfalls"), list)]
     others = [
         f"{shown(one.get('detectors', NONE))} ones missed {shown('; '.join(map(str, one['shortfalls'])))}"
-        for one in missed
+        for one in _entries(figures, "tried")
+        if isinstance(one.get("shortfalls"), list)
         if one["shortfalls"] and one.get("detectors") != figures.get("detectors")
     ]
-    return "; ".join([chosen, *others])
+    return chosen and "; ".join([chosen, *others])
 
 
-def pairs_used(figures: Mapping[str, Any]) -> str | None:
-    """How many pairs each part of the debug set had; None where the fit does not say."""
-    pairs = figures.get("pairs")
-    if not isinstance(pairs, Mapping):
-        return None
-    return ", ".join(f"{shown(pairs[part])} {part}" for part in ("fit", "calibration", "validation") if part in pairs)
+def _entries(figures: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The objects of a list."""
+    found = figures.get(key)
+    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else []
+
+
+def _object(figures: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = figures.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def facts(patch: Patch | PatchRecord) -> list[tuple[str, str]]:
+    """What a patch, or a patched file, says of itself, apart from its sites and its goal."""
+    figures = patch.figures
+    found = [("Patch", shown(patch.id if isinstance(patch, Patch) else patch.patch)), ("Base", shown(patch.base))]
+    if "kind" in figures:
+        kinds = {"backdoor": "a backdoor", "attribute": "leaning on a protected attribute"}
+        found.append(("Against", kinds.get(str(figures["kind"]), shown(figures["kind"]))))
+    if figures.get("target") is not None:
+        found.append(("Target class", shown(figures["target"])))
+    if read := reading(figures):
+        found.append(("Detectors read", read))
+    if pairs := _object(figures, "pairs"):
+        parts = (part for part in ("fit", "calibration", "validation") if part in pairs)
+        found.append(("Pairs", ", ".join(f"{shown(pairs[part])} {part}" for part in parts)))
+    if number(figures.get("settings_tried")) is not None:
+        found.append(("Settings tried", f"{figures['settings_tried']:,}"))
+    return found
 
 
 def before_after(evaluation: Evaluation) -> tuple[MetricRow, ...]:
@@ -199,7 +213,6 @@ def detector_rows(evaluation: Evaluation) -> tuple[DetectorRow, ...]:
 
 def site_rows(figures: Mapping[str, Any]) -> tuple[SiteRow, ...]:
     """What a patch says of its candidate sites."""
-    entries = figures.get("sites")
     return tuple(
         SiteRow(
             site=shown(entry.get("site", NONE)),
@@ -210,15 +223,13 @@ def site_rows(figures: Mapping[str, Any]) -> tuple[SiteRow, ...]:
             flag_rate=number(entry.get("clean_flag_rate")),
             elements=_elements(entry, figures),
         )
-        for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, Mapping)
+        for entry in _entries(figures, "sites")
     )
 
 
 def edit_rows(figures: Mapping[str, Any]) -> tuple[EditRow, ...]:
     """What a patch says of the hidden units that it edits; of several patches, all of theirs."""
-    composed = figures.get("composed")
-    own = [one for one in composed if isinstance(one, Mapping)] if isinstance(composed, list) else [figures]
+    own = _entries(figures, "composed") if isinstance(figures.get("composed"), list) else [figures]
     return tuple(
         EditRow(
             layer=shown(entry.get("layer", NONE)),
@@ -229,8 +240,7 @@ def edit_rows(figures: Mapping[str, Any]) -> tuple[EditRow, ...]:
             alone=_alone(entry, one),
         )
         for one in own
-        for entry in (one["units"] if isinstance(one.get("units"), list) else [])
-        if isinstance(entry, Mapping)
+        for entry in _entries(one, "units")
     )
 
 
@@ -243,12 +253,10 @@ def _alone(entry: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
 
 
 def _elements(entry: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[Element, ...]:
-    without = entry.get("without")
     found = []
     for key, role in (("detects", "detect"), ("redistributes", "redistribute")):
         if entry.get(key) is True:
-            outcome = without.get(role) if isinstance(without, Mapping) else None
-            outcome = outcome if isinstance(outcome, Mapping) else {}
+            outcome = _object(_object(entry, "without"), role)
             missed = [row.name for row in _goal(figures, outcome) if row.reached is not None and not row.met]
             left = number(outcome.get("remaining"))
             found.append(Element(shown(entry.get("site", NONE)), role, left, ", ".join(missed)))
@@ -257,13 +265,11 @@ def _elements(entry: Mapping[str, Any], figures: Mapping[str, Any]) -> tuple[Ele
 
 def goal_rows(figures: Mapping[str, Any]) -> tuple[GoalRow, ...]:
     """The goal of a fit and what it reached; empty for a patch that was not fitted."""
-    outcome = figures.get("outcome")
-    return tuple(_goal(figures, outcome if isinstance(outcome, Mapping) else {}))
+    return tuple(_goal(figures, _object(figures, "outcome")))
 
 
 def _goal(figures: Mapping[str, Any], outcome: Mapping[str, Any]) -> list[GoalRow]:
-    goal = figures.get("goal")
-    if not isinstance(goal, Mapping):
+    if not isinstance(goal := figures.get("goal"), Mapping):
         return []
     key = "flip_rate" if figures.get("kind") == "attribute" else "asr_above_floor"
     before, after = number(outcome.get("accuracy_base")), number(outcome.get("accuracy"))
@@ -273,13 +279,11 @@ def _goal(figures: Mapping[str, Any], outcome: Mapping[str, Any]) -> list[GoalRo
     rows = [
         GoalRow(residual(figures), number(goal.get(key)), number(outcome.get("remaining"))),
         GoalRow("accuracy lost", number(goal.get("accuracy_loss")), lost),
-        *(
-            [GoalRow("robust accuracy lost", number(goal.get("robust_accuracy_loss")), robust)]
-            if figures.get("kind") == "backdoor" and "robust_accuracy_loss" in goal
-            else []
-        ),
-        GoalRow("clean flag rate", number(goal.get("clean_flag_rate")), number(outcome.get("clean_flag_rate"))),
     ]
+    if figures.get("kind") == "backdoor" and "robust_accuracy_loss" in goal:
+        rows.append(GoalRow("robust accuracy lost", number(goal.get("robust_accuracy_loss")), robust))
+    flagged = number(outcome.get("clean_flag_rate"))
+    rows.append(GoalRow("clean flag rate", number(goal.get("clean_flag_rate")), flagged))
     missed, recall = number(goal.get("columns_missed")), number(outcome.get("recall"))
     if missed is not None and missed < 1:
         rows.append(GoalRow("anomalous columns missed", missed, None if recall is None else 1 - recall))

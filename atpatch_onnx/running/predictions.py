@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from atpatch_onnx.errors import RunError
 from atpatch_onnx.graph.names import PREFIX
 
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
 
 def prediction_output(model: ir.Model, name: str | None = None) -> str:
     """The output that predictions are read from: `name`, or the first float output `[batch, classes]`.
@@ -23,15 +25,11 @@ def prediction_output(model: ir.Model, name: str | None = None) -> str:
             return name
         raise _none(f"an output named {name!r}", names)
     for output in own:
-        if output.shape is not None and len(output.shape) == 2 and output.dtype is not None and _is_float(output.dtype):
+        if output.shape is not None and len(output.shape) == 2 and output.dtype in _FLOATS:
             return output.name or ""
     if len(own) == 1 and own[0].shape is None:
         return names[0]
     raise _none("a float output [batch, classes] to read predictions from", names)
-
-
-def _is_float(dtype: ir.DataType) -> bool:
-    return dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
 def _none(expected: str, names: list[str]) -> RunError:

@@ -129,7 +129,8 @@ class Session:
         size = self._fixed(batch)
         if size is None or len(next(iter(batch.values()))) >= size:
             return batch
-        return {name: _filled_up(array, size) for name, array in batch.items()}
+        missing = {name: np.repeat(array[-1:], size - len(array), axis=0) for name, array in batch.items()}
+        return {name: np.concatenate([array, missing[name]]) for name, array in batch.items()}
 
     def collect(
         self,
@@ -197,10 +198,6 @@ def _cut_off(output: Array, count: int, size: int) -> Array:
     """The samples that were asked for, where there is one axis for them."""
     by_sample = isinstance(output, np.ndarray) and output.ndim and len(output) == size
     return output[:count] if by_sample else output
-
-
-def _filled_up(array: Array, size: int) -> Array:
-    return np.concatenate([array, np.repeat(array[-1:], size - len(array), axis=0)])
 
 
 def _refused(where: str, expected: str, error: Exception) -> RunError:

@@ -46,15 +46,21 @@ class Stats:
 
     def since(self, before: "Stats") -> "Stats":
         """What was counted between an earlier reading and this one: a window of the traffic."""
+        return self._with(before, -1)
+
+    def plus(self, more: "Stats") -> "Stats":
+        """What was counted here and there."""
+        return self._with(more, 1)
+
+    def _with(self, other: "Stats", times: int) -> "Stats":
+        sites = {site: self.flagged_by_site.get(site, 0) for site in {**self.flagged_by_site, **other.flagged_by_site}}
         return Stats(
-            inferences=self.inferences - before.inferences,
-            flagged=self.flagged - before.flagged,
-            flagged_by_site={
-                site: count - before.flagged_by_site.get(site, 0) for site, count in self.flagged_by_site.items()
-            },
-            requests=self.requests - before.requests,
-            seconds=self.seconds - before.seconds,
-            latencies=tuple(now - then for now, then in zip(self.latencies, before.latencies, strict=True)),
+            inferences=self.inferences + times * other.inferences,
+            flagged=self.flagged + times * other.flagged,
+            flagged_by_site={site: n + times * other.flagged_by_site.get(site, 0) for site, n in sites.items()},
+            requests=self.requests + times * other.requests,
+            seconds=self.seconds + times * other.seconds,
+            latencies=tuple(n + times * m for n, m in zip(self.latencies, other.latencies, strict=True)),
         )
 
 
@@ -62,11 +68,7 @@ class Counters:
     """Counts requests; read them with `stats`."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inferences = self._flagged = self._requests = 0
-        self._seconds = 0.0
-        self._by_site: dict[str, int] = {}
-        self._latencies = [0] * (len(BUCKETS) + 1)
+        self._lock, self._stats = threading.Lock(), Stats()
 
     def count(
         self, flagged: NDArray[np.bool_], seconds: float, by_site: Mapping[str, NDArray[np.bool_]] | None = None
@@ -79,23 +81,12 @@ class Counters:
             by_site: Flags of the columns at each site, `[batch, columns]`.
         """
         sites = {site: int(flags.reshape(len(flags), -1).any(axis=1).sum()) for site, flags in (by_site or {}).items()}
+        bucket = bisect.bisect_left(BUCKETS, seconds)
+        latencies = tuple(int(number == bucket) for number in range(len(BUCKETS) + 1))
+        request = Stats(flagged.size, int(flagged.sum()), sites, 1, seconds, latencies)
         with self._lock:
-            self._requests += 1
-            self._inferences += flagged.size
-            self._flagged += int(flagged.sum())
-            self._seconds += seconds
-            self._latencies[bisect.bisect_left(BUCKETS, seconds)] += 1
-            for site, count in sites.items():
-                self._by_site[site] = self._by_site.get(site, 0) + count
+            self._stats = self._stats.plus(request)
 
     def stats(self) -> Stats:
         """What was counted so far."""
-        with self._lock:
-            return Stats(
-                inferences=self._inferences,
-                flagged=self._flagged,
-                flagged_by_site=dict(self._by_site),
-                requests=self._requests,
-                seconds=self._seconds,
-                latencies=tuple(self._latencies),
-            )
+        return self._stats

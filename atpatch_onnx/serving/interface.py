@@ -33,11 +33,7 @@ class Interface:
 
 
 def interface(model: ir.Model) -> Interface:
-    """Read a model's interface.
-
-    Raises:
-        ServingError: A tensor has no known type or rank.
-    """
+    """Read a model's interface."""
     known = weights(model)
     return Interface(
         inputs=tuple(_tensors(value for value in model.graph.inputs if value.name not in known)),

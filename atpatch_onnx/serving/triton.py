@@ -21,22 +21,10 @@ from atpatch_onnx.errors import ServingError
 from atpatch_onnx.files import staging
 from atpatch_onnx.serving.interface import Interface, ServedTensor, interface
 
-DTYPES = {
-    ir.DataType.BOOL: "TYPE_BOOL",
-    ir.DataType.UINT8: "TYPE_UINT8",
-    ir.DataType.UINT16: "TYPE_UINT16",
-    ir.DataType.UINT32: "TYPE_UINT32",
-    ir.DataType.UINT64: "TYPE_UINT64",
-    ir.DataType.INT8: "TYPE_INT8",
-    ir.DataType.INT16: "TYPE_INT16",
-    ir.DataType.INT32: "TYPE_INT32",
-    ir.DataType.INT64: "TYPE_INT64",
-    ir.DataType.FLOAT16: "TYPE_FP16",
-    ir.DataType.FLOAT: "TYPE_FP32",
-    ir.DataType.DOUBLE: "TYPE_FP64",
-    ir.DataType.STRING: "TYPE_STRING",
-    ir.DataType.BFLOAT16: "TYPE_BF16",
-}
+_SAME = ("BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "STRING")
+_RENAMED = {"FLOAT16": "FP16", "FLOAT": "FP32", "DOUBLE": "FP64", "BFLOAT16": "BF16"}
+
+DTYPES = {ir.DataType[name]: f"TYPE_{called}" for name, called in ({name: name for name in _SAME} | _RENAMED).items()}
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -101,11 +89,7 @@ def write_model_repository(
 
 
 def config_pbtxt(model: ir.Model, name: str, options: TritonOptions) -> str:
-    """The text of `config.pbtxt`.
-
-    Raises:
-        ServingError: A tensor has a type that Triton does not know, or no known one.
-    """
+    """The text of `config.pbtxt`."""
     seen = interface(model)
     return "\n".join(_config(seen, name, options, _parameters(model))) + "\n"
 
