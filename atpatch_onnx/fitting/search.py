@@ -60,7 +60,9 @@ class Search:
             """Than what was tried before: it is not run to the end."""
             return nearest is not None and best.nearness(goal) > nearest[1].nearness(goal)
 
-        for start in self._starts(names):
+        for start, least in self._starts(names):
+            if nearest is not None and least > nearest[1].excess(goal):
+                continue
             outcome = self._attempt(start, unless=farther)
             if outcome is None:
                 continue
@@ -71,25 +73,24 @@ class Search:
         assert nearest is not None, "the first set is run to the end"
         return nearest
 
-    def _starts(self, names: Sequence[str]) -> Iterator[list[Element]]:
-        """Sets to begin with, given the sites in graph order: few detectors first.
+    def _starts(self, names: Sequence[str]) -> Iterator[tuple[list[Element], float]]:
+        """Sets to begin with, given the sites in graph order, and by how much each exceeds the goal at best.
 
         Fewer that name the anomalous tokens are better than more that share one budget for false flags: the detectors
         of innocent sites would spend it. But a site detects too late for the sites before it, whose attention has
-        told the others of the anomaly by then; so sites are joined, those whose scores are farthest apart first. Only
-        sets that could meet the goal are tried, or the one that comes nearest to it; and all sites at last.
+        told the others of the anomaly by then; so sites are joined, those whose scores are farthest apart first. Sets
+        that could meet the goal come first, few detectors before many, then those that could come nearest to it.
         """
         ranked = sorted(names, key=self._calibration.gap, reverse=True)
         alone = list(ranked)
         if self._all:  # only flags of the first site reach all of them
             alone = list(names[:1])
             ranked = [*alone, *(name for name in ranked if name not in alone)]
-        sets = [*([name] for name in alone), *(ranked[:count] for count in range(2, len(names)))]
+        sets = [*([name] for name in alone), *(ranked[:count] for count in range(2, len(names) + 1))]
         excess = [self._at_best(detecting).excess(self._options.goal) for detecting in sets]
-        nearest = min(excess, default=0.0)
-        for detecting in (*(one for one, short in zip(sets, excess, strict=True) if short == nearest), ranked):
+        for detecting, least in sorted(zip(sets, excess, strict=True), key=lambda pair: pair[1]):
             first = min(names.index(name) for name in detecting)  # those before never have flags
-            yield [("detect", name) for name in detecting] + [("redistribute", name) for name in names[first:]]
+            yield [("detect", name) for name in detecting] + [("redistribute", name) for name in names[first:]], least
 
     def _at_best(self, names: Sequence[str]) -> Outcome:
         """The outcome if every input that these detectors flag were repaired; nothing is run."""
