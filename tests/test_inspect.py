@@ -81,7 +81,7 @@ def test_a_baked_detector_gives_the_margins_that_the_graph_gives(kind: str, cond
     baked = bake(model, patch, conditional=conditional)
     site = find_sites(model)[0]
     keys = run(with_outputs(model, [site.key.value]), feed)[site.key.value]
-    expected, allowed = baked_detector(baked, site.name).margins(keys, site.key)
+    expected, allowed = baked_detector(baked, site.name).margins(keys, site.key, len(keys))
     found = margins(model, patch, 0, feed)
     assert found.shape == expected.shape
     assert (np.abs(found - expected) <= allowed).all()

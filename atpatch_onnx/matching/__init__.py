@@ -9,7 +9,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from atpatch_onnx.matching import attention_op, fused, softmax
-from atpatch_onnx.matching.axes import token_axes
+from atpatch_onnx.matching.axes import token_axes, tokens_of
 from atpatch_onnx.matching.naming import site_names
 from atpatch_onnx.matching.places import key_place, value_place
 from atpatch_onnx.matching.provenance import Source, factors
@@ -108,6 +108,12 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
         which = "keys" if key is None else "values"
         reason = f"attention, but its {which} do not stand token by token in any tensor of the graph"
         return miss(candidate.nodes, reason, attention=True)
+    if any("n" not in place.axes for place in (key, value)) and not _countable(candidate, key, seen):
+        reason = (
+            "attention, but its maps and tokens share an axis, and neither how many maps a sample has is fixed nor how "
+            "many tokens a map has"
+        )
+        return miss(candidate.nodes, reason, attention=True)
     dtype = seen.dtype(candidate.output) or seen.dtype(candidate.query) or ir.DataType.UNDEFINED
     key, value = (_typed(place, dtype, seen) for place in (key, value))
     if candidate.bias is not None:
@@ -116,6 +122,13 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
             replace(place, bias=name, bias_start=start) for place, start in zip((key, value), starts, strict=True)
         )
     return key, value
+
+
+def _countable(candidate: Candidate, key: Place, seen: View) -> bool:
+    """Whether tokens can be told from maps that share an axis with them: by how many there are of either."""
+    if candidate.parts == 0:  # samples share a map: there is no other
+        return all(piece.size == 1 for piece in candidate.keys.pieces if piece.letter == "n")
+    return isinstance(candidate.parts, int) or isinstance(tokens_of(candidate, key, seen), int)
 
 
 def _typed(place: Place, dtype: ir.DataType, seen: View) -> Place:

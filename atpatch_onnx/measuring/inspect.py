@@ -50,12 +50,13 @@ class BakedDetector:
     output: Array | None
     threshold: Array
 
-    def margins(self, keys: Array, place: Place) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def margins(self, keys: Array, place: Place, maps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """How far each score is above the threshold, `[maps, tokens]`, and by how much float32 may round it.
 
         Args:
             keys: The tensor of the place.
             place: Of the site's keys.
+            maps: How many there are, which tells them from tokens on the same axis.
         """
         tokens = [axis for axis, letters in enumerate(place.axes) if letters]
         features = [axis for axis, letters in enumerate(place.axes) if not letters]
@@ -67,7 +68,11 @@ class BakedDetector:
             w = self.output.astype(np.float64)
             found, size = np.maximum(found + self.bias, 0) @ w, (size + np.abs(self.bias)) @ np.abs(w)
         found, size = found[..., 0] - self.threshold, size[..., 0] + np.abs(self.threshold)
-        if [letters for letters in place.axes if letters] == ["k", "n"]:
+        axes = [letters for letters in place.axes if letters]
+        if len(axes) == 1 and maps and found.size % maps == 0:  # else the file was edited, or there is no sample
+            sizes = (maps, -1) if axes == ["nk"] else (-1, maps)
+            found, size = found.reshape(sizes), size.reshape(sizes)
+        if axes in (["k", "n"], ["kn"]):
             found, size = found.T, size.T
         return found, _ROUNDING[place.dtype] * size
 
