@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from atpatch_onnx.matching import explain
+from atpatch_onnx.measuring.rehearse import rehearse
 
 CORPUS = Path(__file__).parents[2] / "shared" / "graphs"
 
@@ -36,10 +37,14 @@ def loader() -> ModuleType:
     return module
 
 
+SPREAD = ("prophetnet.a.onnx", "prophetnet.h.onnx")
+"""Each stream of predicted tokens attends on its own, and streams have an axis of their own in map, keys and values."""
+
+
 @pytest.fixture(scope="module")
 def sample() -> dict[str, onnx.ModelProto]:
     names = sorted(json.loads((CORPUS / "expected.json").read_text())["graphs"])
-    wanted = {*names[::SAMPLE_STEP], *ALWAYS}
+    wanted = {*names[::SAMPLE_STEP], *ALWAYS, *SPREAD}
     return {name: proto for name, proto in loader().graphs() if name in wanted}
 
 
@@ -56,3 +61,14 @@ def test_every_attention_is_a_site_or_a_near_miss(sample: dict[str, onnx.ModelPr
             wrong[name] = (found, [miss.reason for miss in matches.near_misses])
     assert len(sample) > 40
     assert wrong == {}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_maps_on_two_axes_are_patched_exactly(sample: dict[str, onnx.ModelProto], name: str) -> None:
+    model = ir.from_proto(sample[name])
+    sites = explain(model).sites
+    assert [site.parts for site in sites] == [1, 1, 1, 2, 1, 1, 2, 1]
+    assert all(site.key.spread == site.value.spread == (site.parts == 2) for site in sites)
+    result = rehearse(model)
+    assert result.passed, result.failures
+    assert result.runs

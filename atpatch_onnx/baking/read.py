@@ -82,19 +82,16 @@ def in_order(at: Insertion, site: AttentionSite, found: ir.Value, name: str) -> 
 
 
 def _maps_first(at: Insertion, site: AttentionSite, place: Place, found: ir.Value, width: int, name: str) -> ir.Value:
-    axes = [letters for letters in place.axes if letters]
-    if axes == ["n", "k"]:
-        return found
-    if len(axes) == 1 and isinstance(site.keys, int):  # holds for a batch of none, too, unlike what follows
-        sizes = [-1, site.keys] if axes == ["nk"] else [site.keys, -1]
+    if not place.apart and isinstance(site.keys, int):  # holds for a batch of none, too, unlike what follows
+        sizes = [-1, site.keys] if place.order == "nk" else [site.keys, -1]
         found = _reshaped(at, found, [*sizes, width], f"{name}/apart")
-    elif len(axes) == 1:
+    elif not place.apart:
         maps, rest = _maps(at, site, name), at.constant(f"{name}/rest", np.array([-1], np.int64))
-        both = [maps, rest] if axes == ["nk"] else [rest, maps]
+        both = [maps, rest] if place.order == "nk" else [rest, maps]
         both.append(at.constant(f"{name}/width", np.array([width], np.int64)))
         whole = at.op("Concat", *both, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
         found = at.op("Reshape", found, whole, name=f"{name}/apart")
-    if axes in (["k", "n"], ["kn"]):
+    if place.order == "kn":
         found = at.op("Transpose", found, name=f"{name}/maps_first", attributes=[ir.AttrInt64s("perm", [1, 0, 2])])
     return found
 

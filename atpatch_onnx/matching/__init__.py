@@ -108,10 +108,10 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
         which = "keys" if key is None else "values"
         reason = f"attention, but its {which} do not stand token by token in any tensor of the graph"
         return miss(candidate.nodes, reason, attention=True)
-    if any("n" not in place.axes for place in (key, value)) and not _countable(candidate, key, seen):
+    if not (key.apart and value.apart) and not _countable(candidate, key, seen):
         reason = (
-            "attention, but its maps and tokens share an axis, and neither how many maps a sample has is fixed nor how "
-            "many tokens a map has"
+            "attention, but its maps and tokens do not have an axis each, and neither how many maps a sample has is "
+            "fixed nor how many tokens a map has"
         )
         return miss(candidate.nodes, reason, attention=True)
     dtype = seen.dtype(candidate.output) or seen.dtype(candidate.query) or ir.DataType.UNDEFINED
@@ -125,7 +125,7 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
 
 
 def _countable(candidate: Candidate, key: Place, seen: View) -> bool:
-    """Whether tokens can be told from maps that share an axis with them: by how many there are of either."""
+    """Whether tokens can be told from maps that do not have an axis of their own: by how many there are of either."""
     if candidate.parts == 0:  # samples share a map: there is no other
         return all(piece.size == 1 for piece in candidate.keys.pieces if piece.letter == "n")
     return isinstance(candidate.parts, int) or isinstance(tokens_of(candidate, key, seen), int)

@@ -85,7 +85,7 @@ def token_axes(candidates: Sequence[Candidate], keys: Sequence[Place], view: Vie
 def tokens_of(site: Candidate, place: Place, view: View) -> Dim:
     """How many tokens a tensor has of one map; None where it is not known.
 
-    Where they share an axis with the maps, they are as many as meet the queries, if their numbers agree.
+    Where they share an axis with maps, they are as many as meet the queries, if their numbers agree.
     """
     shape = view.inferred.shapes.get(place.value)
     if shape is not None and "k" in place.axes:
@@ -94,7 +94,7 @@ def tokens_of(site: Candidate, place: Place, view: View) -> Dim:
     apart = None if met is None else split_by_axes(site.keys, met)
     if sizes is None or met is None or named is None or apart is None:
         return None
-    both = next(size for letters, size in zip(place.axes, sizes, strict=True) if letters)
+    both = prod(size for letters, size in zip(place.axes, sizes, strict=True) if letters)
     own = {part.axis: part.size for part in apart[1] if part.letter == "k"}
     maps = prod(part.size for part in apart[1] if part.letter == "n")
     alone = [axis for axis, size in own.items() if len(own) == 1 and size == met[axis] and maps * size == both]

@@ -56,7 +56,7 @@ class BakedDetector:
         Args:
             keys: The tensor of the place.
             place: Of the site's keys.
-            maps: How many there are, which tells them from tokens on the same axis.
+            maps: How many there are, which tells them from tokens where they do not have an axis each.
         """
         tokens = [axis for axis, letters in enumerate(place.axes) if letters]
         features = [axis for axis, letters in enumerate(place.axes) if not letters]
@@ -68,11 +68,10 @@ class BakedDetector:
             w = self.output.astype(np.float64)
             found, size = np.maximum(found + self.bias, 0) @ w, (size + np.abs(self.bias)) @ np.abs(w)
         found, size = found[..., 0] - self.threshold, size[..., 0] + np.abs(self.threshold)
-        axes = [letters for letters in place.axes if letters]
-        if len(axes) == 1 and maps and found.size % maps == 0:  # else the file was edited, or there is no sample
-            sizes = (maps, -1) if axes == ["nk"] else (-1, maps)
+        if not place.apart and maps and found.size % maps == 0:  # else the file was edited, or there is no sample
+            sizes = (maps, -1) if place.order == "nk" else (-1, maps)
             found, size = found.reshape(sizes), size.reshape(sizes)
-        if axes in (["k", "n"], ["kn"]):
+        if place.order == "kn":
             found, size = found.T, size.T
         return found, _ROUNDING[place.dtype] * size
 
