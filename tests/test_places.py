@@ -1,11 +1,13 @@
 """Where keys and values are found: as far back as they are per token and per head, for each way to write them."""
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 from models import FORMS, draw_patch, fire_on_some, run, same_bits, with_outputs
 from nudge import assert_places, entries
-from place_drafts import DEPTH, PAST, SAMPLES, TOKENS, Recipe, Written
+from place_drafts import DEPTH, HEADS, PAST, SAMPLES, TOKENS, Draft, Recipe, Written
 from place_nets import NEARER, RECIPES, WIDE, never_apart
 from test_matching_forms import text_model
 
@@ -208,3 +210,23 @@ def test_keys_that_are_weights_are_refused() -> None:
     (miss,) = explain(model).near_misses
     assert miss.attention
     assert "its keys do not stand token by token" in miss.reason
+
+
+def choosing(s: Draft) -> Written:
+    """Keys, their heads folded into the batch, are read for something else as well, as where they choose queries."""
+    q, k, v = (s.reshape(s.apart(s.linear("x")), -1, TOKENS, DEPTH) for _ in range(3))
+    scores = s.op("MatMul", q, s.transpose(k, 0, 2, 1))
+    y = s.op("MatMul", s.op("Softmax", scores, axis=-1), v)
+    y = s.reshape(s.transpose(s.reshape(y, -1, HEADS, TOKENS, DEPTH), 0, 2, 1, 3), 0, -1, HEADS * DEPTH)
+    return Written(y, "", "", extra=(s.op("Abs", k),))
+
+
+def test_keys_that_are_read_for_more_are_refused_with_the_tensor() -> None:
+    model, _ = Recipe(choosing).written()
+    matches = explain(model)
+    assert matches.sites == ()
+    (miss,) = matches.near_misses
+    assert miss.attention
+    (keys,) = re.findall("in any tensor that is read for it alone: (.*) is read for more$", miss.reason)
+    (transposed,) = [node for node in model.graph if node.outputs[0].name == keys]
+    assert transposed.op_type == "Transpose"

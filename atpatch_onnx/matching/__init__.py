@@ -11,7 +11,7 @@ import onnx_ir as ir
 from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes, tokens_of
 from atpatch_onnx.matching.naming import site_names
-from atpatch_onnx.matching.places import key_place, value_place
+from atpatch_onnx.matching.places import first_place, key_place, value_place
 from atpatch_onnx.matching.provenance import Source, factors
 from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
 from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss, Place
@@ -105,9 +105,7 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
     assert product is not None, "attention is computed by a node"
     value = None if key is None else value_place(candidate.values, product, key, order, seen)
     if key is None or value is None:
-        which = "keys" if key is None else "values"
-        reason = f"attention, but its {which} do not stand token by token in any tensor of the graph"
-        return miss(candidate.nodes, reason, attention=True)
+        return miss(candidate.nodes, _without_place(candidate, key, seen), attention=True)
     if not (key.apart and value.apart) and not _countable(candidate, key, seen):
         reason = (
             "attention, but its maps and tokens do not have an axis each, and neither how many maps a sample has is "
@@ -122,6 +120,19 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
             replace(place, bias=name, bias_start=start) for place, start in zip((key, value), starts, strict=True)
         )
     return key, value
+
+
+def _without_place(candidate: Candidate, key: Place | None, seen: View) -> str:
+    """Why there is no place for keys, or, where `key` is one, for values."""
+    which, pieces = ("keys", candidate.keys) if key is None else ("values", candidate.values)
+    other = first_place(pieces, seen)
+    if other is None:
+        where = "of the graph"
+    elif key is None:
+        where = f"that is read for it alone: {other} is read for more"
+    else:
+        where = f"that is read for it alone and behind its keys: {other} is read for more, or before"
+    return f"attention, but its {which} do not stand token by token in any tensor {where}"
 
 
 def _countable(candidate: Candidate, key: Place, seen: View) -> bool:

@@ -62,6 +62,12 @@ def value_place(values: Pieces, reader: ir.Node, key: Place, order: Mapping[str,
     return _best([place for place in _places(values, _Readers(reader), view) if in_time(place)])
 
 
+def first_place(pieces: Pieces, view: View) -> str | None:
+    """The nearest tensor with keys (or values) token by token, whoever else reads it."""
+    found = (_place(at, view) for at, _ in steps_back(pieces, view) if at.value.name not in view.static)
+    return next((place.value for place in found if place is not None), None)
+
+
 def _best(places: list[Place]) -> Place | None:
     """The last one with all maps on one axis, of keys (or values) alone where there is one; else the last one."""
     together = [place for place in places if not place.spread] or places
