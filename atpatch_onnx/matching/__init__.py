@@ -11,7 +11,7 @@ import onnx_ir as ir
 from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes, tokens_of
 from atpatch_onnx.matching.naming import site_names
-from atpatch_onnx.matching.places import first_place, key_place, value_place
+from atpatch_onnx.matching.places import first_place, key_place, value_place, without_cache
 from atpatch_onnx.matching.provenance import Source, factors
 from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
 from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss, Place
@@ -103,7 +103,10 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
     key = key_place(candidate.keys, candidate.key_reader, candidate.anchor, seen)
     product = candidate.output.producer()
     assert product is not None, "attention is computed by a node"
-    value = None if key is None else value_place(candidate.values, product, key, order, seen)
+    value = None
+    if key is not None:
+        cut = without_cache(key, candidate.keys, seen)
+        value = value_place(candidate.values, product, key, order, seen, cut=cut)
     if key is None or value is None:
         return miss(candidate.nodes, _without_place(candidate, key, seen), attention=True)
     if not (key.apart and value.apart) and not _countable(candidate, key, seen):
@@ -130,6 +133,8 @@ def _without_place(candidate: Candidate, key: Place | None, seen: View) -> str:
         where = "of the graph"
     elif key is None:
         where = f"that is read for it alone: {other} is read for more"
+    elif first_place(pieces, seen, cut=without_cache(key, candidate.keys, seen)) is None:
+        where = f"with the tokens that {key.value} has of its keys, as where a cache joins one of both earlier"
     else:
         where = f"that is read for it alone and behind its keys: {other} is read for more, or before"
     return f"attention, but its {which} do not stand token by token in any tensor {where}"

@@ -40,7 +40,9 @@ def key_place(keys: Pieces, reader: ir.Node, anchor: ir.Node, view: View) -> Pla
     return _best(_places(keys, _Readers(reader, anchor), view))
 
 
-def value_place(values: Pieces, reader: ir.Node, key: Place, order: Mapping[str, int], view: View) -> Place | None:
+def value_place(
+    values: Pieces, reader: ir.Node, key: Place, order: Mapping[str, int], view: View, *, cut: bool
+) -> Place | None:
     """Where values are replaced: flags are known behind the keys, so only nodes behind these may read them.
 
     Args:
@@ -49,6 +51,7 @@ def value_place(values: Pieces, reader: ir.Node, key: Place, order: Mapping[str,
         key: Where the site's keys are replaced.
         order: Position of each value's node in the graph.
         view: The graph.
+        cut: Whether the keys are there without those of a cache that meet the queries as well: so must values be.
     """
     known = order.get(key.value, -1)
 
@@ -59,13 +62,22 @@ def value_place(values: Pieces, reader: ir.Node, key: Place, order: Mapping[str,
         readers = [reader] if place.reader is not None else uses
         return all(order.get(_first_output(node), known + 1) > known for node in readers)
 
-    return _best([place for place in _places(values, _Readers(reader), view) if in_time(place)])
+    found = [place for place in _places(values, _Readers(reader), view) if in_time(place)]
+    return _best([place for place in found if without_cache(place, values, view) == cut])
 
 
-def first_place(pieces: Pieces, view: View) -> str | None:
-    """The nearest tensor with keys (or values) token by token, whoever else reads it."""
+def first_place(pieces: Pieces, view: View, *, cut: bool | None = None) -> str | None:
+    """The nearest tensor with keys (or values) token by token, whoever else reads it; `cut` as of `value_place`."""
     found = (_place(at, view) for at, _ in steps_back(pieces, view) if at.value.name not in view.static)
-    return next((place.value for place in found if place is not None), None)
+    known = (place for place in found if place is not None)
+    return next((at.value for at in known if cut is None or without_cache(at, pieces, view) == cut), None)
+
+
+def without_cache(place: Place, met: Pieces, view: View) -> bool:
+    """Whether a place has fewer tokens than meet the queries (or the map): others came out of a cache."""
+    sizes = view.inferred.sizes[place.value]
+    own = prod(size for letters, size in zip(place.axes, sizes, strict=True) if letters)
+    return own != prod(piece.size for piece in met.pieces if piece.letter in "nk")
 
 
 def _best(places: list[Place]) -> Place | None:
