@@ -238,7 +238,7 @@ ARCHITECTURES = {
         {"embed_dim": 16, "image_size": [32, 32], "patch_kernel": [7, 7], "patch_stride": [4, 4],
          "patch_padding": [3, 3], "depths": [1, 1], "num_heads": [2, 4], "num_query_pool": 1, "query_stride": [2, 2],
          "masked_unit_size": [4, 4], "masked_unit_attention": [True, False]},
-        IMAGE32, 2, refused=2,
+        IMAGE32, 2,
     ),
     "mobilevit": Architecture(
         "MobileViTModel",

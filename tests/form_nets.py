@@ -368,6 +368,8 @@ FORMS = {
     "one head of values": Form(one_head_of_values, kv_heads=1),
     "windows in the batch": Form(windows_in_the_batch, parts=WINDOWS, keys=WINDOW),
     "windows and heads in the batch": Form(windows_and_heads_in_the_batch, **FOLDED, parts=WINDOWS, keys=WINDOW),
+    "windows on an axis": Form(windows_on_an_axis, "bwhqk", parts=WINDOWS, keys=WINDOW),
+    "windows behind heads": Form(windows_behind_heads, "bhwqk", parts=WINDOWS, keys=WINDOW),
     "all samples in one sequence": Form(all_samples_in_one_sequence, parts=0, keys=None, masked=True),
     "transposed": Form(transposed, "nhkq"),
     "FusedMatMul": Form(fused_transposed, opsets=MICROSOFT),
@@ -382,10 +384,7 @@ FORMS = {
     "half precision, windows": Form(windows_in_the_batch, parts=WINDOWS, keys=WINDOW, half=True),
 }
 
-SPREAD = "its keys do not stand token by token"
 REFUSED = {
-    "windows on an axis": (Form(windows_on_an_axis), SPREAD),
-    "windows behind heads": (Form(windows_behind_heads), SPREAD),
     "windows outside the batch": (Form(windows_outside_the_batch), "its parts, such as windows, come before"),
 }
-"""Where no tensor has maps and tokens on axes of their own, or maps are not in the order of samples; and the reason."""
+"""Where maps are not in the order of samples; and the reason."""

@@ -5,6 +5,7 @@ The nets are built with onnx.helper, so that nothing of the package is used to m
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -412,17 +413,28 @@ def see(patched: ir.Model, base: ir.Model, feed: Mapping[str, np.ndarray]) -> di
     for site in chosen:
         key, value = places[site.site].key, places[site.site].value
         pairs = [[found[name] for name in handed[site.site, place.value]] for place in (key, value)]
-        laid_out = [[in_axes(array, place) for array in pair] for pair, place in zip(pairs, (key, value), strict=True)]
+        maps = len(found[site.margin])
+        laid_out = [
+            [in_axes(array, place, maps) for array in pair] for pair, place in zip(pairs, (key, value), strict=True)
+        ]
         result[site.site] = Seen(*laid_out[0], *laid_out[1], flags=found[site.margin][..., 0] > 0)
     return result
 
 
-def in_axes(array: np.ndarray, place: Place) -> np.ndarray:
-    """The keys or values that a tensor holds, `[maps, heads, tokens, depth]`."""
+def in_axes(array: np.ndarray, place: Place, maps: int | None = None) -> np.ndarray:
+    """The keys or values that a tensor holds, `[maps, heads, tokens, depth]`.
+
+    Args:
+        array: The tensor.
+        place: Where it holds them.
+        maps: How many there are; None where they have an axis of their own.
+    """
     tokens = [axis for axis, letters in enumerate(place.axes) if letters]
     features = [axis for axis, letters in enumerate(place.axes) if not letters]
-    assert len(tokens) == 2, "maps and tokens on axes of their own"
-    flat = array.transpose(tokens + features).reshape(*(array.shape[axis] for axis in tokens), -1)
-    if [place.axes[axis] for axis in tokens] == ["k", "n"]:
+    maps = array.shape[place.axes.index("n")] if maps is None else maps
+    maps_first = "".join(place.axes).startswith("n")
+    flat = array.transpose(tokens + features)
+    flat = flat.reshape(*((maps, -1) if maps_first else (-1, maps)), prod(place.sizes))
+    if not maps_first:
         flat = flat.swapaxes(0, 1)
     return flat[..., place.columns.reshape(-1)].reshape(*flat.shape[:2], place.heads, place.depth).swapaxes(1, 2)

@@ -29,10 +29,9 @@ def entry_positions(place: Place, shape: tuple[int, ...], maps: int) -> np.ndarr
     tokens = [axis for axis, letters in enumerate(place.axes) if letters]
     features = [axis for axis, letters in enumerate(place.axes) if not letters]
     flat = np.arange(prod(shape)).reshape(shape).transpose(tokens + features)
-    axes = [place.axes[axis] for axis in tokens]
-    sizes = {("n", "k"): flat.shape[:2], ("k", "n"): flat.shape[:2], ("nk",): (maps, -1), ("kn",): (-1, maps)}
-    flat = flat.reshape(*sizes[tuple(axes)], prod(place.sizes))
-    if axes in (["k", "n"], ["kn"]):
+    maps_first = "".join(place.axes).startswith("n")
+    flat = flat.reshape(*((maps, -1) if maps_first else (-1, maps)), prod(place.sizes))
+    if not maps_first:
         flat = flat.swapaxes(0, 1)
     chosen = flat[..., place.columns.reshape(-1)]
     return chosen.reshape(*chosen.shape[:2], place.heads, place.depth).swapaxes(1, 2)
@@ -93,7 +92,9 @@ def _assert_values(model: ir.Model, site: AttentionSite, feed: Feed, atol: float
     product = new @ np.repeat(V, P.shape[1] // V.shape[1], axis=1)
     if V.shape[2] < P.shape[3]:
         return
-    nearest = min(_distance(product, Y, order) for order in itertools.permutations(range(4)))
+    parts = site.parts if isinstance(site.parts, int) and site.parts else 1
+    product = product.reshape(-1, parts, *product.shape[1:])  # windows may stand anywhere
+    nearest = min(_distance(product, Y, order) for order in itertools.permutations(range(5)))
     assert nearest <= atol * max(1.0, float(np.abs(Y).max())), f"{site.name}: {nearest}"
 
 

@@ -148,7 +148,7 @@ def test_the_probe_hands_out_keys_and_values_sample_by_sample(form: Form, batch:
     inner = run(with_outputs(model, names, sites[0].key.dtype), feed)
     for site in sites:
         for place, name in ((site.key, key_output(site)), (site.value, value_output(site))):
-            own, found = in_axes(inner[place.value], place).astype(np.float32), seen[name]
+            own, found = in_axes(inner[place.value], place, SAMPLES * form.parts or 1).astype(np.float32), seen[name]
             _, heads, tokens, depth = own.shape
             assert found.shape == (SAMPLES, TOKENS, heads * depth)
             for sample in range(SAMPLES):

@@ -83,7 +83,7 @@ def test_a_baked_detector_gives_the_margins_that_the_graph_gives(kind: str, cond
     baked = bake(model, patch, conditional=conditional)
     site = find_sites(model)[0]
     keys = run(with_outputs(model, [site.key.value]), feed)[site.key.value]
-    expected, allowed = margins_of(baked_detector(baked, site.name), keys, site.key)
+    expected, allowed = margins_of(baked_detector(baked, site.name), keys, site.key, len(keys))
     found = margins(model, patch, 0, feed)
     assert found.shape == expected.shape
     assert (np.abs(found - expected) <= allowed).all()

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from atpatch_onnx.matching import explain
+from atpatch_onnx.measuring.rehearse import rehearse
 
 CORPUS = Path(__file__).parents[2] / "shared" / "graphs"
 
@@ -36,10 +37,22 @@ def loader() -> ModuleType:
     return module
 
 
+SPREAD = ("prophetnet.a.onnx", "prophetnet.h.onnx")
+"""Each stream of predicted tokens attends on its own, and streams have an axis of their own in map, keys and values."""
+
+
+REASONS = {
+    "ernie4_5.h.onnx": "at /m/model/layers.0/self_attn/Reshape sizes do not fit, [3, 2, 512] and [3, 2, 3, 128]",
+    "patchtst.i.onnx": "positional_encoder/Add sizes do not fit, [past_values_0, 4, 2, 32] and [4, 32]",
+    "informer_dec.a.onnx": "in any tensor that is read for it alone: transpose is read for more",
+}
+"""Of the first refused attention: exports that no input runs, and keys that choose the queries."""
+
+
 @pytest.fixture(scope="module")
 def sample() -> dict[str, onnx.ModelProto]:
     names = sorted(json.loads((CORPUS / "expected.json").read_text())["graphs"])
-    wanted = {*names[::SAMPLE_STEP], *ALWAYS}
+    wanted = {*names[::SAMPLE_STEP], *ALWAYS, *SPREAD, *REASONS}
     return {name: proto for name, proto in loader().graphs() if name in wanted}
 
 
@@ -56,3 +69,21 @@ def test_every_attention_is_a_site_or_a_near_miss(sample: dict[str, onnx.ModelPr
             wrong[name] = (found, [miss.reason for miss in matches.near_misses])
     assert len(sample) > 40
     assert wrong == {}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_maps_on_two_axes_are_patched_exactly(sample: dict[str, onnx.ModelProto], name: str) -> None:
+    model = ir.from_proto(sample[name])
+    sites = explain(model).sites
+    assert [site.parts for site in sites] == [1, 1, 1, 2, 1, 1, 2, 1]
+    assert all(site.key.spread == site.value.spread == (site.parts == 2) for site in sites)
+    result = rehearse(model)
+    assert result.passed, result.failures
+    assert result.runs
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_reasons_say_what_is_wrong(sample: dict[str, onnx.ModelProto], name: str) -> None:
+    refused = [miss.reason for miss in explain(ir.from_proto(sample[name])).near_misses if miss.attention]
+    assert len(refused) == 2
+    assert REASONS[name] in refused[0]

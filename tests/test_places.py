@@ -1,12 +1,15 @@
 """Where keys and values are found: as far back as they are per token and per head, for each way to write them."""
 
+import re
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 from models import FORMS, draw_patch, fire_on_some, run, same_bits, with_outputs
 from nudge import assert_places, entries
-from place_drafts import DEPTH, PAST, SAMPLES, TOKENS, Recipe, Written
-from place_nets import NEARER, RECIPES, WIDE, never_apart
+from place_drafts import DEPTH, HEADS, KV_HEADS, KV_WIDTH, PAST, SAMPLES, TOKENS, Draft, Recipe, Written
+from place_nets import NEARER, RECIPES, WIDE, never_apart, repeated
 from test_matching_forms import text_model
 
 from atpatch_onnx.baking.bake import bake
@@ -15,6 +18,7 @@ from atpatch_onnx.baking.read import own_bias
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.matching import explain, find_sites
 from atpatch_onnx.matching.sites import AttentionSite, Form, Place
+from atpatch_onnx.measuring.rehearse import rehearse
 from atpatch_onnx.measuring.verify import verify
 
 ALL = {**RECIPES, **NEARER}
@@ -208,3 +212,55 @@ def test_keys_that_are_weights_are_refused() -> None:
     (miss,) = explain(model).near_misses
     assert miss.attention
     assert "its keys do not stand token by token" in miss.reason
+
+
+def later_values(s: Draft, *, normed: tuple[str, ...]) -> Written:
+    """With a cache; a mean over tokens stops the way back behind it, for keys or for values."""
+    q, k, v = s.linear("x"), s.linear("x", KV_WIDTH), s.linear("x", KV_WIDTH)
+    found = {}
+    for name, y in (("key", k), ("value", v)):
+        found[name] = s.op("Concat", f"past_{name}", s.apart(y, KV_HEADS), axis=2)
+        if name in normed:
+            found[name] = s.op("Div", found[name], s.op("ReduceMean", s.op("Abs", found[name]), s.sizes(2), keepdims=1))
+    y = s.attention(s.apart(q), repeated(s, found["key"]), repeated(s, found["value"]))
+    return Written(y, found["key"], found["value"])
+
+
+@pytest.mark.parametrize("normed", [("key",), ("key", "value")], ids=["keys", "both"])
+def test_values_are_replaced_with_the_tokens_that_the_keys_have(normed: tuple[str, ...]) -> None:
+    """Where keys stand behind a cache, so do values, although the way back leads on: flags are of all tokens."""
+    recipe = Recipe(partial(later_values, normed=normed), ("n", "", "k", ""), heads=KV_HEADS, cache=True)
+    model, written, site = site_of(recipe)
+    assert (site.key.value, site.value.value) == (written.key, written.value)
+    assert site.keys == TOKENS + PAST
+    assert_places(model, recipe.feed())
+    result = rehearse(model, recipe.feed())
+    assert result.passed, result.failures
+
+
+def test_values_without_the_tokens_that_the_keys_have_are_refused() -> None:
+    matches = explain(Recipe(partial(later_values, normed=("value",)), heads=KV_HEADS, cache=True).written()[0])
+    assert matches.sites == ()
+    (miss,) = matches.near_misses
+    assert miss.attention
+    assert "its values do not stand token by token in any tensor with the tokens that" in miss.reason
+
+
+def choosing(s: Draft) -> Written:
+    """Keys, their heads folded into the batch, are read for something else as well, as where they choose queries."""
+    q, k, v = (s.reshape(s.apart(s.linear("x")), -1, TOKENS, DEPTH) for _ in range(3))
+    scores = s.op("MatMul", q, s.transpose(k, 0, 2, 1))
+    y = s.op("MatMul", s.op("Softmax", scores, axis=-1), v)
+    y = s.reshape(s.transpose(s.reshape(y, -1, HEADS, TOKENS, DEPTH), 0, 2, 1, 3), 0, -1, HEADS * DEPTH)
+    return Written(y, "", "", extra=(s.op("Abs", k),))
+
+
+def test_keys_that_are_read_for_more_are_refused_with_the_tensor() -> None:
+    model, _ = Recipe(choosing).written()
+    matches = explain(model)
+    assert matches.sites == ()
+    (miss,) = matches.near_misses
+    assert miss.attention
+    (keys,) = re.findall("in any tensor that is read for it alone: (.*) is read for more$", miss.reason)
+    (transposed,) = [node for node in model.graph if node.outputs[0].name == keys]
+    assert transposed.op_type == "Transpose"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.values import find_value, sample_input
-from atpatch_onnx.matching.sites import AttentionSite, Dim, Place
+from atpatch_onnx.matching.sites import AttentionSite, Place
 from atpatch_onnx.patches.patch import Array, Detector
 
 
@@ -78,25 +78,32 @@ def _reshaped(at: Insertion, value: ir.Value, shape: Sequence[int], name: str) -
 
 def in_order(at: Insertion, site: AttentionSite, found: ir.Value, name: str) -> ir.Value:
     """`[*tokens, 1]` of a site's keys, the axes of tokens as the place has them, as `[B, K, 1]`."""
-    return _maps_first(at, site.key, site.keys, found, 1, name)
+    return _maps_first(at, site, site.key, found, 1, name)
 
 
-def _maps_first(at: Insertion, place: Place, tokens: Dim, found: ir.Value, width: int, name: str) -> ir.Value:
-    axes = [letters for letters in place.axes if letters]
-    if axes == ["n", "k"]:
-        return found
-    if len(axes) == 1 and isinstance(tokens, int):
-        sizes = [-1, tokens] if axes == ["nk"] else [tokens, -1]
+def _maps_first(at: Insertion, site: AttentionSite, place: Place, found: ir.Value, width: int, name: str) -> ir.Value:
+    if not place.apart and isinstance(site.keys, int):  # holds for a batch of none, too, unlike what follows
+        sizes = [-1, site.keys] if place.order == "nk" else [site.keys, -1]
         found = _reshaped(at, found, [*sizes, width], f"{name}/apart")
-    elif len(axes) == 1:  # as many maps as samples: else the place would not do (`matching.places`)
-        maps, rest = samples(at, name), at.constant(f"{name}/rest", np.array([-1], np.int64))
-        both = [maps, rest] if axes == ["nk"] else [rest, maps]
+    elif not place.apart:
+        maps, rest = _maps(at, site, name), at.constant(f"{name}/rest", np.array([-1], np.int64))
+        both = [maps, rest] if place.order == "nk" else [rest, maps]
         both.append(at.constant(f"{name}/width", np.array([width], np.int64)))
         whole = at.op("Concat", *both, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
         found = at.op("Reshape", found, whole, name=f"{name}/apart")
-    if axes in (["k", "n"], ["kn"]):
+    if place.order == "kn":
         found = at.op("Transpose", found, name=f"{name}/maps_first", attributes=[ir.AttrInt64s("perm", [1, 0, 2])])
     return found
+
+
+def _maps(at: Insertion, site: AttentionSite, name: str) -> ir.Value:
+    """The number of maps, int64 `[1]`; matching refuses a place that asks for it where it is not known."""
+    if site.parts == 0:
+        return at.constant(f"{name}/maps", np.array([1], np.int64))
+    if site.parts == 1:
+        return samples(at, name)
+    parts = at.constant(f"{name}/parts", np.array([site.parts], np.int64))
+    return at.op("Mul", samples(at, name), parts, name=f"{name}/maps")
 
 
 def samples(at: Insertion, name: str) -> ir.Value:
@@ -125,7 +132,7 @@ def read_features(at: Insertion, site: AttentionSite, place: Place, name: str) -
         found = at.op("Gather", found, where, name=f"{name}/own", attributes=[ir.AttrInt64("axis", -1)])
     if own is not None:
         found = at.op("Add", found, at.constant(f"{name}/bias", own.reshape(-1)), name=f"{name}/biased")
-    found = _maps_first(at, place, site.keys if place is site.key else None, found, place.features, name)
+    found = _maps_first(at, site, place, found, place.features, name)
     return per_sample(at, site, found, place.features, f"{name}/per_sample")
 
 

@@ -94,7 +94,7 @@ def replace_tokens(at: Insertion, replacement: Replacement, decision: Decision) 
     columns = None if replacement.columns is None else at.constant("columns", replacement.columns)
 
     def replaced(into: Insertion, name: str) -> ir.Value:
-        flags = _laid_out(into, place, decision.flags, name)
+        flags = _laid_out(into, place, value, decision.flags, name)
         if columns is not None:
             flags = into.op("And", flags, columns, name=f"{name}/flagged_columns")
         return into.op("Where", flags, neutral, value, name=name, shape=place.shape, dtype=dtype)
@@ -123,17 +123,13 @@ def _as_replaced(graph: ir.Graph, value: ir.Value) -> ir.Value:
     return value
 
 
-def _laid_out(at: Insertion, place: Place, flags: ir.Value, name: str) -> ir.Value:
+def _laid_out(at: Insertion, place: Place, value: ir.Value, flags: ir.Value, name: str) -> ir.Value:
     """Flags `[B, K, 1]` such that they broadcast to the tensor of a place."""
-    axes = [letters for letters in place.axes if letters]
     rank = len(place.axes)
-    if len(axes) == 1:  # maps and tokens in one
-        if axes == ["kn"]:
-            flags = _transposed(at, flags, name)
-        sizes = [-1 if letters else 1 for letters in place.axes]
-        return at.op("Reshape", flags, at.constant(f"{name}/sizes", np.array(sizes, np.int64)), name=f"{name}/laid_out")
-    if axes == ["k", "n"]:
+    if place.order == "kn":
         flags = _transposed(at, flags, name)
+    if not place.apart:
+        return at.op("Reshape", flags, _sizes_of_tokens(at, place, value, name), name=f"{name}/laid_out")
     features = [axis for axis, letters in enumerate(place.axes) if not letters]
     if place.axes[-1]:  # the last axis is one of tokens: none is left for the features
         flags = at.op("Squeeze", flags, at.constant("last", np.array([2], np.int64)), name=f"{name}/squeezed")
@@ -144,6 +140,19 @@ def _laid_out(at: Insertion, place: Place, flags: ir.Value, name: str) -> ir.Val
     assert len(features) + (2 if place.axes[-1] else 3) == rank, "every axis is one of tokens or features"
     where = at.constant(f"{name}/axes", np.array(features, np.int64))
     return at.op("Unsqueeze", flags, where, name=f"{name}/laid_out")
+
+
+def _sizes_of_tokens(at: Insertion, place: Place, value: ir.Value, name: str) -> ir.Value:
+    """The shape of the tensor of a place with ones for features, int64; as weights, but for several free axes."""
+    known = place.shape or (None,) * len(place.axes)
+    sizes = [(size if isinstance(size, int) else -1) if own else 1 for own, size in zip(place.axes, known, strict=True)]
+    if sum(bool(own) for own in place.axes) == 1:
+        sizes = [-1 if own else 1 for own in place.axes]
+    if sizes.count(-1) <= 1:
+        return at.constant(f"{name}/sizes", np.array(sizes, np.int64))
+    of_tokens = at.constant(f"{name}/of_tokens", np.array([bool(own) for own in place.axes]))
+    ones = at.constant(f"{name}/ones", np.ones(len(sizes), np.int64))
+    return at.op("Where", of_tokens, at.op("Shape", value, name=f"{name}/shape"), ones, name=f"{name}/sizes")
 
 
 def _transposed(at: Insertion, flags: ir.Value, name: str) -> ir.Value:

@@ -9,9 +9,9 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from atpatch_onnx.matching import attention_op, fused, softmax
-from atpatch_onnx.matching.axes import token_axes
+from atpatch_onnx.matching.axes import token_axes, tokens_of
 from atpatch_onnx.matching.naming import site_names
-from atpatch_onnx.matching.places import key_place, value_place
+from atpatch_onnx.matching.places import first_place, key_place, value_place, without_cache
 from atpatch_onnx.matching.provenance import Source, factors
 from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
 from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss, Place
@@ -103,10 +103,17 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
     key = key_place(candidate.keys, candidate.key_reader, candidate.anchor, seen)
     product = candidate.output.producer()
     assert product is not None, "attention is computed by a node"
-    value = None if key is None else value_place(candidate.values, product, key, order, seen)
+    value = None
+    if key is not None:
+        cut = without_cache(key, candidate.keys, seen)
+        value = value_place(candidate.values, product, key, order, seen, cut=cut)
     if key is None or value is None:
-        which = "keys" if key is None else "values"
-        reason = f"attention, but its {which} do not stand token by token in any tensor of the graph"
+        return miss(candidate.nodes, _without_place(candidate, key, seen), attention=True)
+    if not (key.apart and value.apart) and not _countable(candidate, key, seen):
+        reason = (
+            "attention, but its maps and tokens do not have an axis each, and neither how many maps a sample has is "
+            "fixed nor how many tokens a map has"
+        )
         return miss(candidate.nodes, reason, attention=True)
     dtype = seen.dtype(candidate.output) or seen.dtype(candidate.query) or ir.DataType.UNDEFINED
     key, value = (_typed(place, dtype, seen) for place in (key, value))
@@ -116,6 +123,28 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
             replace(place, bias=name, bias_start=start) for place, start in zip((key, value), starts, strict=True)
         )
     return key, value
+
+
+def _without_place(candidate: Candidate, key: Place | None, seen: View) -> str:
+    """Why there is no place for keys, or, where `key` is one, for values."""
+    which, pieces = ("keys", candidate.keys) if key is None else ("values", candidate.values)
+    other = first_place(pieces, seen)
+    if other is None:
+        where = "of the graph"
+    elif key is None:
+        where = f"that is read for it alone: {other} is read for more"
+    elif first_place(pieces, seen, cut=without_cache(key, candidate.keys, seen)) is None:
+        where = f"with the tokens that {key.value} has of its keys, as where a cache joins one of both earlier"
+    else:
+        where = f"that is read for it alone and behind its keys: {other} is read for more, or before"
+    return f"attention, but its {which} do not stand token by token in any tensor {where}"
+
+
+def _countable(candidate: Candidate, key: Place, seen: View) -> bool:
+    """Whether tokens can be told from maps that do not have an axis of their own: by how many there are of either."""
+    if candidate.parts == 0:  # samples share a map: there is no other
+        return all(piece.size == 1 for piece in candidate.keys.pieces if piece.letter == "n")
+    return isinstance(candidate.parts, int) or isinstance(tokens_of(candidate, key, seen), int)
 
 
 def _typed(place: Place, dtype: ir.DataType, seen: View) -> Place:

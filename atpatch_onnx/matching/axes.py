@@ -15,6 +15,7 @@ axis. Where the flow is not understood, a site gets an axis of its own: flags ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import onnx_ir as ir
 
@@ -70,7 +71,7 @@ def token_axes(candidates: Sequence[Candidate], keys: Sequence[Place], view: Vie
     axes = []
     for site, key in zip(candidates, keys, strict=True):
         queries, own = (origins.get(name, frozenset()) for name in (str(site.query.name), key.value))
-        tokens = _tokens(site, key, view)
+        tokens = tokens_of(site, key, view)
         sizes = (site.parts, tokens)
         same = [name for name, others, size in known if others & own and size == sizes]
         whole = site.parts in (0, 1) and tokens is not None
@@ -81,21 +82,23 @@ def token_axes(candidates: Sequence[Candidate], keys: Sequence[Place], view: Vie
     return axes
 
 
-def _tokens(site: Candidate, key: Place, view: View) -> Dim:
+def tokens_of(site: Candidate, place: Place, view: View) -> Dim:
     """How many tokens a tensor has of one map; None where it is not known.
 
-    Where they share an axis with the maps, they are as many as meet the queries, if their numbers agree.
+    Where they share an axis with maps, they are as many as meet the queries, if their numbers agree.
     """
-    shape = view.inferred.shapes.get(key.value)
-    if shape is not None and "k" in key.axes:
-        return shape[key.axes.index("k")]
-    sizes, met, named = view.inferred.sizes.get(key.value), view.sizes(site.keys.value), view.shape(site.keys.value)
+    shape = view.inferred.shapes.get(place.value)
+    if shape is not None and "k" in place.axes:
+        return shape[place.axes.index("k")]
+    sizes, met, named = view.inferred.sizes.get(place.value), view.sizes(site.keys.value), view.shape(site.keys.value)
     apart = None if met is None else split_by_axes(site.keys, met)
-    if sizes is None or met is None or named is None or apart is None or site.parts != 1 or view.samples is None:
+    if sizes is None or met is None or named is None or apart is None:
         return None
-    both = next(size for letters, size in zip(key.axes, sizes, strict=True) if letters)
-    found = {part.axis for part in apart[1] if part.letter == "k"}
-    return next((named[axis] for axis in found if len(found) == 1 and view.samples * met[axis] == both), None)
+    both = prod(size for letters, size in zip(place.axes, sizes, strict=True) if letters)
+    own = {part.axis: part.size for part in apart[1] if part.letter == "k"}
+    maps = prod(part.size for part in apart[1] if part.letter == "n")
+    alone = [axis for axis, size in own.items() if len(own) == 1 and size == met[axis] and maps * size == both]
+    return next((named[axis] for axis in alone), None)
 
 
 def _origins(candidates: Sequence[Candidate], view: View) -> dict[str, frozenset[str]]:

@@ -1,8 +1,9 @@
 """Where a site's keys and values are read and replaced: as far back as they are per token.
 
 The last tensor on the way back (`pieces`) with the maps and the tokens each on an axis of their own, or both on one,
-that holds nothing but the keys (or the values) and that nobody else reads. Where queries, keys and values are one
-tensor that nobody cuts apart, it is that one, and a replacement leaves its other columns as they are.
+that holds nothing but the keys (or the values) and that nobody else reads. Where there is none, the maps may be spread
+over several axes, as samples and windows are. Where queries, keys and values are one tensor that nobody cuts apart, it
+is that one, and a replacement leaves its other columns as they are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +40,9 @@ def key_place(keys: Pieces, reader: ir.Node, anchor: ir.Node, view: View) -> Pla
     return _best(_places(keys, _Readers(reader, anchor), view))
 
 
-def value_place(values: Pieces, reader: ir.Node, key: Place, order: Mapping[str, int], view: View) -> Place | None:
+def value_place(
+    values: Pieces, reader: ir.Node, key: Place, order: Mapping[str, int], view: View, *, cut: bool
+) -> Place | None:
     """Where values are replaced: flags are known behind the keys, so only nodes behind these may read them.
 
     Args:
@@ -48,6 +51,7 @@ def value_place(values: Pieces, reader: ir.Node, key: Place, order: Mapping[str,
         key: Where the site's keys are replaced.
         order: Position of each value's node in the graph.
         view: The graph.
+        cut: Whether the keys are there without those of a cache that meet the queries as well: so must values be.
     """
     known = order.get(key.value, -1)
 
@@ -58,13 +62,28 @@ def value_place(values: Pieces, reader: ir.Node, key: Place, order: Mapping[str,
         readers = [reader] if place.reader is not None else uses
         return all(order.get(_first_output(node), known + 1) > known for node in readers)
 
-    return _best([place for place in _places(values, _Readers(reader), view) if in_time(place)])
+    found = [place for place in _places(values, _Readers(reader), view) if in_time(place)]
+    return _best([place for place in found if without_cache(place, values, view) == cut])
+
+
+def first_place(pieces: Pieces, view: View, *, cut: bool | None = None) -> str | None:
+    """The nearest tensor with keys (or values) token by token, whoever else reads it; `cut` as of `value_place`."""
+    found = (_place(at, view) for at, _ in steps_back(pieces, view) if at.value.name not in view.static)
+    known = (place for place in found if place is not None)
+    return next((at.value for at in known if cut is None or without_cache(at, pieces, view) == cut), None)
+
+
+def without_cache(place: Place, met: Pieces, view: View) -> bool:
+    """Whether a place has fewer tokens than meet the queries (or the map): others came out of a cache."""
+    sizes = view.inferred.sizes[place.value]
+    own = prod(size for letters, size in zip(place.axes, sizes, strict=True) if letters)
+    return own != prod(piece.size for piece in met.pieces if piece.letter in "nk")
 
 
 def _best(places: list[Place]) -> Place | None:
-    """The last one of keys (or values) alone, else the last one."""
-    whole = [place for place in places if place.whole]
-    found = whole or places
+    """The last one with all maps on one axis, of keys (or values) alone where there is one; else the last one."""
+    together = [place for place in places if not place.spread] or places
+    found = [place for place in together if place.whole] or together
     return found[-1] if found else None
 
 
@@ -130,10 +149,10 @@ def _first_output(node: ir.Node) -> str:
 
 
 def _each_in_one(own: Sequence[Part], parts: Sequence[Part]) -> bool:
-    """Whether an axis has all of one letter and then all of the other, outer ones first, as windows of a grid do not.
+    """Whether there is all of one letter and then all of the other, outer ones first, as windows of a grid are not.
 
     Args:
-        own: The parts on the axis, outer ones first.
+        own: The parts of maps and tokens, outer ones first.
         parts: All parts, those of a letter in their order.
     """
     runs = [letter for letter, _ in groupby(own, key=lambda part: part.letter)]
@@ -148,7 +167,7 @@ def _place(pieces: Pieces, view: View) -> Place | None:
     if shape is None or apart is None:
         return None
     start, parts = apart
-    axes = []
+    axes, outer_first = [], []
     for axis, extent in enumerate(shape):
         own = sorted((part for part in parts if part.axis == axis), key=lambda part: -part.step)
         letters = "".join(dict.fromkeys(part.letter for part in own if part.letter in "nk"))
@@ -156,12 +175,15 @@ def _place(pieces: Pieces, view: View) -> Place | None:
             dense = all(one.step == other.step * other.size for one, other in pairwise(own))
             lone = all(part.letter in letters or part.size == 1 for part in own)
             whole = not start[axis] and prod(part.size for part in own) == extent
-            if not (dense and lone and whole and _each_in_one([part for part in own if part.size > 1], parts)):
+            if not (dense and lone and whole):
                 return None
+            outer_first += [part for part in own if part.size > 1]
         axes.append(letters)
     known = view.shape(pieces.value) or ()
     unknown = [letters for letters, size in zip(axes, known, strict=True) if not (letters or isinstance(size, int))]
-    if sorted("".join(axes)) != ["k", "n"] or unknown:
+    order = "".join(letter for letter, _ in groupby("".join(axes)))
+    tokens = [letters for letters in axes if "k" in letters]
+    if order not in ("nk", "kn") or len(tokens) != 1 or unknown or not _each_in_one(outer_first, parts):
         return None
     sizes = tuple(1 if letters else extent for letters, extent in zip(axes, shape, strict=True))
     strides = [prod(sizes[axis + 1 :]) for axis in range(len(sizes))]

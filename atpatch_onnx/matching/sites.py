@@ -51,7 +51,11 @@ class Place:
     """Name of the tensor."""
 
     axes: tuple[str, ...]
-    """What each of its axes is: `n` maps, `k` tokens, `nk` or `kn` both in one, outer ones first, "" features."""
+    """What each of its axes is: `n` maps, `k` tokens, `nk` or `kn` both in one, outer ones first, "" features.
+
+    Maps may be spread over several axes, as samples and windows are: outer ones first, all before or all behind the
+    tokens.
+    """
 
     sizes: tuple[int, ...]
     """Size of each axis of features; 1 for the others."""
@@ -89,6 +93,21 @@ class Place:
     def whole(self) -> bool:
         """Whether a token's features are all that the tensor has of it: not where Q, K and V are in one."""
         return math.prod(self.sizes) == self.features
+
+    @property
+    def order(self) -> str:
+        """What of maps and tokens comes first: `nk` or `kn`."""
+        return "".join(dict.fromkeys("".join(self.axes)))
+
+    @property
+    def apart(self) -> bool:
+        """Whether maps and tokens have one axis each."""
+        return sorted(letters for letters in self.axes if letters) == ["k", "n"]
+
+    @property
+    def spread(self) -> bool:
+        """Whether the maps stand on several axes."""
+        return sum("n" in letters for letters in self.axes) > 1
 
     @property
     def columns(self) -> NDArray[np.int64]:

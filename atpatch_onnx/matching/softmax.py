@@ -12,6 +12,7 @@ from math import prod
 import onnx_ir as ir
 
 from atpatch_onnx.matching import chains
+from atpatch_onnx.matching.contradictions import contradiction
 from atpatch_onnx.matching.keys import keys_of
 from atpatch_onnx.matching.layout import Layout
 from atpatch_onnx.matching.leading import Axis, Leading, name_leading
@@ -149,9 +150,9 @@ def _site(softmax: _Softmax, scores: chains.Product, meeting: chains.Meeting, vi
     values = _values(product, named, leading, view)
     if keys is None or values is None:
         which = "keys" if keys is None else "values"
-        return miss(
-            nodes, f"attention, but it cannot be told which entries of its {which} are of which token", attention=True
-        )
+        reason = f"attention, but it cannot be told which entries of its {which} are of which token"
+        wrong = contradiction(view)
+        return miss(nodes, reason if wrong is None else f"{reason}: {wrong}, so that no input runs", attention=True)
     return Candidate(
         anchor=softmax.node,
         form=Form.SOFTMAX,

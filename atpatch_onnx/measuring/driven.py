@@ -43,9 +43,9 @@ class Replaced:
         """Whether flagged tokens are neutral and all others keep their bits."""
         if margin.ndim != 3 or margin.shape[2] != 1:
             return False
-        flags = self._laid_out(margin > 0)
-        chosen = flags if self.columns is None else flags & self.columns
         try:
+            flags = self._laid_out(margin > 0, before.shape)
+            chosen = flags if self.columns is None else flags & self.columns
             fits = np.broadcast_shapes(chosen.shape, self.neutral.shape, before.shape) == before.shape
         except ValueError:
             fits = False
@@ -54,16 +54,14 @@ class Replaced:
         expected = np.where(chosen, self.neutral, before)
         return expected.dtype == after.dtype and expected.shape == after.shape and expected.tobytes() == after.tobytes()
 
-    def _laid_out(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Flags `[maps, tokens, 1]` such that they broadcast to the tensor."""
-        axes = [letters for letters in self.place.axes if letters]
-        found = flags[..., 0]
-        if axes in (["k", "n"], ["kn"]):
-            found = found.T
-        if len(axes) == 1:
-            found = found.reshape(-1)
-        sizes = iter(found.shape)
-        return found.reshape([next(sizes) if letters else 1 for letters in self.place.axes])
+    def _laid_out(self, flags: NDArray[np.bool_], shape: Sequence[int]) -> NDArray[np.bool_]:
+        """Flags `[maps, tokens, 1]` such that they broadcast to the tensor, of this shape.
+
+        Raises:
+            ValueError: They do not.
+        """
+        found = flags[..., 0].T if self.place.order == "kn" else flags[..., 0]
+        return found.reshape([size if letters else 1 for letters, size in zip(self.place.axes, shape, strict=True)])
 
 
 def replaced_in(model: ir.Model, sites: Sequence[AttentionSite]) -> list[Replaced]:

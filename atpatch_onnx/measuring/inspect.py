@@ -27,13 +27,16 @@ def axis_sites(base: ir.Model, record: PatchRecord) -> tuple[AttentionSite, ...]
     return tuple(site for site in sites if site.token_axis in axes) or sites
 
 
-def margins(detector: BakedDetector, keys: Array, place: Place) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def margins(
+    detector: BakedDetector, keys: Array, place: Place, maps: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How far each score is above the threshold, `[maps, tokens]`, and by how much float32 may round it.
 
     Args:
         detector: As its file has it.
         keys: The tensor of the place.
         place: Of the site's keys.
+        maps: How many there are, which tells them from tokens where they do not have an axis each.
     """
     tokens = [axis for axis, letters in enumerate(place.axes) if letters]
     features = [axis for axis, letters in enumerate(place.axes) if not letters]
@@ -45,7 +48,10 @@ def margins(detector: BakedDetector, keys: Array, place: Place) -> tuple[NDArray
         w = detector.output.astype(np.float64)
         found, size = np.maximum(found + detector.bias, 0) @ w, (size + np.abs(detector.bias)) @ np.abs(w)
     found, size = found[..., 0] - detector.threshold, size[..., 0] + np.abs(detector.threshold)
-    if [letters for letters in place.axes if letters] == ["k", "n"]:
+    if not place.apart and maps and found.size % maps == 0:  # else the file was edited, or there is no sample
+        sizes = (maps, -1) if place.order == "nk" else (-1, maps)
+        found, size = found.reshape(sizes), size.reshape(sizes)
+    if place.order == "kn":
         found, size = found.T, size.T
     return found, _ROUNDING[place.dtype] * size
 

@@ -168,7 +168,8 @@ class _Tally:
         for patched, site in self.look.sites:
             if patched.own is not None:
                 own = inner[patched.own]
-                expected, allowed = margins(self.look.detectors[patched.site], inner[self.look.read(patched)], site.key)
+                keys, maps = inner[self.look.read(patched)], len(own) if own.ndim else 0
+                expected, allowed = margins(self.look.detectors[patched.site], keys, site.key, maps)
                 found = (
                     own.astype(np.float64).reshape(expected.shape)
                     if own.size == expected.size
