@@ -10,8 +10,8 @@
     atp.verify("model.onnx", "patched.onnx", pairs).raise_if_failed()
 
 These names are what most people need; the rest is imported from the rooms, such as `atpatch_onnx.neurons`. A module is
-imported when a name of it is first used: listing a model's sites takes neither onnxscript nor onnxruntime, which
-together take longer to import than it does.
+imported when a name of it is first used: listing a model's sites takes neither onnxruntime nor torch, which take longer
+to import than it does.
 """
 
 import typing
