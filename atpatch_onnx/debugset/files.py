@@ -32,8 +32,8 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from atpatch_onnx.debugset.arrays import Array, one_line
-from atpatch_onnx.errors import DebugSetError
+from atpatch_onnx.debugset.arrays import Array
+from atpatch_onnx.errors import DebugSetError, one_line
 
 HEADER = "debugset.json"
 FORMAT = "atpatch-onnx debug set"

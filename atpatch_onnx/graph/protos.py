@@ -1,8 +1,8 @@
 """Walks over the tensors of a file as protobuf holds them, before onnx-ir has seen it."""
 
+import math
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -11,6 +11,8 @@ def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor of a file: weights and attributes, in subgraphs and functions too."""
     yield from _graph_tensors(model.graph)
     for function in model.functions:
+        yield from (attribute.t for attribute in function.attribute_proto if attribute.HasField("t"))
+        yield from (tensor for attribute in function.attribute_proto for tensor in attribute.tensors)
         yield from attribute_tensors(function.node)
 
 
@@ -33,6 +35,5 @@ def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes a tensor's elements take; 4-bit types are packed two to a byte."""
-    count = int(np.prod([max(int(size), 0) for size in tensor.dims], dtype=np.int64)) if tensor.dims else 1
-    return (count * ir.DataType(tensor.data_type).bitwidth + 7) // 8
+    """Bytes a tensor's elements take; types of less than a byte are packed."""
+    return (math.prod(map(int, tensor.dims)) * ir.DataType(tensor.data_type).bitwidth + 7) // 8
