@@ -1,4 +1,4 @@
-"""Reading arrays out of a `.npz` archive that is not trusted: nothing unfolds to more than its own header says.
+"""Reading arrays out of files that are not trusted: nothing unfolds to more than its own header says.
 
 A zip's members may be packed a million to one (bzip2, lzma), and a member's header may claim any size. So a member is
 unpacked only where numpy's `savez` and `savez_compressed` could have packed it, and an array is only made where the
@@ -8,6 +8,7 @@ bytes for it can be there: stored as they are, or by deflate, which makes a thou
 import io
 import math
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,16 +45,31 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[An
     return array
 
 
+def map_file(path: Path) -> NDArray[Any]:
+    """The array in a `.npy` file, which stays on disk.
+
+    Raises:
+        ValueError: The file is shorter than its header says, or has elements without bytes.
+        Exception: What numpy raises for damaged ones.
+    """
+    with path.open("rb") as file:
+        size = _array_bytes(file.read(_HEADER))
+    if size > path.stat().st_size:
+        raise ValueError(f"{path.stat().st_size} bytes, and a header of an array of {size}")
+    array: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    return array
+
+
 def _array_bytes(start: bytes) -> int:
     """How large the array is that a header announces."""
     file = io.BytesIO(start)
     version = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = header(file)
-    return check_shape(shape, dtype)
+    return _checked_bytes(shape, dtype)
 
 
-def check_shape(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+def _checked_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
     """The bytes of an array of this shape.
 
     Raises:

@@ -32,7 +32,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from atpatch_onnx.debugset.archives import check_shape, read_member
+from atpatch_onnx.debugset.archives import map_file, read_member
 from atpatch_onnx.debugset.arrays import Array
 from atpatch_onnx.errors import DebugSetError, one_line
 
@@ -239,8 +239,7 @@ def _read_folder(path: Path) -> tuple[str | None, dict[str, Array]]:
     for file in files:
         key = file.relative_to(path).as_posix().removesuffix(".npy")
         with _refusing_damage(str(file)):
-            arrays[key] = np.lib.format.open_memmap(file, mode="r")
-            check_shape(arrays[key].shape, arrays[key].dtype)
+            arrays[key] = map_file(file)
     if not (path / HEADER).is_file():
         return None, arrays
     with _refusing_damage(str(path / HEADER)), (path / HEADER).open("rb") as stream:

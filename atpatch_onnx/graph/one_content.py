@@ -8,9 +8,8 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from atpatch_onnx.graph.one_schema import Refusal
-from atpatch_onnx.graph.protos import tensor_bytes
+from atpatch_onnx.graph.protos import TYPED, tensor_bytes
 
-_TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _TWICE = frozenset({TensorProto.COMPLEX64, TensorProto.COMPLEX128})
 """Types whose elements are two numbers each."""
 
@@ -66,7 +65,7 @@ def _kept(tensor: TensorProto) -> Iterator[str]:
     """The fields that hold content."""
     if tensor.HasField("raw_data"):
         yield "raw_data"
-    yield from (name for name in _TYPED if len(getattr(tensor, name)))
+    yield from (name for name in TYPED if len(getattr(tensor, name)))
     if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
         yield "external data"
 
@@ -86,13 +85,13 @@ def _check_typed(tensor: TensorProto, kind: ir.DataType, field: str, refusal: Re
     if field != wanted:
         raise refusal(where, f"elements of type {kind.name} in {wanted}", f"some in {field}")
     elements = math.prod(tensor.dims)
-    packed = kind.bitwidth in (2, 4)
-    count = -(-elements * kind.bitwidth // 8) if packed else elements * (2 if tensor.data_type in _TWICE else 1)
+    bits = 8 if kind is ir.DataType.STRING else kind.bitwidth
+    count = -(-elements * bits // 8) if bits in (2, 4) else elements * (2 if tensor.data_type in _TWICE else 1)
     held = getattr(tensor, field)
     if len(held) != count:
         raise refusal(where, f"{count} entries in {field}", f"{len(held)} for {list(tensor.dims)}")
     if field == "int32_data" or kind is ir.DataType.UINT32:
-        bits = 1 if kind is ir.DataType.BOOL else max(kind.bitwidth, 8)
+        bits = 1 if kind is ir.DataType.BOOL else max(bits, 8)
         lowest = -(2 ** (bits - 1)) if 8 <= bits <= 32 and field == "int32_data" else 0
         numbers = np.array(held)
         if numbers.size and (int(numbers.min()) < lowest or int(numbers.max()) >= 2**bits):

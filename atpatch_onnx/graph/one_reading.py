@@ -13,8 +13,9 @@ import onnx
 from onnx import AttributeProto
 
 from atpatch_onnx.errors import ModelFileError
-from atpatch_onnx.graph.one_calls import check_calls, domain
+from atpatch_onnx.graph.one_calls import check_calls, domain, nodes_within
 from atpatch_onnx.graph.one_content import check_content
+from atpatch_onnx.graph.one_operators import check_operators
 from atpatch_onnx.graph.one_schema import Refusal, check_schema
 from atpatch_onnx.graph.protos import tensors
 
@@ -36,6 +37,9 @@ _CONTENT = {
 }
 """The field that holds an attribute of each type."""
 
+_DEVICES = 11
+"""The IR version that brought devices; writers of older ones leave them out."""
+
 _MESSAGES = ("t", "g", "sparse_tensor", "tp")
 """Fields that must be there: nothing stands for a tensor or a graph by default."""
 
@@ -52,7 +56,7 @@ def check_one_reading(model: onnx.ModelProto, path: Path) -> None:
             f"{path}: {where}" if where else str(path),
             expected=expected,
             found=found,
-            advice="Readers understand such a file differently: do not run it; export the model again.",
+            advice="Others understand such a file differently, or not at all: do not run it; export the model again.",
         )
 
     check_schema(model, refusal)
@@ -60,6 +64,7 @@ def check_one_reading(model: onnx.ModelProto, path: Path) -> None:
         check_content(tensor, refusal)
     check_calls(model, refusal)
     _Reading(path, refusal).model(model)
+    check_operators(model, refusal)
 
 
 class _Reading:
@@ -74,7 +79,7 @@ class _Reading:
             raise self._unsupported("training_info", "a model for inference", "how to train it", "Take that out")
         self._opsets(model.opset_import, "the model")
         self._entries(model.metadata_props, "the model")
-        self._once((entry.name for entry in model.configuration), "the model", "device configuration")
+        self._devices(model)
         for tensor in tensors(model):
             self._entries(tensor.metadata_props, f"the tensor {tensor.name!r}")
         self.graph(model.graph, frozenset())
@@ -95,7 +100,8 @@ class _Reading:
                 found = "a default value in external data"
                 raise self._unsupported(where, "default values in the file itself", found, "Take them in")
         self._types(function.value_info, where)
-        self.nodes(function.node, set(function.input), frozenset(), where, True)
+        known = self.nodes(function.node, set(function.input), frozenset(), where, True)
+        self._there(function.output, known, where)
 
     def graph(self, graph: onnx.GraphProto, outer: Set[str], within: bool = False) -> None:
         """Check a graph; `outer` are the names that it sees around it, `within` whether a function holds it."""
@@ -113,18 +119,22 @@ class _Reading:
         self._types([*graph.input, *graph.output, *graph.value_info], where)
         self._same_types(graph, where)
         self._annotations(graph, where)
-        self.nodes(graph.node, {*inputs, *weights}, outer, where, within)
+        known = self.nodes(graph.node, {*inputs, *weights}, outer, where, within)
+        self._there([value.name for value in graph.output], known | outer, where)
 
     def nodes(
         self, nodes: Iterable[onnx.NodeProto], known: set[str], outer: Set[str], where: str, within: bool
-    ) -> None:
-        """Each value is computed once, and none hides one that its graph sees around it."""
+    ) -> Set[str]:
+        """Each value is computed once, before it is used, and hides none around its graph; answers those of nodes."""
         for name in known & outer:
             raise self._refusal(where, "names that the graphs around it do not have", f"{name!r}, which one has")
         for node in nodes:
             place = f"node {node.name!r} ({node.op_type}) of {where}"
             if not node.op_type:
                 raise self._refusal(place, "an operator", "none")
+            for name in node.input:
+                if name and name not in known and name not in outer:
+                    raise self._missing(name, place)
             self._once((attribute.name for attribute in node.attribute), place, "attribute")
             self._entries(node.metadata_props, place)
             for attribute in node.attribute:
@@ -133,6 +143,7 @@ class _Reading:
                 if output and (output in known or output in outer):
                     raise self._refusal(place, "each value once", f"the value {output!r}, which is there already")
                 known.add(output)
+        return known
 
     def attribute(self, attribute: onnx.AttributeProto, place: str, known: Set[str], within: bool) -> None:
         where = f"the attribute {attribute.name!r} of {place}"
@@ -141,6 +152,9 @@ class _Reading:
             raise self._refusal(where, "a type", f"the attribute {attribute.name!r} without a type")
         wanted = _CONTENT[attribute.type]
         if attribute.ref_attr_name:
+            if wanted in ("g", "graphs"):
+                found = "a reference to a graph of its function"
+                raise self._unsupported(where, "a graph in the node itself", found, "Put it into the node")
             if not within or held:
                 found = ", ".join(held) or "no function around it"
                 raise self._refusal(where, "a reference to an attribute of its function, and no more", found)
@@ -158,6 +172,8 @@ class _Reading:
         for value in values:
             self._entries(value.metadata_props, f"the value {value.name!r}")
             for kind in _nested(value.type):
+                if kind.tensor_type.HasField("shape") and not kind.tensor_type.HasField("elem_type"):
+                    raise self._refusal(f"the value {value.name!r} of {where}", "a type", "a shape without one")
                 if kind.HasField("map_type") or kind.HasField("opaque_type"):
                     what, found = f"the value {value.name!r} of {where}", "a map, or an opaque type"
                     raise self._unsupported(what, "tensors and sequences of them", found, "Take off what makes it")
@@ -187,6 +203,18 @@ class _Reading:
                 found = f"versions {versions[name]} and {entry.version} of the domain {entry.domain!r}"
                 raise self._refusal(where, "one version of each opset", found)
 
+    def _devices(self, model: onnx.ModelProto) -> None:
+        """What nodes say of devices must be what the model has, of a version that has devices at all."""
+        self._once((entry.name for entry in model.configuration), "the model", "device configuration")
+        known = {entry.name for entry in model.configuration} if model.ir_version >= _DEVICES else set()
+        if model.configuration and not known:
+            raise self._refusal("the model", f"devices from IR version {_DEVICES} on", f"IR version {model.ir_version}")
+        for node in nodes_within(chain(model.graph.node, *(function.node for function in model.functions))):
+            for entry in node.device_configurations:
+                if entry.configuration_id not in known:
+                    found = repr(entry.configuration_id)
+                    raise self._refusal(f"node {node.name!r}", "a device configuration of the model", found)
+
     def _entries(self, entries: Iterable[onnx.StringStringEntryProto], where: str) -> None:
         self._once((entry.key for entry in entries), where, "metadata entry")
 
@@ -196,6 +224,14 @@ class _Reading:
             if name in seen:
                 raise self._refusal(where, f"each {what} once", f"the {what} {name!r} twice")
             seen.add(name)
+
+    def _there(self, names: Iterable[str], known: Set[str], where: str) -> None:
+        for name in names:
+            if not name or name not in known:
+                raise self._missing(name, f"the outputs of {where}")
+
+    def _missing(self, name: str, place: str) -> Exception:
+        return self._refusal(place, "values that are there", f"a graph that uses the value {name!r} before it is there")
 
     def _unsupported(self, where: str, expected: str, found: str, advice: str) -> ModelFileError:
         """Of what is sound, but would be lost when this package writes the model again."""

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 import onnx
 import onnx_ir as ir
 
+TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+"""The fields of a tensor that hold elements one by one."""
+
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor of a file: weights and attributes, in subgraphs and functions too."""
@@ -32,6 +35,13 @@ def attribute_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorPr
 def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
     yield from attribute_tensors(graph.node)
+
+
+def holds_content(tensor: onnx.TensorProto) -> bool:
+    """Whether the elements are in the file itself: some files leave weights out, as others put them beside it."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return False
+    return tensor.HasField("raw_data") or 0 in tensor.dims or any(len(getattr(tensor, field)) for field in TYPED)
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:

@@ -9,7 +9,6 @@ import onnx_ir as ir
 from atpatch_onnx.errors import ModelFileError, one_line
 from atpatch_onnx.graph.external import check_external_data, read_from
 from atpatch_onnx.graph.one_reading import check_one_reading
-from atpatch_onnx.graph.parts import undefined_value
 
 ModelOrPath = ir.Model | str | os.PathLike[str]
 """A model in memory, or where it lies."""
@@ -42,9 +41,6 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         model = ir.from_proto(proto)
     except Exception as error:
         raise _not_onnx(path, f"a graph that is not well formed ({_cause(error)})") from error
-    missing = undefined_value(model)
-    if missing is not None:
-        raise _not_onnx(path, f"a graph that uses the value {missing!r} before it is there")
     read_from(model, path.parent.resolve())
     return model
 

@@ -1,6 +1,7 @@
 """One trial of shape inference with numbers in place of symbols, node by node, with the shape arithmetic computed."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -8,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+
+from atpatch_onnx.graph import protos
 
 Sizes = tuple[int | None, ...]
 
@@ -75,7 +78,7 @@ class _Running:
     def _add_weights(self, graph: onnx.GraphProto) -> None:
         for tensor in graph.initializer:
             self.types[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
-            if tensor.data_location != onnx.TensorProto.EXTERNAL and np.prod(tensor.dims, dtype=np.int64) <= _DATA:
+            if protos.holds_content(tensor) and math.prod(tensor.dims) <= _DATA:
                 self.data[tensor.name] = onnx.numpy_helper.to_array(tensor)
 
     def walk(self, nodes: Iterable[onnx.NodeProto]) -> None:
@@ -125,6 +128,8 @@ class _Running:
     def _compute(self, node: onnx.NodeProto) -> None:
         """Add the node's results to `data` if they are small and known."""
         if not all(_is_small(self._shape(name)) for name in node.output if name):
+            return
+        if any(attribute.HasField("g") for attribute in node.attribute):  # a loop may have any number of rounds
             return
         names = [name for name in node.input if name]
         if node.op_type in ("Shape", "Size"):
@@ -321,7 +326,7 @@ def _extent(shape: Sizes) -> tuple[int, int, int]:
 
 
 def _is_small(shape: Sizes | None) -> bool:
-    return shape is not None and None not in shape and int(np.prod(shape, dtype=np.int64)) <= _DATA  # type: ignore[arg-type]
+    return shape is not None and None not in shape and math.prod(shape) <= _DATA  # type: ignore[arg-type]
 
 
 def _numbered(kind: onnx.TypeProto, sizes: Mapping[str, int]) -> onnx.TypeProto | None:
