@@ -173,6 +173,7 @@ AMBIGUOUS: dict[str, tuple[Change, str]] = {
     "an entry that does not fit": (with_tensor(typed(INT8, "int32_data", [1000], [1])), "1000 to 1000"),
     "a bool that is neither": (with_tensor(typed(BOOL, "int32_data", [2], [1])), "2 to 2"),
     "a raw bool that is neither": (with_tensor(raw(BOOL, b"\2", 1)), "byte 2"),
+    "a branch that hands out a value around it": (lambda proto: setattr(branch(proto).output[0], "name", "x"), "'x'"),
     "a negative size": (with_tensor(raw(FLOAT, bytes(8), -1, -2)), "shape"),
     "a size that overflows": (with_tensor(raw(FLOAT, b"", 2**32, 2**32)), "shape"),
     "a segment": (segment, "a segment"),
@@ -205,6 +206,21 @@ AMBIGUOUS: dict[str, tuple[Change, str]] = {
     "training": (lambda proto: proto.training_info.add(), "how to train it"),
     "sparse initializers": (sparse, "sparse initializers.*Store them as dense"),
     "maps": (mapped, "a map"),
+    # nodes that are not what their operators are
+    "too few inputs": (lambda proto: node(proto, "MatMul").input.pop(), "2 to 2 inputs"),
+    "too many outputs": (lambda proto: node(proto, "MatMul").output.append("more"), "1 to 1 outputs"),
+    "an input left out": (lambda proto: node(proto, "MatMul").input.__setitem__(0, ""), "an input 0"),
+    "an attribute left out": (lambda proto: node(proto, "If").attribute.pop(), "the attribute"),
+    "an attribute of another type": (
+        lambda proto: node(proto, "Softmax").attribute[0].CopyFrom(helper.make_attribute("axis", "last")),
+        "type INT",
+    ),
+    "an axis twice": (lambda proto: node(proto, "Transpose").attribute[0].ints.__setitem__(0, 1), "'perm'"),
+    "a version before the first": (lambda proto: setattr(proto.opset_import[0], "version", 0), "version 0"),
+    "a device of nobody": (
+        lambda proto: proto.graph.node[0].device_configurations.add(configuration_id="pair"),
+        "a device configuration",
+    ),
     # functions that do not end
     "a function that calls itself": (function("f", body=("f",)), "calls itself"),
     "functions in a circle": (both(function("f", body=("g",)), function("g", body=("f",))), "calls itself"),

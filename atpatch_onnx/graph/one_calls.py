@@ -49,7 +49,7 @@ def check_calls(model: onnx.ModelProto, refusal: Refusal) -> None:
     for function in model.functions:
         key = domain(function.domain), function.name, function.overload
         where = f"the function {'::'.join(key[:2])!r}"
-        if _reserved(key[0]):
+        if is_reserved(key[0]):
             raise refusal(where, "functions in domains of their own", "one in a domain of operators, which it shadows")
         if key in functions:
             raise refusal(where, "each function once", "two of this domain, name and overload")
@@ -62,7 +62,7 @@ def check_calls(model: onnx.ModelProto, refusal: Refusal) -> None:
     _check_unfolding(model.graph, functions, refusal)
 
 
-def _reserved(name: str) -> bool:
+def is_reserved(name: str) -> bool:
     """Whether a domain belongs to operators of ONNX or of onnxruntime."""
     return name == "" or name.split(".")[0:2] in (["ai", "onnx"], ["com", "microsoft"], ["com", "ms"])
 

@@ -10,11 +10,27 @@ from functools import lru_cache
 from typing import Any, cast
 
 import onnx
+import onnx_ir as ir
 
-from atpatch_onnx.graph.one_calls import domain, nodes_within
+from atpatch_onnx.graph.one_calls import domain, is_reserved, nodes_within
 from atpatch_onnx.graph.one_schema import Refusal
 
 _LATEST = 2**31 - 1
+
+
+_READ: Mapping[str, int] = {
+    **dict.fromkeys(("perm", "axes", "strides"), onnx.AttributeProto.INTS),
+    **dict.fromkeys(("axis", "to", "is_causal", "num_heads", "kv_num_heads", "q_num_heads"), onnx.AttributeProto.INT),
+    **dict.fromkeys(("unidirectional", "do_rotary", "transA", "transB", "transBatchA"), onnx.AttributeProto.INT),
+    **dict.fromkeys(("transBatchB", "local_window_size", "smooth_softmax"), onnx.AttributeProto.INT),
+    **dict.fromkeys(("scale", "softcap", "alpha", "epsilon"), onnx.AttributeProto.FLOAT),
+    **dict.fromkeys(("then_branch", "else_branch", "body"), onnx.AttributeProto.GRAPH),
+    "equation": onnx.AttributeProto.STRING,
+}
+"""Attributes that have one type wherever they stand in operators without a schema, those of onnxruntime above all."""
+
+_DATA_TYPES = ("to", "dtype")
+_KNOWN = frozenset(int(kind) for kind in ir.DataType)
 
 
 @dataclass(frozen=True)
@@ -50,10 +66,24 @@ def check_operators(model: onnx.ModelProto, refusal: Refusal) -> None:
                 raise refusal("the opset imports", "versions from 1 up", f"version {version} of the domain {name!r}")
         for node in nodes_within(nodes):
             name = domain(node.domain)
-            if name in versions and (name, node.op_type) not in functions:
-                schema = _schema(node.op_type, name, versions[name])
-                if schema is not None:
-                    _check(node, schema, refusal)
+            if (name, node.op_type) in functions:
+                continue
+            schema = _schema(node.op_type, name, versions[name]) if name in versions else None
+            if schema is not None:
+                _check(node, schema, refusal)
+            elif is_reserved(name) or onnx.defs.has(node.op_type):
+                _check_types(node, _READ, refusal)
+            _check_values(node, refusal)
+
+
+def _check_values(node: onnx.NodeProto, refusal: Refusal) -> None:
+    """Attributes of which only some values mean anything."""
+    where = f"node {node.name!r} ({node.op_type})"
+    for attribute in node.attribute:
+        if attribute.name in _DATA_TYPES and attribute.i and attribute.i not in _KNOWN:
+            raise refusal(where, f"a type of elements as {attribute.name!r}", str(attribute.i))
+        if attribute.name == "perm" and sorted(attribute.ints) != list(range(len(attribute.ints))):
+            raise refusal(where, "each axis once in 'perm'", str(list(attribute.ints)))
 
 
 @lru_cache(maxsize=4096)
@@ -87,13 +117,19 @@ def _check(node: onnx.NodeProto, schema: _Schema, refusal: Refusal) -> None:
     for place in schema.needed:
         if place < len(node.input) and not node.input[place]:
             raise refusal(where, f"an input {place}", "none")
-    types = {attribute.name: attribute.type for attribute in node.attribute}
-    missing = sorted(schema.required - types.keys())
+    missing = sorted(schema.required - {attribute.name for attribute in node.attribute})
     if missing:
         raise refusal(where, f"the attribute {missing[0]!r}", "none")
-    for key, kind in types.items():
-        if schema.attributes.get(key, kind) != kind:
-            wanted = onnx.AttributeProto.AttributeType.Name(schema.attributes[key])
-            raise refusal(
-                where, f"the attribute {key!r} of type {wanted}", onnx.AttributeProto.AttributeType.Name(kind)
-            )
+    _check_types(node, schema.attributes, refusal)
+
+
+def _check_types(node: onnx.NodeProto, types: Mapping[str, int], refusal: Refusal) -> None:
+    for attribute in node.attribute:
+        kind = types.get(attribute.name, attribute.type)
+        if attribute.type != kind:
+            where = f"the attribute {attribute.name!r} of node {node.name!r} ({node.op_type})"
+            raise refusal(where, f"type {_named(kind)}", _named(attribute.type))
+
+
+def _named(kind: int) -> str:
+    return str(onnx.AttributeProto.AttributeType.Name(kind))

@@ -120,7 +120,7 @@ class _Reading:
         self._same_types(graph, where)
         self._annotations(graph, where)
         known = self.nodes(graph.node, {*inputs, *weights}, outer, where, within)
-        self._there([value.name for value in graph.output], known | outer, where)
+        self._there([value.name for value in graph.output], known, where)  # one around it, no branch may hand out
 
     def nodes(
         self, nodes: Iterable[onnx.NodeProto], known: set[str], outer: Set[str], where: str, within: bool
