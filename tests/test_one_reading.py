@@ -7,6 +7,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from models import Net, session
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
@@ -302,6 +304,13 @@ def test_names_in_messages_are_harmless(tmp_path: Path, name: str, capsys: pytes
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.rstrip("\n").isprintable()
+
+
+@given(name=st.text())
+def test_any_text_in_a_message_is_one_harmless_line(name: str) -> None:
+    error = ModelFileError(name, expected=name, found=repr(name), advice=f"{name}.")
+    assert str(error).isprintable()
+    assert "\n" not in str(error)
 
 
 def test_names_without_an_end_are_cut(tmp_path: Path) -> None:

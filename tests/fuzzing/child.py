@@ -98,12 +98,21 @@ def run(kind: str, number: int, keep: Path) -> str:
         return whole
 
 
+def again(kind: str, file: Path) -> str:
+    """What becomes of a file that is there; of a copy of it, since what is made is written beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / file.name
+        shutil.copytree(file, path) if file.is_dir() else shutil.copyfile(file, path)
+        (path.parent / seeds.DATA).write_bytes(seeds.external_data())
+        return outcome(kind, path)
+
+
 def main(kind: str, *rest: str) -> None:
     warm_up(kind)
     limit()
     if not rest[0].isdigit():
         for file in rest:
-            say(file, outcome(kind, Path(file)))
+            say(file, again(kind, Path(file)))
         return
     first, count, keep = int(rest[0]), int(rest[1]), Path(rest[2])
     for number in range(first, first + count):
