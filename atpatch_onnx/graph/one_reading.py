@@ -40,6 +40,9 @@ _CONTENT = {
 _DEVICES = 11
 """The IR version that brought devices; writers of older ones leave them out."""
 
+Scopes = tuple[Set[str], ...]
+"""The names that a graph sees: those of each graph around it, outer ones first."""
+
 _MESSAGES = ("t", "g", "sparse_tensor", "tp")
 """Fields that must be there: nothing stands for a tensor or a graph by default."""
 
@@ -82,7 +85,7 @@ class _Reading:
         self._devices(model)
         for tensor in tensors(model):
             self._entries(tensor.metadata_props, f"the tensor {tensor.name!r}")
-        self.graph(model.graph, frozenset())
+        self.graph(model.graph, ())
         for function in model.functions:
             self.function(function)
 
@@ -95,15 +98,15 @@ class _Reading:
         defaults = [attribute.name for attribute in function.attribute_proto]
         self._once([*function.attribute, *defaults], where, "attribute")
         for attribute in function.attribute_proto:
-            self.attribute(attribute, where, frozenset(), False)
+            self.attribute(attribute, where, (), False)
             if any(tensor.external_data for tensor in (attribute.t, *attribute.tensors)):
                 found = "a default value in external data"
                 raise self._unsupported(where, "default values in the file itself", found, "Take them in")
         self._types(function.value_info, where)
-        known = self.nodes(function.node, set(function.input), frozenset(), where, True)
+        known = self.nodes(function.node, set(function.input), (), where, True)
         self._there(function.output, known, where)
 
-    def graph(self, graph: onnx.GraphProto, outer: Set[str], within: bool = False) -> None:
+    def graph(self, graph: onnx.GraphProto, outer: Scopes, within: bool = False) -> None:
         """Check a graph; `outer` are the names that it sees around it, `within` whether a function holds it."""
         where = f"the graph {graph.name!r}"
         if graph.sparse_initializer:
@@ -123,29 +126,30 @@ class _Reading:
         self._there([value.name for value in graph.output], known, where)  # one around it, no branch may hand out
 
     def nodes(
-        self, nodes: Iterable[onnx.NodeProto], known: set[str], outer: Set[str], where: str, within: bool
+        self, nodes: Iterable[onnx.NodeProto], known: set[str], outer: Scopes, where: str, within: bool
     ) -> Set[str]:
         """Each value is computed once, before it is used, and hides none around its graph; answers those of nodes."""
-        for name in known & outer:
+        for name in (name for name in known if _seen(name, outer)):
             raise self._refusal(where, "names that the graphs around it do not have", f"{name!r}, which one has")
+        scopes = (*outer, known)
         for node in nodes:
             place = f"node {node.name!r} ({node.op_type}) of {where}"
             if not node.op_type:
                 raise self._refusal(place, "an operator", "none")
             for name in node.input:
-                if name and name not in known and name not in outer:
+                if name and not _seen(name, scopes):
                     raise self._missing(name, place)
             self._once((attribute.name for attribute in node.attribute), place, "attribute")
             self._entries(node.metadata_props, place)
             for attribute in node.attribute:
-                self.attribute(attribute, place, known | outer if _graphs(attribute) else known, within)
+                self.attribute(attribute, place, scopes, within)
             for output in node.output:
-                if output and (output in known or output in outer):
+                if output and _seen(output, scopes):
                     raise self._refusal(place, "each value once", f"the value {output!r}, which is there already")
                 known.add(output)
         return known
 
-    def attribute(self, attribute: onnx.AttributeProto, place: str, known: Set[str], within: bool) -> None:
+    def attribute(self, attribute: onnx.AttributeProto, place: str, known: Scopes, within: bool) -> None:
         where = f"the attribute {attribute.name!r} of {place}"
         held = [name for name in _CONTENT.values() if _holds(attribute, name)]
         if attribute.type not in _CONTENT:
@@ -241,6 +245,10 @@ class _Reading:
             found=f"{found}, which this package does not handle",
             advice=f"{advice}, and export the model again.",
         )
+
+
+def _seen(name: str, scopes: Scopes) -> bool:
+    return any(name in scope for scope in scopes)
 
 
 def _graphs(attribute: onnx.AttributeProto) -> Sequence[onnx.GraphProto]:
