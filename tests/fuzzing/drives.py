@@ -164,7 +164,9 @@ def make_folder(rng: random.Random, folder: Path) -> Path:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(content)
     path.mkdir(exist_ok=True)
-    (path / debug_files.HEADER).write_text(mutations.change_json(rng, header), errors="surrogatepass")
+    (path / debug_files.HEADER).write_text(
+        header if rng.random() < 0.6 else mutations.change_json(rng, header), errors="surrogatepass"
+    )
     return path
 
 

@@ -230,7 +230,8 @@ def change_arrays(rng: random.Random, arrays: dict[str, np.ndarray]) -> dict[str
         elif how == 3 and made[key].dtype.kind != "U":
             made[key] = made[key].astype(rng.choice(("<f2", ">f8", "i1", "u8", "c8", "?", "U3", "S2", "M8[s]")))
         elif how == 4 and made[key].dtype.kind == "f":
-            made[key] = made[key] * np.float32(rng.choice(FLOATS))
+            with np.errstate(all="ignore"):
+                made[key] = made[key] * np.float32(rng.choice(FLOATS))
         else:
             made[key] = made[key][None] if rng.random() < 0.5 else made[key].reshape(-1)
     files = {key: _npy(array) for key, array in made.items()}
