@@ -1,5 +1,6 @@
 """The root of the command line: all commands in the order of the walk, and the one error handler."""
 
+import logging
 import sys
 
 import typer
@@ -34,8 +35,14 @@ for command in (
     app.command()(command)
 
 
+def quiet_libraries() -> None:
+    """onnx-ir warns of what it reads all the same, such as bytes that are no text: lines that nobody can act on."""
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code is 0, 1 after an error, or 2 after wrong usage."""
+    quiet_libraries()
     try:
         app(args=arguments)
     except AtPatchError as error:

@@ -129,6 +129,17 @@ def _check_types(node: onnx.NodeProto, types: Mapping[str, int], refusal: Refusa
         if attribute.type != kind:
             where = f"the attribute {attribute.name!r} of node {node.name!r} ({node.op_type})"
             raise refusal(where, f"type {_named(kind)}", _named(attribute.type))
+        if attribute.name in types and not _is_text(attribute.s):  # operators of others may hold bytes of any kind
+            where = f"the attribute {attribute.name!r} of node {node.name!r} ({node.op_type})"
+            raise refusal(where, "text", repr(attribute.s))
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _named(kind: int) -> str:

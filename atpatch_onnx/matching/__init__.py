@@ -118,6 +118,9 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
         return miss(candidate.nodes, reason, attention=True)
     dtype = seen.dtype(candidate.output) or seen.dtype(candidate.query) or ir.DataType.UNDEFINED
     key, value = (_typed(place, dtype, seen) for place in (key, value))
+    for kind in (ir.DataType[place.dtype] for place in (key, value)):
+        if kind is not ir.DataType.UNDEFINED and not kind.is_floating_point():
+            return miss(candidate.nodes, f"attention, but on {kind.name}, which are no floats", attention=True)
     if candidate.bias is not None:
         name, starts = str(candidate.bias.value.name), (candidate.bias.keys, candidate.bias.values)
         key, value = (

@@ -19,6 +19,7 @@ import traceback
 from contextlib import redirect_stderr
 from pathlib import Path
 
+from atpatch_onnx.cli.root import quiet_libraries
 from atpatch_onnx.errors import AtPatchError
 from fuzzing import seeds
 from fuzzing.drives import KINDS, check_message
@@ -47,6 +48,7 @@ def limit() -> None:
 
 def warm_up(kind: str) -> None:
     """What is imported on demand, before the limit is set."""
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:
         if kind == "onnx":
             for name in ("plain", "patched"):
