@@ -103,11 +103,13 @@ class _Running:
             self._compute(node)
 
     def _taken_branch(self, node: onnx.NodeProto) -> onnx.GraphProto | None:
-        if node.op_type != "If" or node.input[0] not in self.data:
+        if node.op_type != "If" or node.domain not in ("", "ai.onnx") or node.input[0] not in self.data:
+            return None
+        if not self.data[node.input[0]].size:
             return None
         wanted = "then_branch" if bool(self.data[node.input[0]].reshape(-1)[0]) else "else_branch"
         branch: onnx.GraphProto = next(attribute.g for attribute in node.attribute if attribute.name == wanted)
-        return branch
+        return branch if len(branch.output) == len(node.output) else None
 
     def _inferred(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
         if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
@@ -243,13 +245,13 @@ class _Running:
             return
         if node.op_type == "Split":
             parts, shape = self.data.get(node.input[1]) if len(node.input) > 1 else None, self._shape(node.input[0])
-            if parts is not None and shape:
-                axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+            if parts is not None and shape and -len(shape) <= axis < len(shape):
                 self.conflicts.append((shape[axis] or 0, int(parts.sum())))
             return
         shapes = [shape for name in node.input if (shape := self._shape(name)) is not None]
         if node.op_type == "Expand" and node.input[1] in self.data:
-            shapes[1:] = [tuple(self.data[node.input[1]].tolist())]
+            shapes[1:] = [tuple(self.data[node.input[1]].reshape(-1).tolist())]
         for one, other in itertools.combinations(shapes, 2):
             for a, b in zip(reversed(one), reversed(other), strict=False):
                 if a is not None and b is not None and a != b and 1 not in (a, b):
