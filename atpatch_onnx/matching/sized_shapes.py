@@ -250,8 +250,9 @@ class _Running:
                 self.conflicts.append((shape[axis] or 0, int(parts.sum())))
             return
         shapes = [shape for name in node.input if (shape := self._shape(name)) is not None]
-        if node.op_type == "Expand" and node.input[1] in self.data:
-            shapes[1:] = [tuple(self.data[node.input[1]].reshape(-1).tolist())]
+        wanted = self.data.get(node.input[1]) if node.op_type == "Expand" else None
+        if wanted is not None and wanted.dtype.kind == "i":
+            shapes[1:] = [tuple(wanted.reshape(-1).tolist())]
         for one, other in itertools.combinations(shapes, 2):
             for a, b in zip(reversed(one), reversed(other), strict=False):
                 if a is not None and b is not None and a != b and 1 not in (a, b):
