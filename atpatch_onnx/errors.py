@@ -18,7 +18,27 @@ class AtPatchError(Exception):
         self.expected = expected
         self.found = found
         self.advice = advice
-        super().__init__(f"{where}: expected {expected}; found {found}. {advice}")
+        super().__init__(f"{said(where)}: expected {said(expected)}; found {said(found)}. {said(advice)}")
+
+
+LONGEST = 2000
+"""Characters of one part of a message: a name in a file may be of any length."""
+
+
+def printable(text: object) -> str:
+    """Text that is safe to show: what cannot be printed (escapes, bidirectional overrides) is spelt out."""
+    return "".join(char if char.isprintable() else f"\\u{{{ord(char):x}}}" for char in str(text))
+
+
+def said(text: object) -> str:
+    """Text as a part of a message: one line, safe to show, and not without an end."""
+    found = printable(" ".join(str(text).split()))
+    return found if len(found) <= LONGEST else f"{found[:LONGEST]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """An error of another library as one line of text."""
+    return said(f"{type(error).__name__}: {error}")
 
 
 class ModelFileError(AtPatchError):

@@ -1,5 +1,6 @@
 """The root of the command line: all commands in the order of the walk, and the one error handler."""
 
+import logging
 import signal
 import sys
 import threading
@@ -56,8 +57,14 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def quiet_libraries() -> None:
+    """onnx-ir warns of what it reads all the same, such as bytes that are no text: lines that nobody can act on."""
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code is 0, 1 after an error, or 2 after wrong usage."""
+    quiet_libraries()
     try:
         with _ended_by_sigterm():
             app(args=arguments)

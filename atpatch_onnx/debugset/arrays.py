@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from atpatch_onnx.errors import DebugSetError
+from atpatch_onnx.errors import DebugSetError, one_line
 
 Array = NDArray[Any]
 
@@ -237,11 +237,6 @@ def form(array: Array) -> str:
 def listed(names: Iterable[str]) -> str:
     """Names in quotes, or `none`."""
     return ", ".join(repr(name) for name in names) or "none"
-
-
-def one_line(error: BaseException) -> str:
-    """Write an error of another library as one line of text."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def read_only(array: Array) -> Array:

@@ -32,8 +32,9 @@ from urllib.parse import quote, unquote
 import numpy as np
 from numpy.typing import ArrayLike
 
-from atpatch_onnx.debugset.arrays import Array, one_line
-from atpatch_onnx.errors import DebugSetError
+from atpatch_onnx.debugset.archives import map_file, read_member
+from atpatch_onnx.debugset.arrays import Array
+from atpatch_onnx.errors import DebugSetError, one_line
 from atpatch_onnx.files import staging
 
 HEADER = "debugset.json"
@@ -154,18 +155,16 @@ def read(path: str | os.PathLike[str]) -> Stored:
     sides: dict[str, dict[str, Array]] = {side: {} for side in SIDES}
     extras: dict[str, Array] = {}
     for key, array in arrays.items():
-        side, slash, name = key.partition("/")
-        if slash and side in sides:
-            sides[side][name if header is None else unquote(name)] = array
-        elif key in EXTRAS:
-            extras[key] = array
-        else:
-            raise DebugSetError(
-                str(path),
-                expected=f"clean/<input>, counterfactual/<input>, {', '.join(EXTRAS)} and {HEADER} only",
-                found=repr(key),
-                advice="Rename that array, or take it out.",
-            )
+        side, name = _placed(key, path)
+        if side is None:
+            extras[name] = array
+            continue
+        if header is not None:
+            with _refusing_damage(f"{path}: {key}"):
+                name = unquote(name, errors="strict")
+        if name in sides[side]:
+            raise _not_a_set(str(path), f"the input {name!r} twice")
+        sides[side][name] = array
     if not sides["clean"] or not sides["counterfactual"]:
         raise DebugSetError(
             str(path),
@@ -176,17 +175,39 @@ def read(path: str | os.PathLike[str]) -> Stored:
     return Stored(sides["clean"], sides["counterfactual"], extras, kind, target)
 
 
+def _placed(key: str, path: Path) -> tuple[str | None, str]:
+    """The side and the encoded input's name that a key stands for, or no side and the name of an extra."""
+    side, slash, name = key.partition("/")
+    if slash and side in SIDES:
+        return side, name
+    if key in EXTRAS:
+        return None, key
+    raise DebugSetError(
+        str(path),
+        expected=f"clean/<input>, counterfactual/<input>, {', '.join(EXTRAS)} and {HEADER} only",
+        found=repr(key),
+        advice="Rename that array, or take it out.",
+    )
+
+
 def _read_npz(path: Path) -> tuple[str | None, dict[str, Array]]:
     arrays: dict[str, Array] = {}
     with _refusing_damage(str(path)), zipfile.ZipFile(path) as archive:
+        members: dict[str, zipfile.ZipInfo] = {}
         for member in archive.infolist():
             key = member.filename.removesuffix(".npy")
-            if key in arrays:
+            if key in members:
                 raise ValueError(f"{key!r} is there twice")
-            with _refusing_damage(f"{path}: {key}"), archive.open(member) as file:
-                arrays[key] = np.lib.format.read_array(file, allow_pickle=False)
-                if file.read(1):
-                    raise ValueError("there is more after the array")
+            if key != HEADER:
+                _placed(key, path)  # before anything is unpacked
+            members[key] = member
+        if sum(member.compress_size for member in members.values()) > path.stat().st_size:
+            raise ValueError("members that share their bytes")
+        for key, member in members.items():
+            if key == HEADER and member.file_size > 8 * _HEADER_LIMIT:
+                raise _not_a_set(f"{path}: {HEADER}", f"{member.file_size} bytes")
+            with _refusing_damage(f"{path}: {key}"):
+                arrays[key] = read_member(archive, member)
     header = arrays.pop(HEADER, None)
     if header is None:
         return None, arrays
@@ -203,7 +224,7 @@ def _read_folder(path: Path) -> tuple[str | None, dict[str, Array]]:
     for file in files:
         key = file.relative_to(path).as_posix().removesuffix(".npy")
         with _refusing_damage(str(file)):
-            arrays[key] = np.lib.format.open_memmap(file, mode="r")
+            arrays[key] = map_file(file)
     if not (path / HEADER).is_file():
         return None, arrays
     with _refusing_damage(str(path / HEADER)), (path / HEADER).open("rb") as stream:

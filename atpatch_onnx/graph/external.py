@@ -12,6 +12,9 @@ from atpatch_onnx.errors import ModelFileError
 from atpatch_onnx.graph import protos
 from atpatch_onnx.graph.parts import replace_tensors, tensors
 
+_IN_MEMORY = "*/_ORT_MEM_ADDR_/"
+"""With what onnxruntime marks a tensor whose offset is an address in its own memory."""
+
 
 def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
     """External data must lie inside the model's folder (symlinks resolved) and be as long as the model says.
@@ -33,14 +36,19 @@ def check_external_data(proto: onnx.ModelProto, path: Path) -> None:
             length = int(entries["length"]) if "length" in entries else wanted
         except ValueError:
             offset, length = -1, -1
-        if offset < 0 or length < wanted or offset + length > size:
+        if offset < 0 or length != wanted or offset + length > size:
             raise _cut_short(where, location, wanted, offset, f"a file of {size} bytes and a stated length of {length}")
 
 
 def _data_file(folder: Path, location: str, where: str) -> Path:
     """The file that `location` means, if it is a file inside `folder`."""
     target = (folder / location).resolve()
-    if not location or Path(location).is_absolute() or not target.is_relative_to(folder):
+    if (
+        not location
+        or location.startswith(_IN_MEMORY)
+        or Path(location).is_absolute()
+        or not target.is_relative_to(folder)
+    ):
         raise ModelFileError(
             where,
             expected=f"a file inside the model's folder {folder}",

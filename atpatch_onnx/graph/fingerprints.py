@@ -1,40 +1,39 @@
 """Fingerprints: digests of a model's content, wherever its weights are stored."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
 from atpatch_onnx.graph import protos
-from atpatch_onnx.graph.external import external_folder, of_proto, stored, take_in
-from atpatch_onnx.graph.parts import weights
+from atpatch_onnx.graph.digests import BLOCK, tensor_digest
+from atpatch_onnx.graph.external import external_folder, of_proto, take_in
 
-FULL_LIMIT = 2**30
-"""Bytes of weights up to which a fingerprint covers every byte."""
+IN_ONE = 2**30
+"""Bytes of weights up to which each is digested in one piece; above that in blocks, several at a time."""
 
 _SOURCE_LINES = "pkg.torch.onnx.stack_trace"
 """Node metadata in which torch's exporter notes the source lines behind a node, with the paths of the machine."""
 
-_SAMPLE_BLOCKS = 16
-_SAMPLE_BYTES = 4096
+_QUANTIZATION = "quant_parameter_tensor_names"
+"""Where onnx-ir keeps a value's quantization annotation."""
 
 
 def fingerprint(model: ir.Model) -> str:
     """A digest of the model's content: every node, attribute, value, weight and metadata entry, in order.
 
     Two models have the same fingerprint exactly when they are equal node for node and weight for weight, wherever their
-    weights are stored. Up to 1 GiB of weights every byte counts (`sha256:...`). Above that only shape, type and 16
-    evenly spaced blocks of 4 KiB of each larger weight do, and the fingerprint says so (`sha256-sampled:...`).
+    weights are stored; every byte counts. Up to 1 GiB of weights the fingerprint is `sha256:...`; above that large
+    weights are digested in blocks (`sha256-blocks:...`), about a second for each GiB, or as fast as the disk is.
 
     One metadata entry does not count: the source lines that torch's exporter notes at each node
     (`pkg.torch.onnx.stack_trace`). They hold the paths of installed packages, in which alone two machines' exports of
     one model differ.
     """
-    sampled = sum(tensor.nbytes for tensor in weights(model).values()) > FULL_LIMIT
+    in_blocks = sum(tensor.nbytes for tensor in _weights(model)) > IN_ONE
     folder = external_folder(model)
     digest = hashlib.sha256()
 
@@ -49,7 +48,7 @@ def fingerprint(model: ir.Model) -> str:
         for tensor in protos.attribute_tensors(nodes):
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 source = of_proto(tensor, cast(Path, folder))
-                take_in(tensor, source.read(_blocks(source.nbytes, sampled)))
+                take_in(tensor, source.tobytes() if source.nbytes < BLOCK else tensor_digest(source, True))
 
     add(str(model.ir_version), repr(sorted(model.opset_imports.items())), repr(sorted(model.metadata_props.items())))
     add(str(model.producer_name), str(model.producer_version), str(model.domain), str(model.model_version))
@@ -57,21 +56,31 @@ def fingerprint(model: ir.Model) -> str:
         function_proto = ir.to_proto(function)
         add_nodes(function_proto.node)
         add(repr(identifier), function_proto.SerializeToString(deterministic=True))
+    if model.device_configurations:
+        add(repr(model.device_configurations))
     graph = model.graph
     add(str(graph.name), repr(sorted(graph.metadata_props.items())))
     for group in (graph.inputs, graph.outputs, graph.initializers.values()):
         add("group")
         for value in group:
-            add(_value_bytes(value))
+            add(*_value_parts(value))
     for node in graph:
         proto = ir.to_proto(node)
         add_nodes([proto])
         add(proto.SerializeToString(deterministic=True))
         for value in node.outputs:
-            add(_value_bytes(value))
-    for name, tensor in weights(model).items():
-        add(name, str(tensor.dtype), repr(tuple(tensor.shape)), _tensor_digest(tensor, sampled))
-    return f"sha256{'-sampled' if sampled else ''}:{digest.hexdigest()}"
+            add(*_value_parts(value))
+    for tensor in _weights(model):
+        add(str(tensor.name), str(tensor.dtype), repr(tuple(tensor.shape)), tensor_digest(tensor, in_blocks))
+        if tensor.metadata_props:
+            add(repr(sorted(tensor.metadata_props.items())))
+    return f"sha256{'-blocks' if in_blocks else ''}:{digest.hexdigest()}"
+
+
+def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """The initializers of every graph, each by itself: two branches may have one of the same name."""
+    for graph in model.graphs():
+        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
 
 
 def _drop_source_lines(nodes: Iterable[onnx.NodeProto]) -> None:
@@ -86,26 +95,9 @@ def _drop_source_lines(nodes: Iterable[onnx.NodeProto]) -> None:
                 _drop_source_lines(subgraph.node)
 
 
-def _value_bytes(value: ir.Value) -> bytes:
-    return bytes(ir.serde.serialize_value(value).SerializeToString(deterministic=True))
-
-
-def _tensor_digest(tensor: ir.TensorProtocol, sampled: bool) -> bytes:
-    blocks = _blocks(tensor.nbytes, sampled)
-    if isinstance(tensor, ir.ExternalTensor):
-        content = stored(tensor).read(blocks)
-    elif len(blocks) == 1 or tensor.dtype.bitwidth < 8:
-        data = tensor.tobytes()
-        content = b"".join(data[start : start + length] for start, length in blocks)
-    else:  # in place: `tobytes` would copy gigabytes for a few blocks
-        view = np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
-        content = b"".join(view[start : start + length].tobytes() for start, length in blocks)
-    return hashlib.sha256(content).digest()
-
-
-def _blocks(size: int, sampled: bool) -> list[tuple[int, int]]:
-    """The blocks of a tensor that count, as (start, length)."""
-    if not sampled or size <= _SAMPLE_BLOCKS * _SAMPLE_BYTES:
-        return [(0, size)]
-    starts = np.linspace(0, size - _SAMPLE_BYTES, _SAMPLE_BLOCKS).astype(np.int64)
-    return [(int(start), _SAMPLE_BYTES) for start in starts]
+def _value_parts(value: ir.Value) -> Iterator[bytes | str]:
+    """What is said of a value: its type, shape and metadata, and what it is quantized by."""
+    yield bytes(ir.serde.serialize_value(value).SerializeToString(deterministic=True))
+    annotation = value.meta.get(_QUANTIZATION)
+    if annotation:
+        yield repr(sorted(annotation.items()))

@@ -1,16 +1,21 @@
 """Walks over the tensors of a file as protobuf holds them, before onnx-ir has seen it."""
 
+import math
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import onnx
 import onnx_ir as ir
+
+TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+"""The fields of a tensor that hold elements one by one."""
 
 
 def tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every tensor of a file: weights and attributes, in subgraphs and functions too."""
     yield from _graph_tensors(model.graph)
     for function in model.functions:
+        yield from (attribute.t for attribute in function.attribute_proto if attribute.HasField("t"))
+        yield from (tensor for attribute in function.attribute_proto for tensor in attribute.tensors)
         yield from attribute_tensors(function.node)
 
 
@@ -32,7 +37,13 @@ def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from attribute_tensors(graph.node)
 
 
+def holds_content(tensor: onnx.TensorProto) -> bool:
+    """Whether the elements are in the file itself: some files leave weights out, as others put them beside it."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return False
+    return tensor.HasField("raw_data") or 0 in tensor.dims or any(len(getattr(tensor, field)) for field in TYPED)
+
+
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes a tensor's elements take; 4-bit types are packed two to a byte."""
-    count = int(np.prod([max(int(size), 0) for size in tensor.dims], dtype=np.int64)) if tensor.dims else 1
-    return (count * ir.DataType(tensor.data_type).bitwidth + 7) // 8
+    """Bytes a tensor's elements take; types of less than a byte are packed."""
+    return (math.prod(map(int, tensor.dims)) * ir.DataType(tensor.data_type).bitwidth + 7) // 8

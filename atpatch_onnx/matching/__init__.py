@@ -18,6 +18,9 @@ from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss, P
 from atpatch_onnx.matching.unmapped import unmapped
 from atpatch_onnx.matching.view import View, view
 
+WIDEST = 2**20
+"""Features of a token that a site may have: what is fitted and drawn for it is of this size."""
+
 __all__ = ["RULES", "explain", "find_sites", "known_shapes", "sample_outputs"]
 
 RULES: tuple[Rule, ...] = (softmax.RULE, attention_op.RULE, fused.RULE)
@@ -115,8 +118,16 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
             "fixed nor how many tokens a map has"
         )
         return miss(candidate.nodes, reason, attention=True)
+    if max(key.features, value.features) > WIDEST:
+        reason = (
+            f"attention, but with {max(key.features, value.features)} features for each token: more than any model has"
+        )
+        return miss(candidate.nodes, reason, attention=True)
     dtype = seen.dtype(candidate.output) or seen.dtype(candidate.query) or ir.DataType.UNDEFINED
     key, value = (_typed(place, dtype, seen) for place in (key, value))
+    for kind in (ir.DataType[place.dtype] for place in (key, value)):
+        if kind is not ir.DataType.UNDEFINED and not kind.is_floating_point():
+            return miss(candidate.nodes, f"attention, but on {kind.name}, which are no floats", attention=True)
     if candidate.bias is not None:
         name, starts = str(candidate.bias.value.name), (candidate.bias.keys, candidate.bias.values)
         key, value = (

@@ -154,7 +154,9 @@ def _keeps_positions(node: ir.Node, view: View) -> bool:
     if shape is None:
         return False
     axes = _cut_axes(node, view)
-    return axes is not None and all(axis % len(shape) == len(shape) - 1 or shape[axis] in _PARTS for axis in axes)
+    if axes is None or any(not -len(shape) <= axis < len(shape) for axis in axes):
+        return False
+    return all(axis % len(shape) == len(shape) - 1 or shape[axis] in _PARTS for axis in axes)
 
 
 def _cut_axes(node: ir.Node, view: View) -> list[int] | None:

@@ -1,11 +1,15 @@
 """One trial of shape inference with numbers in place of symbols, node by node, with the shape arithmetic computed."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+
+from atpatch_onnx.graph import protos
+from atpatch_onnx.matching.arithmetic import compute, flags_of
 
 Sizes = tuple[int | None, ...]
 
@@ -74,7 +78,7 @@ class _Running:
     def _add_weights(self, graph: onnx.GraphProto) -> None:
         for tensor in graph.initializer:
             self.types[tensor.name] = _tensor(tensor.data_type, tensor.dims)
-            if tensor.data_location != onnx.TensorProto.EXTERNAL and np.prod(tensor.dims, dtype=np.int64) <= _DATA:
+            if protos.holds_content(tensor) and math.prod(tensor.dims) <= _DATA:
                 self.data[tensor.name] = onnx.numpy_helper.to_array(tensor)
 
     def walk(self, nodes: Iterable[onnx.NodeProto]) -> None:
@@ -99,11 +103,13 @@ class _Running:
             self._compute(node)
 
     def _taken_branch(self, node: onnx.NodeProto) -> onnx.GraphProto | None:
-        if node.op_type != "If" or node.input[0] not in self.data:
+        if node.op_type != "If" or node.domain not in ("", "ai.onnx") or node.input[0] not in self.data:
+            return None
+        if not self.data[node.input[0]].size:
             return None
         wanted = "then_branch" if bool(self.data[node.input[0]].reshape(-1)[0]) else "else_branch"
         branch: onnx.GraphProto = next(attribute.g for attribute in node.attribute if attribute.name == wanted)
-        return branch
+        return branch if len(branch.output) == len(node.output) else None
 
     def _inferred(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
         if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
@@ -125,6 +131,8 @@ class _Running:
         """Add the node's results to `data` if they are small and known."""
         if not all(_is_small(self._shape(name)) for name in node.output if name):
             return
+        if any(attribute.HasField("g") for attribute in node.attribute):  # a loop may have any number of rounds
+            return
         names = [name for name in node.input if name]
         if node.op_type in ("Shape", "Size"):
             shape = self._shape(names[0])
@@ -138,19 +146,8 @@ class _Running:
             return
         else:
             feeds = {name: self.data[name] for name in names}
-            if node.op_type in _DIRECT and len(node.output) == 1:
-                result = _DIRECT[node.op_type](node, [feeds[name] for name in names])
-                if result is not None:
-                    self.data[node.output[0]] = result
-                    return
-        from onnx.reference import ReferenceEvaluator  # when a graph first needs it: that alone takes 0.1 s
-
-        try:
-            with np.errstate(all="ignore"):
-                results = ReferenceEvaluator(node).run(None, feeds)
-        except Exception:  # an operator that onnx's reference does not know: its result stays unknown
-            return
-        self.data.update({name: np.asarray(result) for name, result in zip(node.output, results, strict=True) if name})
+        results = compute(node, feeds)
+        self.data.update({name: array for name, array in zip(node.output, results, strict=False) if name})
 
     def _of_runtime(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
         """The result of an operator that onnx does not know; what is not known here either stays unknown."""
@@ -193,7 +190,7 @@ class _Running:
     def _of_reordered(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
         """The begin or end of a stretch of blocked operators; channels that fill up the last block do not count."""
         shape = self._shape(node.input[0])
-        flags = _flags(node)
+        flags = flags_of(node)
         if shape is None:
             return {}
         if node.op_type == "ReorderOutput":
@@ -208,7 +205,7 @@ class _Running:
         first, second = self._shape(node.input[0]), self._shape(node.input[1])
         if first is None or second is None or len(first) < 2 or len(second) < 2:
             return {}
-        flags = _flags(node)
+        flags = flags_of(node)
         rows = first[-1 if flags.get("transA") else -2]
         columns = second[-2 if flags.get("transB") else -1]
         longer = first if len(first) >= len(second) else second
@@ -234,64 +231,18 @@ class _Running:
             return
         if node.op_type == "Split":
             parts, shape = self.data.get(node.input[1]) if len(node.input) > 1 else None, self._shape(node.input[0])
-            if parts is not None and shape:
-                self.conflicts.append((shape[_flags(node).get("axis", 0)] or 0, int(parts.sum())))
+            axis = flags_of(node).get("axis", 0)
+            if parts is not None and shape and -len(shape) <= axis < len(shape):
+                self.conflicts.append((shape[axis] or 0, int(parts.sum())))
             return
         shapes = [shape for name in node.input if (shape := self._shape(name)) is not None]
-        if node.op_type == "Expand" and node.input[1] in self.data:
-            shapes[1:] = [tuple(self.data[node.input[1]].tolist())]
+        wanted = self.data.get(node.input[1]) if node.op_type == "Expand" else None
+        if wanted is not None and wanted.dtype.kind == "i":
+            shapes[1:] = [tuple(wanted.reshape(-1).tolist())]
         for one, other in itertools.combinations(shapes, 2):
             for a, b in zip(reversed(one), reversed(other), strict=False):
                 if a is not None and b is not None and a != b and 1 not in (a, b):
                     self.conflicts.append((a, b))
-
-
-def _constant(node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray | None:
-    value = node.attribute[0]
-    if value.name == "value":
-        return onnx.numpy_helper.to_array(value.t)
-    dtype = _LISTED.get(value.name)
-    return None if dtype is None else np.array(onnx.helper.get_attribute_value(value), dtype)
-
-
-def _flags(node: onnx.NodeProto) -> dict[str, int]:
-    """Attributes that are numbers."""
-    return {attribute.name: attribute.i for attribute in node.attribute}
-
-
-def _gather(node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray | None:
-    data, indices = inputs
-    axis = _flags(node).get("axis", 0)
-    fits = -data.ndim <= axis < data.ndim and bool((np.abs(indices) < data.shape[axis]).all())
-    return np.asarray(np.take(data, indices, axis)) if fits else None
-
-
-def _of_counts(step: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., np.ndarray | None]:
-    """Arithmetic of sizes; what is no int64, is negative, or divides by zero is left to onnx's reference."""
-
-    def run(node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray | None:
-        counts = all(part.dtype == np.int64 and bool((part > 0).all()) for part in inputs)
-        return np.asarray(step(*inputs)) if counts else None
-
-    return run
-
-
-_LISTED = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
-
-_DIRECT: Mapping[str, Callable[[onnx.NodeProto, Sequence[np.ndarray]], np.ndarray | None]] = {
-    "Constant": _constant,
-    "Identity": lambda node, inputs: inputs[0],
-    "Gather": _gather,
-    "Concat": lambda node, inputs: np.concatenate(inputs, 0) if all(part.ndim == 1 for part in inputs) else None,
-    # The axes are an input from opset 13 on.
-    "Unsqueeze": lambda node, inputs: inputs[0].reshape(1) if len(inputs) == 2 and inputs[0].ndim == 0 else None,
-    "Add": _of_counts(np.add),
-    "Sub": _of_counts(np.subtract),
-    "Mul": _of_counts(np.multiply),
-    "Div": _of_counts(np.floor_divide),
-}
-"""The operators of nearly all shape arithmetic, computed without onnx's reference, which takes 0.1 ms to set up a node;
-None where it is left to the reference."""
 
 
 def _extent(shape: Sizes) -> tuple[int, int, int]:
@@ -301,7 +252,7 @@ def _extent(shape: Sizes) -> tuple[int, int, int]:
 
 
 def _is_small(shape: Sizes | None) -> bool:
-    return shape is not None and None not in shape and int(np.prod(shape, dtype=np.int64)) <= _DATA  # type: ignore[arg-type]
+    return shape is not None and None not in shape and math.prod(shape) <= _DATA  # type: ignore[arg-type]
 
 
 def _numbered(kind: onnx.TypeProto, sizes: Mapping[str, int]) -> onnx.TypeProto | None:

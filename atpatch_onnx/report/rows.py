@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from atpatch_onnx.baking.metadata import PatchRecord
+from atpatch_onnx.errors import printable
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.metrics import Difference, Rate
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
 
 NONE = "-"
 """What stands for a figure that is not there."""
+
+shown = printable
+"""Text that is safe to show."""
 
 BETTER_LOW, BETTER_HIGH = "lower is better", "higher is better"
 
@@ -98,11 +102,6 @@ class GoalRow:
     def met(self) -> bool:
         """Whether the bound holds."""
         return self.bound is not None and self.reached is not None and self.reached <= self.bound
-
-
-def shown(text: object) -> str:
-    """Text that is safe to show: what cannot be printed (escapes, bidirectional overrides) is spelt out."""
-    return "".join(char if char.isprintable() else f"\\u{{{ord(char):x}}}" for char in str(text))
 
 
 def number(value: object) -> float | None:

@@ -1,12 +1,15 @@
 """Draw inputs that a model takes, of the sizes and types that it declares."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph
+from atpatch_onnx.errors import RunError
 from atpatch_onnx.running.sessions import Array
 
 PAST = 5
@@ -22,6 +25,20 @@ _EMBEDDINGS = {"EmbedLayerNormalization": {0: 2, 1: 4}}
 """Operators with tables of their own: the table's input by that of the indices."""
 
 
+_NUMBER = re.compile("[0-9]{1,9}")
+_MOST = 2**28
+"""Elements of an input."""
+
+
+def _undrawable(value: ir.Value, found: str) -> RunError:
+    return RunError(
+        f"the input {value.name!r}",
+        expected="a shape of which inputs can be drawn",
+        found=found,
+        advice="Declare the shapes of the model's inputs, or give inputs of your own.",
+    )
+
+
 @dataclass(frozen=True)
 class _Slot:
     """An input of a model."""
@@ -33,9 +50,11 @@ class _Slot:
 
     @classmethod
     def of(cls, value: ir.Value) -> "_Slot":
-        found = [] if value.shape is None else [size if isinstance(size, int) else size.value for size in value.shape]
+        if value.shape is None:  # onnxruntime's kernels may end the process where a rank is wrong
+            raise _undrawable(value, "none")
+        found = [size if isinstance(size, int) else size.value for size in value.shape]
         # exporters write numbers as symbols, too
-        sizes = tuple(int(size) if isinstance(size, str) and size.isdigit() else size for size in found)
+        sizes = tuple(int(size) if isinstance(size, str) and _NUMBER.fullmatch(size) else size for size in found)
         dtype = np.dtype(np.float32 if value.dtype is None else value.dtype.numpy())
         return cls(value, value.name or "", dtype, sizes)
 
@@ -67,9 +86,16 @@ def draw_inputs(model: ir.Model, rng: np.random.Generator, *, samples: int = 2, 
         rng: Where they are drawn from.
         samples: The size of a first axis that is free.
         length: The size of any other axis that is free, but for caches (`PAST`) and waveforms (`WAVE`).
+
+    Raises:
+        RunError: An input has no shape, or one that memory cannot hold.
     """
     slots = _slots(model)
     shapes = _shapes(slots, samples, length)
+    for slot in slots:
+        shape = shapes[slot.name]
+        if min(shape, default=0) < 0 or prod(shape) > _MOST:
+            raise _undrawable(slot.value, str(list(shape)))
     cached = max((shapes[slot.name][2] for slot in slots if slot.is_cache), default=0)
     return {slot.name: _draw(slot, shapes, cached, rng) for slot in slots}
 
