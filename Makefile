@@ -3,6 +3,7 @@
 VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
+TORCH := torch==2.13.0
 PYTEST ?= -n auto --dist loadgroup
 
 .PHONY: setup lock demo test check results comparison benchmark clean
@@ -12,17 +13,15 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --require-hashes --no-deps --requirement requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --no-deps $(TORCH)
 	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 
-# Needs uv. Of torch, the build for the CPU counts beside those of the package index, and needs no packages of CUDA.
-TORCH_CPU := sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+# Needs uv. Without torch, of which each index has a build for the CPU with a digest of its own, and what torch needs of CUDA.
 lock:
 	uv pip compile --quiet --no-header --no-annotate --universal --python-version 3.11 --generate-hashes \
 	  --extra dev --constraint requirements.lock pyproject.toml --output-file requirements.new
-	awk '/^[a-z]/ { keep = !/^(nvidia-|cuda-|triton==)/ } \
-	  /^torch==/ { print "torch==" substr($$1, 8) " \\\n    --hash=$(TORCH_CPU) \\"; next } keep' \
-	  requirements.new > requirements.lock
+	awk '/^[a-z]/ { keep = !/^(nvidia-|cuda-|triton==|torch==)/ } keep' requirements.new > requirements.lock
 	rm requirements.new
 
 demo: setup
