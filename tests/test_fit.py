@@ -1,7 +1,11 @@
 """The fit on models whose truth is known: which sites can detect, which must redistribute."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +157,28 @@ def test_the_same_seed_gives_the_same_bytes():
     again = fit(planted.model(), planted.debug(), QUICK)
     assert again.to_bytes() == fitted(planted).to_bytes()
     assert again.id == fitted(planted).id
+
+
+FIT_AGAIN = """
+import hashlib
+from planted import QUICK, Planted
+from atpatch_onnx.fitting.fit import fit
+planted = Planted()
+print(hashlib.sha256(fit(planted.model(), planted.debug(), QUICK).to_bytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_the_same_bytes_in_other_processes():
+    """Whatever the number of threads and the seed of Python's hashes."""
+    digests = set()
+    for threads, hash_seed in (("1", "0"), ("2", "1"), ("2", "random")):
+        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        environment = {"OMP_NUM_THREADS": threads, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": paths}
+        command = [sys.executable, "-c", FIT_AGAIN]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
+        digests.add(done.stdout)
+    assert len(digests) == 1, digests
 
 
 def test_it_reads_a_model_from_its_path(tmp_path):
