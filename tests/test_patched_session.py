@@ -332,6 +332,11 @@ def test_neuron_edits_are_swapped_with_the_rest_of_a_patch(tmp_path):
     assert answers(session, inputs()) == answers(plain(paths[1]), inputs()) != own
     with pytest.raises(PatchMismatchError, match="each doing the same"):
         session.swap(attention)
+    session.disable("layer1.mlp.hidden")
+    atp.save(atp.bake(model, attention), tmp_path / "attention.onnx")
+    assert answers(session, inputs()) == answers(plain(tmp_path / "attention.onnx"), inputs())
+    session.enable("layer1.mlp.hidden")
+    assert answers(session, inputs()) == answers(plain(paths[1]), inputs())
 
 
 def test_a_file_of_neuron_edits_alone_has_nothing_to_count(tmp_path):

@@ -26,7 +26,7 @@ from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord, read_record
 from atpatch_onnx.errors import PatchMismatchError, ServingError
-from atpatch_onnx.graph.names import FLAGGED, PREFIX, SCORE, SITE_KEY, flags_name
+from atpatch_onnx.graph.names import FLAGGED, PREFIX, SCORE, SITE_KEY, flags_name, own_name
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
@@ -166,7 +166,7 @@ class PatchedSession:
 
     @property
     def disabled(self) -> frozenset[str]:
-        """Sites that are switched off."""
+        """Sites and edited hidden layers that are switched off."""
         return self._off
 
     def stats(self) -> Stats:
@@ -187,28 +187,29 @@ class PatchedSession:
             self._require_same_form(patch, baked, record, weights)
             self._exchange(weights, record, self._off)
 
-    def disable(self, site: str) -> None:
-        """Let a site neither detect nor redistribute; flags of other sites are carried past it.
+    def disable(self, name: str) -> None:
+        """Let a site neither detect nor redistribute, or a hidden layer be as in the base, unedited.
 
-        Edits of hidden units stay: they are no site's.
+        Flags of other sites are carried past a site that is switched off.
 
         Raises:
-            ServingError: There is no such site, or the new session does not do what it should.
+            ServingError: There is no such site or layer, or the new session does not do what it should.
         """
         with self._changing:
-            self._exchange(self._weights, self._live_record, self._off | {self._known(site)})
+            self._exchange(self._weights, self._live_record, self._off | {self._known(name)})
 
-    def enable(self, site: str) -> None:
-        """Switch a site on again; errors as of `disable`."""
+    def enable(self, name: str) -> None:
+        """Switch a site or layer on again; errors as of `disable`."""
         with self._changing:
-            self._exchange(self._weights, self._live_record, self._off - {self._known(site)})
+            self._exchange(self._weights, self._live_record, self._off - {self._known(name)})
 
-    def _known(self, site: str) -> str:
-        if site not in self.sites:
+    def _known(self, name: str) -> str:
+        names = [*self.sites, *(layer.layer for layer in self._record.layers)]
+        if name not in names:
             raise ServingError(
-                "site", expected=f"one of {', '.join(self.sites)}", found=repr(site), advice="Choose one of these."
+                "what to switch", expected=f"one of {', '.join(names)}", found=repr(name), advice="Choose one of these."
             )
-        return site
+        return name
 
     def _require_same_form(self, patch: Patch, baked: ir.Model, record: PatchRecord, weights: Weights) -> None:
         """Refuse what could not be said by other numbers in the same graph."""
@@ -252,11 +253,15 @@ class PatchedSession:
         return session
 
     def _silenced(self, off: frozenset[str]) -> Iterator[tuple[str, Array]]:
-        """Of the sites that are switched off: a threshold that nothing exceeds, and a level that no margin does."""
+        """What is switched off: a threshold that nothing exceeds, a level that no margin does, no edited unit."""
         never = np.array([np.inf], np.float32)
         for site in self._record.sites:
             if site.site in off:
                 yield from ((name, never) for name in site.weights)
+        for layer in self._record.layers:
+            if layer.layer in off:
+                name = own_name(layer.scope, "edited")
+                yield name, np.zeros_like(self._own[name])
 
     def _alarmed(self, weights: Weights) -> Weights | None:
         """The weights with thresholds so low that half of the probe's tokens, or its only one, are flagged.
