@@ -1,7 +1,9 @@
 """A fix that is exchanged or switched off while requests are served: every answer is one patch's, and none is lost."""
 
 import gc
+import os
 import resource
+import signal
 import threading
 import time
 import weakref
@@ -425,3 +427,20 @@ def test_a_closed_session_says_so(first, second, tmp_path):
         else:
             with pytest.raises(ServingError, match="closed"):
                 use()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # newer Pythons warn of forks beside threads
+def test_a_forked_child_is_told_and_does_not_hang(first, second, tmp_path):
+    session = PatchedSession(written(first, tmp_path))
+    with session._changing:  # as in the middle of a swap
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            try:
+                session.swap(second)
+            except ServingError as error:
+                os._exit(7 if "after the fork" in str(error) else 1)
+            os._exit(2)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7

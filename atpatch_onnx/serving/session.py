@@ -11,7 +11,6 @@ a session does in whose graph the new weights stand.
 """
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +31,7 @@ from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
 from atpatch_onnx.serving.counters import Counters, Stats
 from atpatch_onnx.serving.held import HeldFile
+from atpatch_onnx.serving.turns import Turns
 
 TOLERANCE = 1e-5
 """Of an output in the proof, relative to its largest value: both sessions run the same graph."""
@@ -95,7 +95,7 @@ class PatchedSession:
         self._own: Weights = _weights(self._model)
         self._weights: Weights = self._own
         self._live_record, self._off = self._record, frozenset[str]()
-        self._counters, self._changing = Counters(), threading.Lock()
+        self._counters, self._changing = Counters(), Turns()
         self._live: FileSession | None = self._open(self._own)
         self._names = [output.name for output in self._serving.session.get_outputs()]
         if patch is not None:
