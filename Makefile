@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PYTEST ?= -n auto --dist loadgroup
 
-.PHONY: setup lock demo test check results comparison benchmark clean
+.PHONY: setup lock sbom demo test check results comparison benchmark clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,15 @@ lock:
 	  --extra dev --constraint requirements.lock pyproject.toml --output-file requirements.new
 	awk '/^[a-z]/ { keep = !/^(nvidia-|cuda-|triton==|torch==)/ } keep' requirements.new > requirements.lock
 	rm requirements.new
+
+# What the wheel pulls in, as CycloneDX: of an environment with nothing but the wheel.
+sbom: setup
+	rm -rf build/sbom dist
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PYTHON) -m venv --without-pip build/sbom
+	$(VENV)/bin/python -m pip --python build/sbom/bin/python install --quiet dist/*.whl
+	$(VENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file dist/atpatch-onnx.cdx.json build/sbom/bin/python
 
 demo: setup
 	$(VENV)/bin/atpatch demo --out demo-out
