@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +14,9 @@ try:
 except ImportError:  # not on Windows, where what a killed process leaves behind stays
     fcntl = None
 
-_PREFIX = ".atpatch-"
+_PREFIX = ".atpatch-staging-"
+"""Folders of this name are ours to remove."""
+
 _YOUNG = 60.0
 """Seconds within which a folder is left alone: it may not have been locked yet."""
 
@@ -30,9 +31,9 @@ def staging(folder: Path) -> Iterator[Path]:
         OSError: `folder` is not there, or cannot be written to.
     """
     folder = folder.resolve(strict=True)
-    _sweep(folder)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder) as made:
         lock = _lock(Path(made))
+        _sweep(folder, Path(made).stat().st_mtime)
         try:
             yield Path(made)
         finally:
@@ -64,10 +65,11 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _sweep(folder: Path) -> None:
+def _sweep(folder: Path, now: float) -> None:
+    """`now` is the file system's own: its clock may be another than ours."""
     for left in folder.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another run sweeps, too
-            if not left.is_dir() or left.is_symlink() or time.time() - left.stat().st_mtime < _YOUNG:
+            if not left.is_dir() or left.is_symlink() or now - left.stat().st_mtime < _YOUNG:
                 continue
             lock = _lock(left)
             if lock is not None:

@@ -34,7 +34,8 @@ def read_threshold(graph: ir.Graph, place: Place, detector: Detector) -> Array:
     """What the scores of `read_scores` are held against, `[1]`; a bias that the operator adds itself is counted in."""
     own = own_bias(graph, place)
     folded = _folded(own, detector) if detector.is_linear else 0.0
-    return np.asarray([detector.threshold] - np.asarray(folded, np.float32), np.float32).reshape(1)
+    threshold = np.asarray([detector.threshold] - np.asarray(folded, np.float32), np.float32).reshape(1)
+    return np.where(threshold == 0, np.finfo(np.float32).tiny, threshold)  # optimizers drop the subtraction of a zero
 
 
 def _folded(own: Array | None, detector: Detector) -> Array:

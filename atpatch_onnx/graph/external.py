@@ -12,8 +12,8 @@ from atpatch_onnx.errors import ModelFileError
 from atpatch_onnx.graph import protos
 from atpatch_onnx.graph.parts import replace_tensors, tensors
 
-_IN_MEMORY = "*/_ORT_MEM_ADDR_/"
-"""With what onnxruntime marks a tensor whose offset is an address in its own memory."""
+_IN_MEMORY = "*/_ORT_"
+"""With what onnxruntime's marks begin of tensors whose offsets are addresses in its own memory."""
 
 
 def check_external_data(proto: onnx.ModelProto, path: Path) -> None:

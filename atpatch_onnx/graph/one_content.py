@@ -26,8 +26,7 @@ _FIELDS: dict[int, str] = {
 """Where a type's elements lie if not in `raw_data`; those of all others lie in `int32_data`."""
 
 _ENTRIES = frozenset({"location", "offset", "length", "checksum"})
-_PREPACKED = "prepacked_"
-"""What onnxruntime puts in front of the names of entries of its own."""
+"""Not onnxruntime's own `prepacked_...`: it runs what lies there in place of the weight, and does not compare them."""
 
 _DATA_TYPES = {int(kind): kind for kind in ir.DataType if kind is not ir.DataType.UNDEFINED}
 _LARGEST = 2**63 - 1
@@ -102,7 +101,7 @@ def _check_entries(tensor: TensorProto, refusal: Refusal, where: str) -> None:
     keys = [entry.key for entry in tensor.external_data]
     if len(set(keys)) < len(keys):
         raise refusal(where, "each entry of its external data once", ", ".join(map(repr, keys)))
-    unknown = [key for key in keys if key not in _ENTRIES and not key.startswith(_PREPACKED)]
+    unknown = [key for key in keys if key not in _ENTRIES]
     if unknown:
         raise refusal(where, f"external data by {', '.join(sorted(_ENTRIES))}", f"the entry {unknown[0]!r}")
     for entry in tensor.external_data:

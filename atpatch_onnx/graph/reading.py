@@ -29,10 +29,16 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
             found="a folder" if path.is_dir() else "nothing there",
             advice="Check the path.",
         )
+    content = path.read_bytes()
+    if path.suffix.lower() == ".ort" or content[4:8] == b"ORTM":
+        raise _not_onnx(path, "a file that onnxruntime may read in its own format")
     try:
-        proto = onnx.load(str(path), load_external_data=False, format="protobuf")
+        proto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError has no public home across its backends
         raise _not_onnx(path, f"bytes that do not parse ({type(error).__name__})") from error
+    if proto.ByteSize() != len(content):  # such as a field that stands twice, of which readers keep the last
+        raise _not_onnx(path, f"{len(content) - proto.ByteSize()} bytes that readers pass over")
+    del content
     if not proto.ir_version or not proto.HasField("graph") or not proto.opset_import:
         raise _not_onnx(path, "bytes without a graph, an IR version or an opset")
     check_one_reading(proto, path)

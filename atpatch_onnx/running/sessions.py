@@ -59,14 +59,7 @@ class Session:
         threads = _threads_of_the_environment() if threads is None else threads
         if threads is not None:
             options.intra_op_num_threads = threads
-        folder = graphs.external_folder(model) if isinstance(model, ir.Model) else None
-        if folder is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
-        source = graphs.to_bytes(model) if isinstance(model, ir.Model) else os.fspath(model)
-        try:
-            self._session = ort.InferenceSession(source, options, providers=list(providers))
-        except Exception as error:  # onnxruntime raises a dozen types without a common base
-            raise _refused("the model", "one that onnxruntime loads", error) from error
+        self._session = _opened(model, options, providers)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self._batches = {value.name: value.shape[0] for value in self._session.get_inputs() if value.shape}
@@ -154,23 +147,23 @@ class Session:
 
 
 class FileSession:
-    """onnxruntime's own session of a model file, with other values for some of its weights.
+    """onnxruntime's own session of a model, with other values for some of its weights.
 
     onnxruntime checks neither shape nor type of these, and ignores one whose old value its optimizer has used up.
 
     Args:
-        path: The model file, which onnxruntime reads.
+        model: The model, or its file, which onnxruntime reads by itself.
         weights: The other values, by name.
         providers: Execution providers.
         options: Options of the session.
 
     Raises:
-        RunError: onnxruntime refuses the file.
+        RunError: onnxruntime refuses it.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        model: graphs.ModelOrPath,
         weights: Mapping[str, Array],
         *,
         providers: Sequence[str] = ("CPUExecutionProvider",),
@@ -179,10 +172,20 @@ class FileSession:
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
         for name, value in self._weights.items():  # which must outlive the session
             options.add_initializer(name, value)
-        try:
-            self.session = ort.InferenceSession(os.fspath(path), options, providers=list(providers))
-        except Exception as error:  # onnxruntime raises a dozen types without a common base
-            raise _refused(os.fspath(path), "a model that onnxruntime loads", error) from error
+        self.session = _opened(model, options, providers)
+
+
+def _opened(model: graphs.ModelOrPath, options: SessionOptions, providers: Sequence[str]) -> ort.InferenceSession:
+    """A session; a model in memory has its external data where it lies."""
+    where = "the model" if isinstance(model, ir.Model) else os.fspath(model)
+    folder = graphs.external_folder(model) if isinstance(model, ir.Model) else None
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
+    source = graphs.to_bytes(model) if isinstance(model, ir.Model) else os.fspath(model)
+    try:
+        return ort.InferenceSession(source, options, providers=list(providers))
+    except Exception as error:  # onnxruntime raises a dozen types without a common base
+        raise _refused(where, "one that onnxruntime loads", error) from error
 
 
 def tensors(output: object) -> tuple[Array, ...]:

@@ -1,6 +1,5 @@
-"""A model file and its data files, as they lay on disk when they were read."""
+"""The data files of a model, as they lay on disk when they were read."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +13,21 @@ _State = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
-class HeldFile:
-    """What was proven of a file holds for as long as the file is the same: not written to, nor exchanged."""
+class HeldData:
+    """What was proven of external data holds for as long as its files are the same: not written to, nor exchanged.
+
+    The rest of a model is in memory.
+    """
 
     states: Mapping[Path, _State | None]
     """Each file and what the file system says of it; None where there is none."""
 
     @classmethod
-    def at(cls, path: str | os.PathLike[str]) -> "HeldFile":
-        """A model file, before it is read."""
-        return cls({Path(path): _state(Path(path))})
-
-    def with_data_of(self, model: ir.Model) -> "HeldFile":
-        """And the files that hold weights of the model that was read from it, before these are."""
+    def of(cls, model: ir.Model) -> "HeldData":
+        """The files that hold weights of a model, before these are read."""
         tensors = graphs.weights(model).values()
         files = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-        return HeldFile({**self.states, **{file: _state(file) for file in sorted(files)}})
+        return cls({file: _state(file) for file in sorted(files)})
 
     def require_unchanged(self) -> None:
         """Refuse a file that was written to or exchanged since.

@@ -3,11 +3,11 @@
     a patch  ->  baked into the file's own base, in memory  ->  the weights that differ  ->  a new session of the same
     file with these weights  ->  proven by a probe  ->  exchanged
 
-The file is not touched; what is not as baking writes it is refused at the start, and a file that was exchanged since at
-every change. A request that runs finishes on the session it began with, and the old session goes when its
-last request has. onnxruntime checks neither shape nor type of a weight that it is handed, and ignores it where its
-optimizer made another constant of the old one; so both are checked here, and the new session has to answer a probe as
-a session does in whose graph the new weights stand.
+The file is read once: what is not as baking writes it is refused, and what was proven is what serves. Only external
+data lies on disk; where it was exchanged since, a change is refused. A request that runs finishes on the session it
+began with, and the old session goes when its last request has. onnxruntime checks neither shape nor type of a weight
+that it is handed, and ignores it where its optimizer made another constant of the old one; so both are checked here,
+and the new session has to answer a probe as a session does in whose graph the new weights stand.
 """
 
 import os
@@ -30,7 +30,7 @@ from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
 from atpatch_onnx.serving.counters import Counters, Stats
-from atpatch_onnx.serving.held import HeldFile
+from atpatch_onnx.serving.held import HeldData
 from atpatch_onnx.serving.turns import Turns
 
 TOLERANCE = 1e-5
@@ -71,10 +71,9 @@ class PatchedSession:
         options: Callable[[], SessionOptions] = SessionOptions,
         probe: Mapping[str, Array] | None = None,
     ) -> None:
-        self._path, self._providers, self._options = path, tuple(providers), options
-        held = HeldFile.at(path)
+        self._providers, self._options = tuple(providers), options
         self._model = graphs.load(path)
-        self._held = held.with_data_of(self._model)
+        self._held = HeldData.of(self._model)
         self._record = read_record(self._model)
         if not self._record.detects:
             raise ServingError(
@@ -248,7 +247,7 @@ class PatchedSession:
 
     def _open(self, weights: Weights) -> FileSession:
         others = {name: array for name, array in weights.items() if not np.array_equal(array, self._own[name])}
-        session = FileSession(self._path, others, providers=self._providers, options=self._options())
+        session = FileSession(self._model, others, providers=self._providers, options=self._options())
         self._held.require_unchanged()
         return session
 
