@@ -12,6 +12,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def named(numbers: Sequence[int]) -> str:
+    """The seeds that figures are of, in words."""
+    return f"the seed{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
 def share(found: Spread | None, digits: int = 2) -> str:
     """A share over seeds: mean, smallest and largest seed, 95 % interval of the mean."""
     if found is None:

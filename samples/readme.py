@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from samples.bounds import FIGURES
-from samples.page_tables import table
+from samples.page_tables import named, table
 from samples.summary import spread
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,6 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 def render(document: Mapping[str, Any]) -> str:
     """The tables: of backdoors and of protected attributes; what was not measured has no row."""
     runs: Runs = document["runs"]
-    seeds = ", ".join(map(str, document["seeds"]))
 
     def mean(key: str, figure: str, scale: str = "{:.2%}") -> str:
         found = spread(runs[key], FIGURES[figure])
@@ -68,8 +67,8 @@ def render(document: Mapping[str, Any]) -> str:
     tables = [[name, mean(key, "UF"), mean(key, "UF, patched"), lost(key)] for name, key in TABLES if key in runs]
     return "\n\n".join(
         [
-            f"Means over the seeds {seeds}, on inputs that no fit saw. ASR is counted above the floor; the paper has it"
-            " at 97.9 % and 0.46-0.70 %, UF at 0.04 %, and 0.1 points of accuracy lost.",
+            f"Measured with {named(document['seeds'])}, on inputs that no fit saw. ASR is counted above the floor; the paper"
+            " has it at 97.9 % and 0.46-0.70 %, UF at 0.04 %, and 0.1 points of accuracy lost.",
             table(("backdoor", "ASR", "patched, above floor", "accuracy lost", "robust accuracy (twin's)"), backdoors),
             table(("protected attribute", "UF", "patched", "accuracy lost"), tables),
         ]

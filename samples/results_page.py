@@ -10,7 +10,7 @@ from typing import Any
 from atpatch_onnx.report.rows import percent
 from samples import results_pictures as pictures
 from samples.bounds import FIGURES
-from samples.page_tables import points, seeds, share, table
+from samples.page_tables import named, points, seeds, share, table
 from samples.pieces import Piece, figures_of
 from samples.summary import GOALS, Spread, Verdict, spread, verdicts
 
@@ -95,8 +95,8 @@ def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Seque
     seeds = sorted({run["seed"] for found in runs.values() for run in found})
     parts = [
         "# Results",
-        "Written by `python -m samples.results`. Every case was trained, fitted and measured with the seeds"
-        f" {', '.join(map(str, seeds))}; {hours:.1f} hours of one core in all, trainings included. Figures are means"
+        "Written by `python -m samples.results`. Every case in the tables was trained, fitted and measured with"
+        f" {named(seeds)}; {hours:.1f} hours of one core in all, trainings included. Figures are means"
         " over seeds, in brackets the smallest and the largest seed, then the 95 % interval of the mean at the inputs"
         " of one seed: Wilson's for shares, Agresti and Min's for accuracy lost, the bootstrap's for group differences."
         " Training, debug and evaluation inputs are disjoint, and no fit saw an evaluation input."
