@@ -67,8 +67,8 @@ def render(document: Mapping[str, Any]) -> str:
     tables = [[name, mean(key, "UF"), mean(key, "UF, patched"), lost(key)] for name, key in TABLES if key in runs]
     return "\n\n".join(
         [
-            f"Measured with {named(document['seeds'])}, on inputs that no fit saw. ASR is counted above the floor; the paper"
-            " has it at 97.9 % and 0.46-0.70 %, UF at 0.04 %, and 0.1 points of accuracy lost.",
+            f"Measured with {named(document['seeds'])}, on inputs that no fit saw. ASR is counted above the floor; the"
+            " paper has it at 97.9 % and 0.46-0.70 %, UF at 0.04 %, and 0.1 points of accuracy lost.",
             table(("backdoor", "ASR", "patched, above floor", "accuracy lost", "robust accuracy (twin's)"), backdoors),
             table(("protected attribute", "UF", "patched", "accuracy lost"), tables),
         ]

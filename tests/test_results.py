@@ -239,4 +239,4 @@ def test_pieces_that_are_not_there_are_left_out(tmp_path):
     piece.file(tmp_path).parent.mkdir(parents=True)
     piece.file(tmp_path).write_text(json.dumps(backdoor(case, 0, 0)))
     results_page.write_page(tmp_path, tmp_path / "docs", [piece, Piece(case, 1, "measured")])
-    assert "with the seeds 0;" in (tmp_path / "docs" / "results.md").read_text()
+    assert "with the seed 0;" in (tmp_path / "docs" / "results.md").read_text()
