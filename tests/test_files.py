@@ -145,10 +145,10 @@ def test_killed_at_any_moment_files_are_old_or_new(tmp_path, request):
         whole = {name: set() for name in KINDS}
         for seed in (0, 1):
             child = started(seed)
-            time.sleep(2)
+            while any(len(found) <= seed for found in whole.values()):
+                for name, found in whole.items():
+                    found.update([(tmp_path / name).read_bytes()] if (tmp_path / name).exists() else [])
             os.kill(child, signal.SIGKILL)
-            for name in KINDS:
-                whole[name].add((tmp_path / name).read_bytes())
         assert all(len(found) == 2 for found in whole.values())
         for number in range(request.config.getoption("--kills")):
             gone(child)
