@@ -89,7 +89,7 @@ def test_what_another_process_writes_stays(tmp_path):
 
 
 def gone(process: int) -> None:
-    """Wait until it is: what was interrupted tidies up first; an interrupt that meets a destructor is lost."""
+    """Wait until it is: what was interrupted tidies up first; an interrupt within a destructor is lost."""
     for tries in range(6000):
         try:
             os.kill(process, signal.SIGKILL if tries == 500 else 0)
@@ -116,6 +116,7 @@ print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         patch, patched, debug = works[int(line)]
         while True:
             patch.save(folder / "fix.safetensors")
