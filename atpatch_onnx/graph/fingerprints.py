@@ -33,7 +33,7 @@ def fingerprint(model: ir.Model) -> str:
     (`pkg.torch.onnx.stack_trace`). They hold the paths of installed packages, in which alone two machines' exports of
     one model differ.
     """
-    in_blocks = sum(tensor.nbytes for tensor in _weights(model)) > IN_ONE
+    in_blocks = sum(tensor.nbytes for _, tensor in _weights(model)) > IN_ONE
     folder = external_folder(model)
     digest = hashlib.sha256()
 
@@ -70,17 +70,22 @@ def fingerprint(model: ir.Model) -> str:
         add(proto.SerializeToString(deterministic=True))
         for value in node.outputs:
             add(*_value_parts(value))
-    for tensor in _weights(model):
-        add(str(tensor.name), str(tensor.dtype), repr(tuple(tensor.shape)), tensor_digest(tensor, in_blocks))
+    for name, tensor in _weights(model):
+        add(name, str(tensor.dtype), repr(tuple(tensor.shape)), tensor_digest(tensor, in_blocks))
         if tensor.metadata_props:
             add(repr(sorted(tensor.metadata_props.items())))
     return f"sha256{'-blocks' if in_blocks else ''}:{digest.hexdigest()}"
 
 
-def _weights(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    """The initializers of every graph, each by itself: two branches may have one of the same name."""
+def _weights(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """The initializers of every graph, each by itself: two branches may have one of the same name.
+
+    Names are those that a file would have: a tensor in memory may have another than its value.
+    """
     for graph in model.graphs():
-        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                yield name, value.const_value
 
 
 def _drop_source_lines(nodes: Iterable[onnx.NodeProto]) -> None:
