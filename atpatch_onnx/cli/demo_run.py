@@ -122,7 +122,8 @@ def walk(
     atp.save(atp.bake(base, atp.Patch.load(out / "fix.safetensors")), out / "patched.onnx")
     patched = atp.load(out / "patched.onnx")
 
-    verification = atp.verify(base, patched, unseen.take(range(min(len(unseen), VERIFIED))), progress=progress)
+    held_out = unseen.take(range(min(len(unseen), VERIFIED)))
+    verification = atp.verify(base, patched, held_out, patch=patch, progress=progress)
     evaluation = atp.evaluate(base, patched, unseen, progress=progress)
     page = html.render_html(
         title=title,
