@@ -84,10 +84,10 @@ def infer_shapes(model: ir.Model, bare: onnx.ModelProto | None = None) -> dict[s
     """
     try:
         inferred = onnx.shape_inference.infer_shapes(bare or skeleton(model), data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
+    except (onnx.shape_inference.InferenceError, MemoryError) as error:  # few bytes can ask for any size
         raise ModelFileError(
             "the model",
-            expected="nodes whose shapes fit together",
+            expected="nodes whose shapes fit together, and into memory",
             found=str(error),
             advice="Check the model with onnx.checker, and export it again.",
         ) from error
