@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ BLOCK = 2**26
 """Bytes that are digested apart from each other, several at a time, where a model is large."""
 
 _CHUNK = 2**22
+_KNOWN = "atpatch/digest"
+"""In a tensor's `meta`, which no file holds: the state of its data file when its digest was taken, and the digest."""
 _THREADS = min(8, os.cpu_count() or 1)
 
 Read = Callable[[int, int], "bytes | memoryview"]
@@ -49,27 +51,11 @@ def _of_stored(tensor: ir.ExternalTensor, in_blocks: bool) -> bytes:
         return _digest(_reader(ours), ours.nbytes, in_blocks)
     path = Path(ours.path).resolve()
     state = path.stat()
-    kept = state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
-    return _of_large(_Large(ours, path, (*kept, ours.offset or 0, ours.nbytes, in_blocks)))
-
-
-class _Large:
-    """A large tensor in a file, known by the state of the file: a command asks for the same digest several times."""
-
-    def __init__(self, tensor: StoredTensor, path: Path, state: tuple[int, ...]) -> None:
-        self.tensor, self.path, self.state = tensor, path, state
-
-    def __hash__(self) -> int:
-        return hash(self.state)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Large) and self.state == other.state
-
-
-@lru_cache(maxsize=4096)
-def _of_large(large: _Large) -> bytes:
-    tensor = large.tensor
-    return _digest(_reader(tensor), tensor.nbytes, bool(large.state[-1]), _holes(large.path, tensor.offset or 0))
+    now = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns, in_blocks)
+    if (known := tensor.meta.get(_KNOWN)) is None or known[0] != now:  # one command asks for it several times
+        known = now, _digest(_reader(ours), ours.nbytes, in_blocks, _holes(path, ours.offset or 0))
+        tensor.meta[_KNOWN] = known
+    return bytes(known[1])
 
 
 def _reader(tensor: StoredTensor) -> Read:
