@@ -1,6 +1,8 @@
 """Models of many gigabytes: whole processes of the command line, with their time and their memory."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -15,9 +17,11 @@ import pytest
 from models import Net, draw_patch
 from onnx import TensorProto, helper
 
-from atpatch_onnx import graph
+from atpatch_onnx import Patch, PatchedSession, graph
+from atpatch_onnx.errors import ServingError
 
 ROWS = 14 * 2**30 // 4 // 64
+GIANT = Net(heads=8, kv_heads=8, depth=8)
 
 SCRIPT = """
     import re, sys
@@ -64,7 +68,7 @@ def atpatch(*arguments: str | Path) -> Ran:
 def giant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base of 14 GB, in a sparse data file that takes no room on disk, and a patch for it."""
     folder = tmp_path_factory.mktemp("giant")
-    proto = Net(heads=8, kv_heads=8, depth=8).proto()
+    proto = GIANT.proto()
     big = TensorProto(name="embedding", data_type=TensorProto.FLOAT, dims=[ROWS, 64])
     big.data_location = TensorProto.EXTERNAL
     for key, value in {"location": "big.data", "offset": "0", "length": str(ROWS * 64 * 4)}.items():
@@ -81,6 +85,13 @@ def giant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     onnx.save(proto, folder / "base.onnx")
     draw_patch(graph.load(folder / "base.onnx")).save(folder / "fix.safetensors")
     return folder
+
+
+def resident() -> int:
+    """Bytes of this process that are resident now."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 @linux
@@ -115,6 +126,27 @@ def test_data_that_has_to_move_is_not_read_either(giant: Path, tmp_path: Path, e
     with data.open("rb") as file:
         file.seek(ROWS // 5 * 64 * 4)
         assert np.frombuffer(file.read(64 * 4), np.float32).tolist() == [ROWS // 5] * 64
+
+
+@linux
+@pytest.mark.slow
+def test_a_session_proves_it_where_it_lies(giant: Path) -> None:
+    """Of 14 GB in a file next to it; what is written to while it serves is noticed, and the old numbers stay."""
+    patch = Patch.load(giant / "fix.safetensors")
+    atpatch("bake", giant / "base.onnx", giant / "fix.safetensors", "-o", giant / "served.onnx")
+    before = resident()
+    started = time.monotonic()
+    with PatchedSession(giant / "served.onnx") as session:
+        session.swap(patch)
+        feed = {**GIANT.feed(np.random.default_rng(0)), "ids": np.full((3, 5), ROWS // 5, np.int64)}
+        first = session.run(["embedded"], feed)
+        assert (first[0] == ROWS // 5).all()
+        assert time.monotonic() - started < 20
+        assert resident() - before < 10**9
+        os.utime(giant / "big.data")
+        with pytest.raises(ServingError, match="written to, exchanged"):
+            session.swap(patch)
+        assert np.array_equal(session.run(["embedded"], feed), first)
 
 
 @pytest.mark.slow

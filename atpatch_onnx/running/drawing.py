@@ -172,8 +172,10 @@ def _draw_ids(indices: ir.Value, shape: tuple[int, ...], rng: np.random.Generato
     uses = list(_uses(indices))
     size = min(_tables(uses), default=2)
     marks = sorted({mark for mark in _marks(uses) if 0 <= mark < size})
-    others = np.setdiff1d(np.arange(size), marks)
-    ids = rng.choice(others if len(others) else np.arange(size), shape)
+    others = size - len(marks)
+    ids = rng.integers(others or size, size=shape)
+    for mark in marks if others else ():  # counted over the others: a table may be too long to be listed
+        ids += ids >= mark
     if shape[-1] > len(marks) > 0:
         ids[..., -len(marks) :] = marks
     return ids

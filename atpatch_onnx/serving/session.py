@@ -180,6 +180,7 @@ class PatchedSession:
             ServingError: The new session does not do what the patch says; the old one stays.
         """
         with self._changing:
+            self._held.require_unchanged()
             site_flags = len(self._record.monitors) > 2
             baked = bake(self._base, patch, conditional=self._record.conditional, site_flags=site_flags)
             record, weights = read_record(baked), _weights(baked)
