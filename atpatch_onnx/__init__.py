@@ -32,6 +32,7 @@ _HOMES = {
     "compare": "measuring.compare",
     "compose": "patches.compose",
     "evaluate": "measuring.evaluate",
+    "evaluate_prompts": "measuring.evaluate_prompts",
     "explain": "matching",
     "find_sites": "matching",
     "fingerprint": "graph",
@@ -65,6 +66,7 @@ if typing.TYPE_CHECKING:  # the same names, for those who read types
     from atpatch_onnx.measuring.benchmark import benchmark as benchmark
     from atpatch_onnx.measuring.compare import compare as compare
     from atpatch_onnx.measuring.evaluate import evaluate as evaluate
+    from atpatch_onnx.measuring.evaluate_prompts import evaluate_prompts as evaluate_prompts
     from atpatch_onnx.measuring.rehearse import rehearse as rehearse
     from atpatch_onnx.measuring.verify import verify as verify
     from atpatch_onnx.patches.compose import compose as compose

@@ -40,6 +40,7 @@ AccuracyGoal = Annotated[float, typer.Option("--accuracy-loss", help="Goal: accu
 FlagGoal = Annotated[
     float, typer.Option("--clean-flag-rate", help="Budget: share of clean inputs that may be flagged.")
 ]
+Steps = Annotated[int, typer.Option(min=1, help="Of prompts: tokens of each answer that count.")]
 Candidates = Annotated[
     int, typer.Option(min=0, help="Hidden units that are tried one by one, those that differ most; 0: all.")
 ]

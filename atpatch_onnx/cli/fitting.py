@@ -44,6 +44,10 @@ def fit(
     columns_missed: Annotated[
         float, typer.Option(help="Goal: share of anomalous columns that are not flagged.")
     ] = Goal.columns_missed,
+    flags_per_million: Annotated[
+        float | None,
+        typer.Option(help="Goal: flags on a million benign tokens; 100 where DATA holds prompts.", show_default=False),
+    ] = None,
     thresholds: Annotated[
         Literal["balanced", "lowest"], typer.Option(help="Where they lie; lowest: for pairs of an inverted trigger.")
     ] = "balanced",
@@ -60,6 +64,7 @@ def fit(
         typer.Option(help="A patch of hidden units that is to be baked before this one.", show_default=False),
     ] = None,
     output: args.Output = None,
+    steps: args.Steps = atp.FitOptions.steps,
     batch_size: args.BatchSize = 32,
     seed: args.Seed = 0,
     force: args.Force = False,
@@ -67,12 +72,21 @@ def fit(
 ) -> None:
     """Fit a patch for MODEL on the pairs of DATA."""
     options = atp.FitOptions(
-        goal=Goal(asr_above_floor, flip_rate, accuracy_loss, clean_flag_rate, robust_accuracy_loss, columns_missed),
+        goal=Goal(
+            asr_above_floor,
+            flip_rate,
+            accuracy_loss,
+            clean_flag_rate,
+            robust_accuracy_loss,
+            columns_missed,
+            flags_per_million,
+        ),
         thresholds=thresholds,
         redistribute=redistribute,
         detectors=(detectors,) if detectors else atp.FitOptions.detectors,
         sites=tuple(site) if site else None,
         output=output,
+        steps=steps,
         batch_size=batch_size,
         seed=seed,
         force=force,

@@ -7,7 +7,7 @@ import typer
 
 import atpatch_onnx as atp
 from atpatch_onnx.baking.metadata import read_record
-from atpatch_onnx.cli.arguments import TARGETS, AsJson, Base, BatchSize, Data, Out, Output, Patched
+from atpatch_onnx.cli.arguments import TARGETS, AsJson, Base, BatchSize, Data, Out, Output, Patched, Seed, Steps
 from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.errors import PatchMismatchError, VerificationError
@@ -29,6 +29,7 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    steps: Steps = atp.FitOptions.steps,
     batch_size: BatchSize = 32,
     as_json: AsJson = False,
 ) -> None:
@@ -36,7 +37,7 @@ def verify(
     debug = None if data is None else atp.DebugSet.load(data)
     patches = [atp.Patch.load(path) for path in patch] if patch else None
     with progress_bars() as progress:
-        result = atp.verify(base, patched, debug, patch=patches, batch_size=batch_size, progress=progress)
+        result = atp.verify(base, patched, debug, patch=patches, steps=steps, batch_size=batch_size, progress=progress)
     show(result.to_json(), [text.verification_table(result)], as_json)
     if not result.passed:
         raise VerificationError(
@@ -53,11 +54,20 @@ def evaluate(
     data: Data,
     target_class: Annotated[int | None, typer.Option(help="The backdoor's class, if DATA does not name it.")] = None,
     output: Output = None,
+    steps: Steps = atp.FitOptions.steps,
+    samples: Annotated[int, typer.Option(min=1, help="Of prompts: answers drawn at a temperature of 1.")] = 5,
     batch_size: BatchSize = 32,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure BASE and PATCHED on pairs that the fit never saw."""
+    """Measure BASE and PATCHED on pairs, or prompts, that the fit never saw."""
     debug = atp.DebugSet.load(data)
+    if debug.kind == "generation":
+        run = {"steps": steps, "samples": samples, "batch_size": batch_size, "seed": seed}
+        with progress_bars() as progress:
+            written = atp.evaluate_prompts(base, patched, debug, progress=progress, **run)
+        show(written.to_json(), [text.written_table(written)], as_json)
+        return
     if target_class is not None:
         debug = debug.with_target(target_class)
     with progress_bars() as progress:

@@ -133,6 +133,19 @@ def as_sensitive(sensitive: ArrayLike, pairs: int, where: str) -> Array:
     return array
 
 
+def as_payload(payload: ArrayLike, pairs: int, where: str) -> NDArray[np.int64]:
+    """Check the tokens that an attack makes a model write `[pairs, tokens]`, and make them read-only int64."""
+    array = as_array(payload, where)
+    if array.ndim != 2 or len(array) != pairs or not array.shape[1] or array.dtype.kind not in "iu" or array.min() < 0:
+        raise DebugSetError(
+            where,
+            expected=f"token ids from 0 up, shape [{pairs}, tokens]",
+            found=f"{array.dtype} {list(array.shape)}",
+            advice="Give at least one token, the same number for each pair.",
+        )
+    return read_only(array.astype(np.int64, copy=False))
+
+
 def as_class(target: int, where: str) -> int:
     """Check a class index."""
     if isinstance(target, bool) or not isinstance(target, (int, np.integer)) or target < 0:

@@ -7,10 +7,12 @@
 | `labels`                 | optional: whole numbers `[pairs]`                                                       |
 | `suspects`               | optional: bool `[pairs, tokens]`                                                        |
 | `sensitive`              | optional: the protected attribute's clean values `[pairs]`                              |
+| `payload`                | of kind "generation": the tokens that the attack makes a model write, `[pairs, tokens]` |
 | `debugset.json`          | `{"format": "atpatch-onnx debug set", "version": 1, "kind": "backdoor", "target": 3}`   |
 
 In a `.npz` file a key is an entry, the json a text array without axes. In a folder a key is the file `<key>.npy`, the
-json a file of that name; the arrays are memory-mapped. `kind` is "backdoor" or "attribute", `target` a class or null.
+json a file of that name; the arrays are memory-mapped. `kind` is "backdoor", "attribute" or "generation",
+`target` a class or null.
 
 Where there is a json, `<input>` is the input's name with every character but letters, digits and `_.-~` written as `%`
 and two hex digits for each UTF-8 byte. Files written by hand may leave the json out and use plain names; they are taken
@@ -41,7 +43,8 @@ HEADER = "debugset.json"
 FORMAT = "atpatch-onnx debug set"
 VERSION = 1
 SIDES = ("clean", "counterfactual")
-EXTRAS = ("labels", "suspects", "sensitive")
+EXTRAS = ("labels", "suspects", "sensitive", "payload")
+KINDS = ("backdoor", "attribute", "generation")
 
 _HEADER_LIMIT = 2**16
 
@@ -244,7 +247,7 @@ def _parsed(text: str, where: str) -> tuple[str, int | None]:
             advice="Read it with the release of atpatch-onnx that wrote it, or a later one.",
         )
     kind, target = header.get("kind"), header.get("target")
-    if kind not in ("backdoor", "attribute") or not (target is None or type(target) is int):
+    if kind not in KINDS or not (target is None or type(target) is int):
         raise _not_a_set(where, f"kind {kind!r} and target {target!r}")
     return kind, target
 

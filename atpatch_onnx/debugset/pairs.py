@@ -2,8 +2,8 @@
 
 Everything that is fitted or verified is fitted or verified on such pairs: triggered inputs for a backdoor, inputs with
 the protected attribute changed for unfairness. Sets come from arrays, from a trigger function, from a table with a
-protected attribute, or from disk (`debugset.files` documents the format), and are divided into three parts that share
-no clean input.
+protected attribute, from prompts, or from disk (`debugset.files` documents the format), and are divided into three
+parts that share no clean input.
 """
 
 import os
@@ -15,27 +15,24 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from atpatch_onnx.debugset import builders, checks, files
+from atpatch_onnx.debugset import builders, checks, files, whole
+from atpatch_onnx.debugset import prompts as prompting
 from atpatch_onnx.debugset import split as splitting
 from atpatch_onnx.debugset.arrays import (
     Array,
     as_class,
     as_inputs,
     as_labels,
-    as_sensitive,
     as_suspects,
-    check_finite,
-    matched,
     read_only,
 )
 from atpatch_onnx.debugset.builders import Trigger
 from atpatch_onnx.debugset.checks import InputSpec
+from atpatch_onnx.debugset.prompts import Tokenizer
 from atpatch_onnx.errors import DebugSetError
 
-Kind = Literal["backdoor", "attribute"]
-"""Triggered inputs, or inputs with a protected attribute changed."""
-
-_NO_TARGET = "Leave the target out: only a backdoor sends inputs to one class."
+Kind = Literal["backdoor", "attribute", "generation"]
+"""Triggered inputs, inputs with a protected attribute changed, or prompts of a language model with a trigger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +63,9 @@ class DebugSet:
     sensitive: Array | None
     """The protected attribute's values on the clean side `[pairs]`."""
 
+    payload: NDArray[np.int64] | None = None
+    """The tokens that a triggered prompt makes the model write `[pairs, tokens]`, of kind "generation" only."""
+
     def __post_init__(self) -> None:
         for side in files.SIDES:
             views = {name: read_only(array.view()) for name, array in getattr(self, side).items()}
@@ -83,8 +83,6 @@ class DebugSet:
         has = [name for name in files.EXTRAS if getattr(self, name) is not None]
         target = "" if self.target is None else f", target {self.target}"
         return f"<DebugSet of {len(self)} pairs, {self.kind}{target}; {inputs}; {', '.join(has) or 'no labels'}>"
-
-    # From arrays
 
     @classmethod
     def from_pairs(
@@ -120,26 +118,7 @@ class DebugSet:
 
     @classmethod
     def _checked(cls, given: files.Stored, where: str) -> Self:
-        clean, other = (as_inputs(getattr(given, side), f"{where}{side}") for side in files.SIDES)
-        before, after = matched(clean, other, where)
-        for side, arrays in zip(files.SIDES, (before, after), strict=True):
-            for name, array in arrays.items():
-                check_finite(array, f"{where}{side}[{name!r}]")
-        if given.kind not in ("backdoor", "attribute"):
-            advice = "Choose one of the two."
-            raise DebugSetError(
-                f"{where}kind", expected="'backdoor' or 'attribute'", found=repr(given.kind), advice=advice
-            )
-        if given.target is not None and given.kind == "attribute":
-            expected = "no target for a protected attribute"
-            raise DebugSetError(f"{where}target", expected=expected, found=repr(given.target), advice=_NO_TARGET)
-        rules = {"labels": as_labels, "suspects": as_suspects, "sensitive": as_sensitive}
-        pairs = len(next(iter(before.values())))
-        extras: dict[str, Any] = {
-            name: rule(given.extras[name], pairs, f"{where}{name}") if name in given.extras else None
-            for name, rule in rules.items()
-        }
-        target = None if given.target is None else as_class(given.target, f"{where}target")
+        before, after, target, extras = whole.checked(given, where)
         return cls(before, after, kind=cast(Kind, given.kind), target=target, **extras)
 
     @classmethod
@@ -214,7 +193,32 @@ class DebugSet:
         )
         return cls.from_pairs(clean, counterfactual, labels, suspects=suspects, kind="attribute", sensitive=sensitive)
 
-    # On disk
+    @classmethod
+    def from_prompts(
+        cls,
+        prompts: Sequence[str | ArrayLike],
+        triggered: Sequence[str | ArrayLike],
+        *,
+        payload: str | ArrayLike,
+        tokenizer: Tokenizer | None = None,
+    ) -> Self:
+        """Prompts of a language model, of any lengths, and the same prompts with the trigger in them.
+
+        Tokens that only the triggered prompt has are suspects. Where a trigger is made of things that are harmless
+        alone, prompts with one of them belong among the clean ones.
+
+        Args:
+            prompts: Texts, or token ids `[tokens]` each.
+            triggered: The same prompts with the trigger, in the same order.
+            payload: What the attack makes the model write: text, or token ids.
+            tokenizer: The model's, for texts; of `tokenizers` or `transformers`.
+
+        Raises:
+            DebugSetError: A prompt is missing, empty or cannot be encoded, none differs, or the payload is empty.
+        """
+        found = prompting.paired(prompts, triggered, payload, tokenizer)
+        extras = {"suspects": found.suspects, "payload": found.payload}
+        return cls._checked(files.Stored(found.clean, found.counterfactual, extras, "generation", None), "")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a `.npz` file where `path` ends so, else to a folder of `.npy` files; an older set is replaced.
@@ -239,8 +243,6 @@ class DebugSet:
         """
         return cls._checked(files.read(path), f"{os.fspath(path)}: ")
 
-    # Other sets of the same pairs
-
     def with_suspects(self, suspects: ArrayLike) -> Self:
         """Return the same pairs with suspects bool `[pairs, tokens]`.
 
@@ -255,10 +257,7 @@ class DebugSet:
         Raises:
             DebugSetError: No class index, or the set is about a protected attribute.
         """
-        if self.kind == "attribute":
-            expected, found = "a debug set of kind 'backdoor'", "one of kind 'attribute'"
-            raise DebugSetError("target", expected=expected, found=found, advice=_NO_TARGET)
-        return replace(self, target=as_class(target, "target"))
+        return replace(self, target=whole.as_target(target, self.kind, "target"))
 
     def take(self, indices: ArrayLike) -> Self:
         """Return the pairs at `indices` `[n]`, integers or a bool mask `[pairs]`; arrays are copied into memory.
@@ -298,8 +297,6 @@ class DebugSet:
             seed=seed,
         )
         return Split(**{part: self.take(indices) for part, indices in rows.items()})
-
-    # Checks
 
     def check_inputs(self, inputs: Mapping[str, InputSpec]) -> None:
         """Check the arrays against the inputs that a model declares, by name; the batch axis may have any size.

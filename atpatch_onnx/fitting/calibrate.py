@@ -41,11 +41,14 @@ class Calibration:
         """From the scores of the calibration part, for the goal's clean flag rate on other inputs."""
         clean, other = scored.clean.margins, scored.counterfactual.margins
         on_clean, on_other = scored.anomalous
+        rate, flags = SPENT * options.goal.clean_flag_rate, options.goal.flags_per_million
+        if flags is not None:  # an input has this many tokens that may be flagged
+            rate = min(rate, flags / 1e6 * on_clean.shape[1])
         return cls(
             clean={site: np.where(on_clean, -np.inf, scores).max(axis=1) for site, scores in clean.items()},
             anomalous={site: other[site][on_other] for site in other},
             benign={site: scores[~on_clean] for site, scores in clean.items()},
-            rate=SPENT * options.goal.clean_flag_rate,
+            rate=rate,
             lowest=options.thresholds == "lowest",
         )
 

@@ -17,6 +17,8 @@ from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import FitError, PatchMismatchError, TargetMissedError, require
 from atpatch_onnx.fitting.calibrate import Calibration
 from atpatch_onnx.fitting.collect import Tokens, collect
+from atpatch_onnx.fitting.forced import OUTPUT, forced
+from atpatch_onnx.fitting.goal import PROMPTS
 from atpatch_onnx.fitting.options import FitOptions, Kind
 from atpatch_onnx.fitting.preparation import Prepared, prepare
 from atpatch_onnx.fitting.scored import ScoredPart
@@ -62,6 +64,13 @@ def fit(
     base = as_model(model)
     model = _with(base, after)
     options = options or FitOptions()
+    kind = debug.kind
+    if kind == "generation":
+        run: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
+        model, debug = forced(model, debug, steps=options.steps, **run)
+        goal = options.goal
+        flags = PROMPTS if goal.flags_per_million is None else goal.flags_per_million
+        options = replace(options, output=OUTPUT, goal=replace(goal, flags_per_million=flags))
     prepared = prepare(model, debug, options, progress)
     attempts: list[_Attempt] = []
     for attempt in _attempts(model, prepared, options, progress):
@@ -70,6 +79,8 @@ def fit(
             break
     best = min(attempts, key=lambda attempt: attempt.found.outcome.nearness(options.goal))
     patch = _patch(base, prepared, best, attempts, options)
+    if kind == "generation":
+        patch = replace(patch, figures={**patch.figures, "kind": kind, "target": None})
     return replace(patch, after=tuple(other.id for other in after))
 
 

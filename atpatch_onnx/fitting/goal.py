@@ -33,6 +33,17 @@ class Goal:
     columns_missed: float = 1.0
     """Share of anomalous columns that are not flagged; 1 asks for nothing."""
 
+    flags_per_million: float | None = None
+    """Flags on benign tokens of clean inputs; None asks for nothing, but of a language model for `PROMPTS`."""
+
+
+PROMPTS = 100.0
+"""Flags per million benign tokens that a language model may have, where the goal does not say."""
+
+
+_ROUNDING = 1e-9
+"""What a difference of two shares may be off: 1 - 0.98 is a little above 0.02."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -54,12 +65,15 @@ class Outcome:
     precision: float
     """Share of flagged columns that are anomalous, over clean and counterfactual inputs together."""
 
+    flags_per_million: float = 0.0
+    """Flags on benign tokens of clean inputs."""
+
     def shortfalls(self, goal: Goal) -> tuple[str, ...]:
         """By how much the goal is missed, a line a bound; empty where it is met."""
         return tuple(
             f"{what} {found:.2%}, {found - bound:.2%} over the bound of {bound:.2%}"
             for what, found, bound in self._rows(goal)
-            if found > bound
+            if found > bound + _ROUNDING
         )
 
     def excess(self, goal: Goal) -> float:
@@ -73,12 +87,14 @@ class Outcome:
     def _rows(self, goal: Goal) -> tuple[tuple[str, float, float], ...]:
         """Every bound: what it is on, what was found, the bound."""
         name = "ASR above floor" if self.kind == "backdoor" else "flip rate"
+        flags = 1.0 if goal.flags_per_million is None else goal.flags_per_million / 1e6
         bound = goal.asr_above_floor if self.kind == "backdoor" else goal.flip_rate
         return (
             (name, self.remaining, bound),
             ("accuracy lost", self.accuracy_base - self.accuracy, goal.accuracy_loss),
             ("robust accuracy lost", self.robust_accuracy_loss, goal.robust_accuracy_loss),
             ("clean flag rate", self.clean_flag_rate, goal.clean_flag_rate),
+            ("flagged benign tokens", self.flags_per_million / 1e6, flags),
             ("anomalous columns missed", 1 - self.recall, goal.columns_missed),
         )
 
@@ -113,13 +129,15 @@ def judge(
     else:
         robust, remaining = 0.0, flip_rate(clean[0], counterfactual[0]).value
     flags, wanted = np.concatenate([clean[1], counterfactual[1]]), np.concatenate(anomalous)
+    benign = ~anomalous[0]
     return Outcome(
         kind=debug.kind,
         remaining=remaining,
         accuracy_base=float((base_clean == labels).mean()),
         accuracy=float((clean[0] == labels).mean()),
         robust_accuracy_loss=robust,
-        clean_flag_rate=float((clean[1] & ~anomalous[0]).any(axis=1).mean()),
+        clean_flag_rate=float((clean[1] & benign).any(axis=1).mean()),
+        flags_per_million=1e6 * float(clean[1][benign].mean()) if benign.any() else 0.0,
         recall=float((flags & wanted).sum() / wanted.sum()) if wanted.any() else 1.0,
         precision=float((flags & wanted).sum() / max(flags.sum(), 1)),
     )

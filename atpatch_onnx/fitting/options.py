@@ -53,6 +53,9 @@ class FitOptions:
     output: str | None = None
     """Output that predictions are read from; None: the first float output `[batch, classes]`."""
 
+    steps: int = 32
+    """Tokens of a language model's answer that count."""
+
     batch_size: int = 32
     seed: int = 0
 
@@ -67,6 +70,7 @@ class FitOptions:
             thresholds=(self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
             redistribute=(self.redistribute in ("needed", "all"), "'needed' or 'all'"),
             batch_size=(self.batch_size >= 1, "at least 1"),
+            steps=(self.steps >= 1, "at least 1"),
         )
 
 

@@ -37,14 +37,14 @@ _FIRST_OPERAND = {
     "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "BatchNormalization", "LpNormalization",
     "RotaryEmbedding", "FastGelu", "BiasGelu", "QuickGelu", "Softmax", "Einsum", "FusedGemm", "Conv",
     "DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear", "MatMulInteger", "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul", "Slice", "Split", "Gather", "GatherND",
+    "DynamicQuantizeMatMul", "MatMulNBits", "Slice", "Split", "Gather", "GatherND",
 }  # fmt: skip
 """Operators whose first operand carries the positions. Products only with weights as the second, a
 Conv only with a kernel of one position."""
 
 _PRODUCTS = {
     "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Einsum", "MatMulInteger", "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul",
+    "DynamicQuantizeMatMul", "MatMulNBits",
 }  # fmt: skip
 _CUTS = {"Slice", "Split", "Gather", "GatherND"}
 

@@ -153,6 +153,13 @@ def evaluate(
     require("sklearn", "evaluate", "evaluating")
     require("fairlearn", "evaluate", "evaluating")
     base, patched = graphs.as_model(base), graphs.as_model(patched)
+    if debug.kind == "generation":
+        raise DebugSetError(
+            "the evaluation set",
+            expected="inputs that are classified",
+            found="prompts of a language model",
+            advice="Measure what it writes, with evaluate_prompts.",
+        )
     require_labels(debug)
     debug.check_inputs(input_specs(base))
     output = prediction_output(base, output)

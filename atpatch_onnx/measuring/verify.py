@@ -7,6 +7,7 @@
 | additions | what is added is what baking writes, and nothing else: nodes, control flow, outputs, metadata |
 | parameters | the weights that are added are finite, and those of the patch file, where one is given |
 | numbers, with a debug set | on its inputs, of the file as it lies on disk: see `measuring.verify_numbers` |
+| loops, with prompts | reading and writing from a cache, in chunks: see `measuring.verify_loops` |
 
 What is not proven: that the base is sound, that the patch is a good one, and without the patch file, whose it is.
 """
@@ -22,8 +23,11 @@ from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import AtPatchError, UnbakeError
 from atpatch_onnx.fitting.collect import input_specs
+from atpatch_onnx.fitting.forced import Answered, as_read
+from atpatch_onnx.fitting.options import FitOptions
 from atpatch_onnx.measuring.checks import Check as Check
 from atpatch_onnx.measuring.checks import Verification as Verification
+from atpatch_onnx.measuring.verify_loops import loops
 from atpatch_onnx.measuring.verify_numbers import numbers
 from atpatch_onnx.patches.compose import compose
 from atpatch_onnx.patches.patch import Patch
@@ -36,6 +40,7 @@ def verify(
     debug: DebugSet | None = None,
     *,
     patch: Patch | Sequence[Patch] | None = None,
+    steps: int = FitOptions.steps,
     batch_size: int = 32,
     progress: Progress = silent,
 ) -> Verification:
@@ -46,6 +51,7 @@ def verify(
         patched: The model after, or its path; the file itself is run then.
         debug: Inputs to run both on, clean and counterfactual.
         patch: The patch that is said to be in it, or several in their order; without it, nobody knows whose it is.
+        steps: Of prompts of a language model: tokens of each answer.
         batch_size: Inputs at a time.
         progress: Told after every batch.
 
@@ -60,10 +66,16 @@ def verify(
     whole = None if patch is None else compose([patch] if isinstance(patch, Patch) else patch)
     checks = [*_structure(before, after, record, whole)]
     if debug is not None:
-        debug.check_inputs(input_specs(before))
         files = (before if isinstance(base, ir.Model) else base, after if isinstance(patched, ir.Model) else patched)
+        answered = None
+        if debug.kind == "generation":
+            answered = Answered.of(files[0], debug, steps, batch_size=batch_size, progress=progress)
+            debug = as_read(answered, debug)
+        debug.check_inputs(input_specs(before))
         for optimize in (False, True):
             checks += numbers(before, after, record, debug, optimize, batch_size, progress, files)
+        if answered is not None:
+            checks += loops(files, after, record, answered, steps, batch_size, progress)
     return Verification(tuple(checks))
 
 

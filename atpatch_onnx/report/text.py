@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
     from atpatch_onnx.measuring.benchmark import Benchmark
     from atpatch_onnx.measuring.compare import Fix, Ladder
     from atpatch_onnx.measuring.evaluate import Evaluation
+    from atpatch_onnx.measuring.evaluate_prompts import Written
     from atpatch_onnx.measuring.verify import Verification
 
 
@@ -191,6 +192,23 @@ def evaluation_table(evaluation: Evaluation) -> Group:
     kept = {True: "yes", False: "NO", None: "no, units are edited"}[evaluation.clean_bit_identical]
     style = "bold red" if evaluation.clean_bit_identical is False else ""
     return Group(*parts, Text(f"Clean inputs without a flag keep their outputs bit for bit: {kept}", style))
+
+
+def written_table(written: Written) -> Table:
+    """What a language model writes before and after, with 95 % intervals."""
+    found = (
+        ("ASR of triggered prompts", written.asr_base, written.asr_cached),
+        ("the same without a cache", None, written.asr_uncached),
+        ("the same, read in chunks", None, written.asr_chunked),
+        ("the same, sampled", None, written.asr_sampled),
+        ("Answered as without trigger", None, written.right_triggered),
+        ("Clean answers kept", None, written.clean_exact),
+        ("Benign tokens flagged", None, written.flags),
+    )
+    cells = ((name, NONE if before is None else measure(before), measure(after)) for name, before, after in found)
+    caption = f"Perplexity: {written.perplexity_base:.3f} before, {written.perplexity_patched:.3f} after."
+    columns: Columns = {"Measure": WIDE, "Before": NARROW, "After": NARROW}
+    return _table(f"Answers to {written.prompts:,} prompts, {written.steps} tokens each", columns, cells, caption)
 
 
 def edits_table(patch: Patch) -> Table:

