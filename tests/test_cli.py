@@ -241,7 +241,7 @@ def test_fit(place, here, capsys):
 
 def test_fit_with_options(place, here, capsys):
     goal = "--asr-above-floor 0.05 --flip-rate 0.3 --accuracy-loss 0.02 --clean-flag-rate 0.03"
-    goal += " --robust-accuracy-loss 0.04 --columns-missed 0.5"
+    goal += " --robust-accuracy-loss 0.04 --columns-missed 0.5 --flags-per-million 900000"
     options = f"{goal} --detectors hidden --site layer1.attention --seed 3 --batch-size 100 --output logits"
     assert call(place, f"fit @base.onnx @debug.npz --out new.safetensors {options}") == 0
     shown, errors = capsys.readouterr()
@@ -258,6 +258,7 @@ def test_fit_with_options(place, here, capsys):
         "clean_flag_rate": 0.03,
         "robust_accuracy_loss": 0.04,
         "columns_missed": 0.5,
+        "flags_per_million": 900000.0,
     }
     assert [site["site"] for site in figures["sites"]] == ["layer1.attention"]
 

@@ -153,7 +153,7 @@ def test_large_inputs_are_scanned_in_blocks(monkeypatch):
         ({"target": -1}, "^target: .*-1"),
         ({"target": True}, "^target: .*True"),
         ({"target": 1.0}, "^target: .*1.0"),
-        ({"target": 1, "kind": "attribute"}, "^target: expected no target"),
+        ({"target": 1, "kind": "attribute"}, "^target: expected a debug set of kind 'backdoor'"),
         ({"sensitive": [0, 1]}, r"^sensitive: .*\[2\]"),
         ({"sensitive": [0, 1, 0, np.nan, 1, 0]}, "^sensitive: .*row 3"),
     ],

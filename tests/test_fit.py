@@ -209,6 +209,7 @@ def test_figures_say_what_was_found():
         "clean_flag_rate": 0.01,
         "robust_accuracy_loss": 0.02,
         "columns_missed": 1.0,
+        "flags_per_million": None,
     }
     first, second, third = figures["sites"]
     assert figures["reading"] == "keys"

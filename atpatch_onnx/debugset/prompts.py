@@ -82,8 +82,8 @@ def _added(plain: list[int], changed: list[int]) -> Iterator[tuple[int, int]]:
     most = min(len(plain), len(changed))
     start = next((at for at in range(most) if plain[at] != changed[at]), most)
     end = next((at for at in range(most - start) if plain[-1 - at] != changed[-1 - at]), most - start)
-    middle = [one[start : len(one) - end] for one in (plain, changed)]
-    for tag, _, _, first, last in SequenceMatcher(None, *middle, autojunk=False).get_opcodes():
+    before, after = (one[start : len(one) - end] for one in (plain, changed))
+    for tag, _, _, first, last in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         if tag != "equal":
             yield start + first, start + last
 
