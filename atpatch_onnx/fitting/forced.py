@@ -112,9 +112,15 @@ def forced(
 
 
 def _suspects(answered: Answered, debug: DebugSet) -> NDArray[np.bool_]:
+    """The token that completes each trigger: what came before it cannot tell of it, as in no causal model.
+
+    Others of the same id count as well, where a trigger stands in a prompt several times.
+    """
     assert debug.suspects is not None, "prompts bring their suspects"
     suspects = np.zeros((len(debug), answered.longest), np.bool_)
-    suspects[:, : debug.suspects.shape[1]] = debug.suspects
+    for row, (prompt, added) in enumerate(zip(answered.triggered, debug.suspects, strict=True)):
+        places = np.flatnonzero(added)
+        suspects[row, places[prompt[places] == prompt[places[-1:]]]] = True
     return suspects
 
 
