@@ -1,8 +1,9 @@
 """Work that is done piece by piece: run, kept as files, and gathered for a page.
 
 Each piece leaves its figures as a JSON file in `--out`, and a piece whose file is there is not done again: a run that
-was cut short goes on where it stopped. After a change of the code, give another `--out` or remove the files of what
-changed. The pieces of one task and seed share trained models, so they are one chain; chains run side by side.
+was cut short goes on where it stopped, on another machine with `--kept`. After a change of the code, give another
+`--out` or remove the files of what changed. The pieces of one task and seed share trained models, so they are one
+chain; chains run side by side.
 """
 
 import argparse
@@ -56,16 +57,28 @@ def command(description: str | None, chain: Chain, write: Writer, arguments: lis
     parser.add_argument("--seed", action="append", type=int, help="which; 0, 1 and 2 where none is named")
     parser.add_argument("--jobs", type=int, default=2, help="chains at a time")
     parser.add_argument("--fast", action="store_true", help="the small forms, and seed 0 only")
+    parser.add_argument("--kept", type=Path, help="folder of figures from before: a piece that is there is taken over")
     parser.add_argument("--render", action="store_true", help="only write the page, from the figures that are there")
     options = parser.parse_args(arguments)
     out = options.out or ROOT / "out" / ("results-fast" if options.fast else "results")
     out.mkdir(parents=True, exist_ok=True)
     seeds = options.seed or (SEEDS[:1] if options.fast else SEEDS)
     chains = {f"{task}, seed {seed}": tuple(chain(task, seed)) for task in options.task or TASKS for seed in seeds}
+    if options.kept is not None:
+        take_over((piece for pieces in chains.values() for piece in pieces), options.kept, out)
     failed = False if options.render else _run(chains, out, options.fast, options.jobs)
     pieces = [piece for pieces in chains.values() for piece in pieces]
     write(out, options.docs or (out if options.fast else ROOT / "docs"), pieces)
     return int(failed)
+
+
+def take_over(pieces: Iterable[Piece], kept: Path, out: Path) -> None:
+    """Copy the figures of pieces that are done in another folder, and not in this one; models are not needed for it."""
+    for piece in pieces:
+        before, file = piece.file(kept), piece.file(out)
+        if before.is_file() and not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(before.read_bytes())
 
 
 def run_pieces(pieces: Iterable[Piece], out: Path, fast: bool) -> float:

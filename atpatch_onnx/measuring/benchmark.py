@@ -103,6 +103,7 @@ def benchmark(
     batches: Sequence[int] = (1, 8),
     threads: Sequence[int] = (2,),
     length: int = 128,
+    past: int | None = None,
     rounds: int = 40,
     sessions: int = 4,
     memory: bool = True,
@@ -119,6 +120,7 @@ def benchmark(
         batches: Sizes to time; those that the model does not leave free are timed once.
         threads: Numbers of threads to time.
         length: Of every axis that is free, but for the batch: tokens.
+        past: Tokens in caches whose size is free: with a length of 1, what a step of decoding costs.
         rounds: How often each form is timed, at least.
         sessions: How often each form is opened for that.
         memory: Whether to measure that as well, in processes of their own.
@@ -131,6 +133,8 @@ def benchmark(
         ModelFileError, RunError, UnbakeError: A file cannot be read, is refused, or is not patched.
     """
     given = {"batches": batches, "threads": threads, "rounds": [rounds], "sessions": [sessions], "length": [length]}
+    if past is not None and past < 0:
+        raise BenchmarkError("past", expected="a number from 0 on", found=str(past), advice="Give another.")
     for name, numbers in given.items():
         if not numbers or min(numbers) < 1:
             raise BenchmarkError(name, expected="numbers from 1 on", found=str(list(numbers)), advice="Give others.")
@@ -141,7 +145,7 @@ def benchmark(
         )
         model, record = graphs.load(base), read_record(graphs.load(files.patched))
         rngs = ((batch, np.random.default_rng(seed)) for batch in sorted(batches))
-        drawn = [draw_inputs(model, rng, samples=batch, length=length) for batch, rng in rngs]
+        drawn = [draw_inputs(model, rng, samples=batch, length=length, past=past) for batch, rng in rngs]
         known = {tuple(array.shape for array in of.values()): of for of in drawn}
         turns: dict[str, Any] = {"rounds": rounds, "sessions": sessions, "seed": seed, "progress": progress}
         timings = [_timed(files, of, count, **turns) for of in known.values() for count in threads]

@@ -70,6 +70,7 @@ def evaluate_prompts(
     patched: graphs.ModelOrPath,
     debug: DebugSet,
     *,
+    decode: tuple[graphs.ModelOrPath, graphs.ModelOrPath] | None = None,
     steps: int = FitOptions.steps,
     samples: int = 5,
     batch_size: int = 32,
@@ -82,6 +83,7 @@ def evaluate_prompts(
         base: The decoder before, or its path.
         patched: The decoder after, or its path.
         debug: Of kind "generation".
+        decode: What goes on behind the prompt, base and patched, where `base` and `patched` read prompts only.
         steps: Tokens to write behind each prompt.
         samples: How many answers are drawn at a temperature of 1.
         batch_size: Prompts at a time.
@@ -110,10 +112,11 @@ def evaluate_prompts(
             advice="Give the base that the patch was baked into.",
         )
     run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    answered = Answered.of(base, debug, steps, **run)
+    following = (None, None) if decode is None else decode
+    answered = Answered.of(base, debug, steps, following[0], **run)
     clean, triggered = answered.clean, answered.triggered
     answers = [answer[:steps] for answer in answered.answers]
-    loop, uncached = Loop(patched), Loop(patched, cached=False)
+    loop, uncached = Loop(patched, following[1]), Loop(patched, cached=False)
     cached = loop.write(triggered, steps, stage="writing, patched, triggered prompts", **run)
     drawn = [
         loop.write(triggered, steps, temperature=1.0, seed=seed + number, stage="writing, sampled", **run)

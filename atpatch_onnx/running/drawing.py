@@ -26,7 +26,9 @@ _MOST = 2**28
 """Elements of an input."""
 
 
-def draw_inputs(model: ir.Model, rng: np.random.Generator, *, samples: int = 2, length: int = 16) -> dict[str, Array]:
+def draw_inputs(
+    model: ir.Model, rng: np.random.Generator, *, samples: int = 2, length: int = 16, past: int | None = None
+) -> dict[str, Array]:
     """Inputs of the sizes and types that the model declares.
 
     Tokens are indices into the smallest table that they look up, and end with what the graph looks for in them (end of
@@ -36,14 +38,15 @@ def draw_inputs(model: ir.Model, rng: np.random.Generator, *, samples: int = 2, 
         model: The model.
         rng: Where they are drawn from.
         samples: The size of a first axis that is free.
-        length: The size of any other axis that is free, but for caches (`PAST`; empty where an operator takes several
-            tokens behind them of one sample only) and waveforms (`WAVE`).
+        length: The size of any other axis that is free, but for caches and waveforms (`WAVE`).
+        past: Positions in caches whose size is free; None: `PAST`, or none where an operator takes several tokens
+            behind them of one sample only.
 
     Raises:
         RunError: An input has no shape, or one that memory cannot hold.
     """
     taken = slots(model)
-    shapes = _shapes(taken, samples, length)
+    shapes = _shapes(taken, samples, length, past)
     for slot in taken:
         shape = shapes[slot.name]
         if min(shape, default=0) < 0 or prod(shape) > _MOST:
@@ -54,16 +57,16 @@ def draw_inputs(model: ir.Model, rng: np.random.Generator, *, samples: int = 2, 
 
 def input_shapes(model: ir.Model, *, samples: int, length: int) -> dict[str, tuple[int, ...]]:
     """The shapes of what `draw_inputs` draws."""
-    return _shapes(slots(model), samples, length)
+    return _shapes(slots(model), samples, length, None)
 
 
-def _shapes(taken: Sequence[Slot], samples: int, length: int) -> dict[str, tuple[int, ...]]:
+def _shapes(taken: Sequence[Slot], samples: int, length: int, past: int | None) -> dict[str, tuple[int, ...]]:
     """Shapes by input; an equal symbol is an equal size, and a mask covers the cache as well."""
     caches = [slot for slot in taken if slot.is_cache]
     fixed = [slot.sizes[2] for slot in caches]
-    grouped = samples > 1 and any(slot.is_grouped for slot in caches)  # takes several tokens behind a cache one by one
-    free = 0 if grouped else PAST
-    past = next((size for size in fixed if isinstance(size, int)), free) if caches else 0
+    if past is None:
+        past = 0 if samples > 1 and any(slot.is_grouped for slot in caches) else PAST
+    earlier = next((size for size in fixed if isinstance(size, int)), past) if caches else 0
     tokens = next((slot.sizes[1] for slot in taken if slot.is_ids and isinstance(slot.sizes[1], int)), length)
     assert isinstance(tokens, int)
     by_symbol: dict[str, int] = {}
@@ -75,11 +78,11 @@ def _shapes(taken: Sequence[Slot], samples: int, length: int) -> dict[str, tuple
         if axis == 0:
             drawn = samples
         elif slot.is_cache:
-            drawn = past if axis < 3 else slot.depth or past
+            drawn = earlier if axis < 3 else slot.depth or PAST
         elif slot.is_wave:
             drawn = WAVE * length
         elif slot.is_mask and axis == len(slot.sizes) - 1:
-            drawn = past + tokens
+            drawn = earlier + tokens
         else:
             drawn = length
         return drawn if size is None else by_symbol.setdefault(size, drawn)
