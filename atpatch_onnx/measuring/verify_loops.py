@@ -6,9 +6,9 @@
 | cached, in chunks, token by token | flags are those of reading all at once; logits differ no more than the base's |
 | causality | logits of a token do not depend on the tokens behind it |
 
-How a prompt is cut up changes how onnxruntime sums, in the base as well; where weights are quantized, a sum that falls on
-the other side of a step changes logits by far more, in few prompts of either model. What is allowed is `MARGIN` times
-the largest difference of the base on the same prompts, cut up in any of these ways.
+How a prompt is cut up changes how onnxruntime sums, in the base as well; where weights are quantized, a sum that falls
+on the other side of a step changes logits by far more, in few prompts of either model. What is allowed is `MARGIN`
+times the largest difference of the base on the same prompts, cut up in any of these ways.
 """
 
 from collections.abc import Callable, Iterator, Sequence
