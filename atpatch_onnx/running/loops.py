@@ -23,6 +23,10 @@ class State:
     past: dict[str, Array] = field(default_factory=dict)
     """Caches by the names of their inputs; none where the model has none."""
 
+    def rewound(self, tokens: int) -> "State":
+        """What it was after the first so many tokens: another continuation may be read from there."""
+        return State(self.ids[:, :tokens], {name: cache[:, :, :tokens] for name, cache in self.past.items()})
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
