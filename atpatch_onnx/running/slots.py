@@ -97,13 +97,17 @@ def undrawable(value: ir.Value, found: str) -> RunError:
 
 def _head_size(node: ir.Node) -> int | None:
     """Of onnxruntime's grouped-query attention, whose exporters leave the size of its caches open."""
-    if node.op_type != "GroupQueryAttention":
+    if node.op_type != "GroupQueryAttention" or len(node.inputs) < 2 or node.inputs[0] is None:
         return None
-    heads, shared = (node.attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
-    packed = node.inputs[1] is None
-    width = None if node.inputs[0] is None else _width(node.inputs[0])
-    both = heads + 2 * shared if packed else heads
-    return width // both if width and both else None
+    heads, shared = (_whole(node, name) for name in ("num_heads", "kv_num_heads"))
+    parts = heads + 2 * shared if node.inputs[1] is None else heads
+    width = _width(node.inputs[0])
+    return width // parts if width and parts > 0 else None
+
+
+def _whole(node: ir.Node, name: str) -> int:
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None and attribute.type is ir.AttributeType.INT else 0
 
 
 def _width(value: ir.Value) -> int | None:
@@ -114,7 +118,7 @@ def _width(value: ir.Value) -> int | None:
     if node is None:
         return None
     if node.op_type == "MatMulNBits":
-        return node.attributes.get_int("N", 0) or None
+        return _whole(node, "N") or None
     if node.op_type in ("MatMul", "Add"):
         weights = (source for source in node.inputs if source is not None and source.const_value is not None)
         sizes = [tuple(source.const_value.shape) for source in weights if source.const_value is not None]
