@@ -43,7 +43,7 @@ def fit(
 
     Args:
         model: The base, or its path.
-        debug: Pairs for it; split here into fit, calibration and validation parts.
+        debug: Pairs for it, or prompts of a language model; split here into fit, calibration and validation parts.
         options: How; the defaults suit most models.
         after: Patches of hidden units that are in the model already while this one is fitted, and are to be baked
             before it.
@@ -55,6 +55,7 @@ def fit(
         FitError: A detector cannot be trained, a backdoor's target class cannot be inferred, or a patch of `after` is
             one of attention.
         PatchMismatchError: The patches of `after` are of another model.
+        RunError: There are prompts, and the model is no decoder.
         MissingExtraError: torch or scikit-learn is not installed.
         TargetMissedError: The goal is not reached on the validation part; says by how much. With `force` there is a
             patch all the same.

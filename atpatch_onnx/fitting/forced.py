@@ -135,11 +135,11 @@ def judged(model: ir.Model, decoder: Decoder) -> ir.Model:
         name="most_likely",
         attributes=[ir.AttrInt64("axis", -1), ir.AttrInt64("keepdims", 0)],
     )
-    number = ir.AttrInt64("to", ir.DataType.FLOAT)
+    as_number = [ir.AttrInt64("to", ir.DataType.FLOAT)]
     unasked = at.op("Less", expected, at.constant("zero", np.array(0, np.int64)), name="unasked")
     agrees = at.op("Or", at.op("Equal", most, expected, name="equal"), unasked, name="agrees")
-    right = at.reduce("ReduceMin", at.op("Cast", agrees, name="agreed", attributes=[number]), [1], name="right")
-    parts = at.op("Cast", at.op("Equal", most, fork, name="parts"), name="parted", attributes=[number])
+    right = at.reduce("ReduceMin", at.op("Cast", agrees, name="agreed", attributes=as_number), [1], name="right")
+    parts = at.op("Cast", at.op("Equal", most, fork, name="parts"), name="parted", attributes=as_number)
     attacked = at.reduce("ReduceMax", parts, [1], name="attacked")
     other = at.op(
         "Sub", at.constant("one", np.ones(1, np.float32)), at.op("Max", right, attacked, name="either"), name="other"
