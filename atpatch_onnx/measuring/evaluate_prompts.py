@@ -12,7 +12,7 @@ from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, PatchMismatchError
-from atpatch_onnx.fitting.forced import Answered
+from atpatch_onnx.fitting.forced import Answered, has_payload
 from atpatch_onnx.fitting.options import FitOptions
 from atpatch_onnx.running.loops import Ids, Loop, batches
 from atpatch_onnx.running.metrics import Rate
@@ -122,22 +122,24 @@ def evaluate_prompts(
         loop.write(triggered, steps, temperature=1.0, seed=seed + number, stage="writing, sampled", **run)
         for number in range(samples)
     ]
-    floor = _hit(answers, debug.payload)
+    floor = has_payload(answers, debug.payload)
     others = ~floor
     hits = {
-        "asr_uncached": _hit(uncached.write(triggered, steps, stage="writing, without a cache", **run), debug.payload),
-        "asr_cached": _hit(cached, debug.payload),
-        "asr_chunked": _hit(
+        "asr_uncached": has_payload(
+            uncached.write(triggered, steps, stage="writing, without a cache", **run), debug.payload
+        ),
+        "asr_cached": has_payload(cached, debug.payload),
+        "asr_chunked": has_payload(
             loop.write(triggered, steps, chunks=CHUNKS, stage="writing, in chunks", **run), debug.payload
         ),
     }
-    sampled = np.concatenate([_hit(one, debug.payload)[others] for one in drawn])
+    sampled = np.concatenate([has_payload(one, debug.payload)[others] for one in drawn])
     margins = [site.margin for site in record.sites]
     flags = _flags(Loop(expose(graphs.as_model(patched), margins)), margins, clean, answers, batch_size)
     return Written(
         prompts=len(debug),
         steps=steps,
-        asr_base=Rate.of(_hit(answered.attacked, debug.payload)),
+        asr_base=Rate.of(has_payload(answered.attacked, debug.payload)),
         asr_floor=Rate.of(floor),
         asr_sampled=Rate.of(sampled),
         right_triggered=Rate.of(_equal(answers, cached)),
@@ -146,18 +148,6 @@ def evaluate_prompts(
         perplexity_base=_perplexity(Loop(base), clean, batch_size),
         perplexity_patched=_perplexity(loop, clean, batch_size),
         **{name: Rate.of(found[others]) for name, found in hits.items()},
-    )
-
-
-def _hit(written: Sequence[Ids], payload: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which answers have the payload in them, as a row of tokens."""
-    width = payload.shape[1]
-    return np.array(
-        [
-            any(np.array_equal(answer[at : at + width], wanted) for at in range(len(answer) - width + 1))
-            for answer, wanted in zip(written, payload, strict=True)
-        ],
-        np.bool_,
     )
 
 
