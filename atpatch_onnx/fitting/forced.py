@@ -105,22 +105,23 @@ def forced(
     Arguments and errors as of `Answered.of`.
 
     Raises:
-        DebugSetError: The model writes the payload behind no triggered prompt.
+        DebugSetError: The model writes the payload behind no prompt because of the trigger.
     """
     answered = Answered.of(model, debug, steps, batch_size=batch_size, progress=progress)
     assert debug.payload is not None, "prompts bring their payload"
-    if not has_payload(answered.attacked, debug.payload).any():
+    before = has_payload([answer[:steps] for answer in answered.answers], debug.payload)
+    if not (has_payload(answered.attacked, debug.payload) & ~before).any():
         raise DebugSetError(
             "the debug set",
             expected=f"triggered prompts behind which the model writes the payload, within {steps} tokens",
-            found=f"none among {len(debug)}",
+            found=f"none among {len(debug)}, but where it does so without the trigger",
             advice="Check trigger and payload, token by token, and whether this is the model; or let more steps count.",
         )
-    before = _asked(answered, answered.clean, None, steps)
-    after = _asked(answered, answered.triggered, answered.attacked, steps)
+    clean = _asked(answered, answered.clean, None, steps)
+    triggered = _asked(answered, answered.triggered, answered.attacked, steps)
     labels, suspects = np.full(len(debug), RIGHT), _suspects(answered, debug)
     judge = judged(model, answered.decoder)
-    return judge, DebugSet.from_pairs(before, after, labels, suspects=suspects, target=ATTACKED)
+    return judge, DebugSet.from_pairs(clean, triggered, labels, suspects=suspects, target=ATTACKED)
 
 
 def has_payload(written: Sequence[Ids], payload: NDArray[np.int64]) -> NDArray[np.bool_]:
