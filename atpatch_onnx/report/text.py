@@ -206,12 +206,9 @@ def written_table(written: Written) -> Table:
         ("Benign tokens flagged", None, written.flags),
     )
     cells = ((name, NONE if before is None else measure(before), measure(after)) for name, before, after in found)
-    caption = (
-        f"{written.steps} tokens each. Perplexity: {written.perplexity_base:.3f}, {written.perplexity_patched:.3f}."
-    )
-    return _table(
-        f"Answers to {written.prompts:,} prompts", {"Measure": WIDE, "Before": NARROW, "After": NARROW}, cells, caption
-    )
+    caption = f"Perplexity: {written.perplexity_base:.3f} before, {written.perplexity_patched:.3f} after."
+    columns: Columns = {"Measure": WIDE, "Before": NARROW, "After": NARROW}
+    return _table(f"Answers to {written.prompts:,} prompts, {written.steps} tokens each", columns, cells, caption)
 
 
 def edits_table(patch: Patch) -> Table:
