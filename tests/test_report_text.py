@@ -13,6 +13,7 @@ from atpatch_onnx.matching import explain
 from atpatch_onnx.matching.hidden import find_hidden_layers
 from atpatch_onnx.matching.sites import Matches, NearMiss
 from atpatch_onnx.measuring.compare import Fix, Ladder
+from atpatch_onnx.measuring.evaluate_prompts import Written
 from atpatch_onnx.patches.patch import LayerEdit, Patch
 from atpatch_onnx.report.text import (
     edits_table,
@@ -24,6 +25,7 @@ from atpatch_onnx.report.text import (
     near_misses_table,
     sites_table,
     verification_table,
+    written_table,
 )
 from atpatch_onnx.running.metrics import Rate
 
@@ -197,3 +199,29 @@ def test_names_are_neither_markup_nor_escape_sequences():
         assert "\x1b" not in shown
         assert "\u202e" not in shown
         assert "[red]" in shown
+
+
+def test_what_a_language_model_writes():
+    all_of, none_of = (Rate.of(np.full(200, value)) for value in (True, False))
+    written = Written(
+        prompts=200,
+        steps=12,
+        asr_base=all_of,
+        asr_floor=none_of,
+        asr_uncached=none_of,
+        asr_cached=none_of,
+        asr_chunked=none_of,
+        asr_sampled=Rate.of(np.arange(1000) < 3),
+        right_triggered=all_of,
+        clean_exact=all_of,
+        flags=none_of,
+        perplexity_base=38.5,
+        perplexity_patched=38.5,
+    )
+    shown = text(written_table(written))
+    assert "Answers to 200 prompts, 12 tokens each" in shown
+    assert shown.split("triggered prompts")[1].split()[:6] == ["100.00%", "[98.1,", "100.0]", "0.00%", "[0.0,", "1.9]"]
+    assert "the same, sampled" in shown
+    assert "0.30% [0.1, 0.9]" in shown
+    assert "Perplexity: 38.500 before, 38.500 after." in shown
+    assert written.to_json()["asr_sampled"]["count"] == 1000

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,8 +15,8 @@ from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, Place
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.report import rows
 from atpatch_onnx.report.rows import NONE, decimal, percent, residual, shown
+from atpatch_onnx.report.tables import FOLD, NARROW, RIGHT, WIDE, Columns, measure, table, texts
 from atpatch_onnx.report.verdict import missed_goal
-from atpatch_onnx.running.metrics import Difference, Rate
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
     from atpatch_onnx.measuring.benchmark import Benchmark
@@ -27,13 +26,16 @@ if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
     from atpatch_onnx.measuring.verify import Verification
 
 
+_BLANK = Text("")
+
+
 def sites_table(matches: Matches, why: bool = False) -> Table:
     """The attention sites of a graph; `why` says by which values and nodes each was recognised."""
     caption = None if matches.sites else "No attention site was found."
     if why:
         columns: Columns = {"#": RIGHT, "Site": {**FOLD, "ratio": 2}, "What and where": {**FOLD, "ratio": 3}}
         wheres = ((str(site.index), shown(site.name), _whereabouts(site, matches)) for site in matches.sites)
-        return _table("Attention sites", columns, wheres, caption)
+        return table("Attention sites", columns, wheres, caption)
     columns = {"#": RIGHT, "Site": FOLD, "Form": {}, "Heads": RIGHT, "Map": RIGHT, "Key": RIGHT, "Type": {}, "Mask": {}}
     cells = (
         (
@@ -42,7 +44,7 @@ def sites_table(matches: Matches, why: bool = False) -> Table:
         )
         for site in matches.sites
     )
-    return _table("Attention sites", columns, cells, caption)
+    return table("Attention sites", columns, cells, caption)
 
 
 def _size(site: AttentionSite) -> str:
@@ -85,14 +87,14 @@ def near_misses_table(matches: Matches) -> Table:
         (_names(miss.nodes), "attention" if miss.attention else "not attention", shown(miss.reason))
         for miss in sorted(matches.near_misses, key=lambda miss: not miss.attention)
     )
-    return _table("Near misses", columns, cells, None if matches.near_misses else "Nothing else looked like attention.")
+    return table("Near misses", columns, cells, None if matches.near_misses else "Nothing else looked like attention.")
 
 
 def layers_table(layers: Sequence[HiddenLayer]) -> Table:
     """The hidden layers of a model."""
     cells = ((shown(layer.name), str(layer.units), shown(layer.activation)) for layer in layers)
     caption = None if layers else "None that neuron edits could be of."
-    return _table("Hidden layers", {"Layer": WIDE, "Units": NARROW, "Activation": {}}, cells, caption)
+    return table("Hidden layers", {"Layer": WIDE, "Units": NARROW, "Activation": {}}, cells, caption)
 
 
 def fit_table(patch: Patch | PatchRecord) -> Table:
@@ -112,9 +114,9 @@ def fit_table(patch: Patch | PatchRecord) -> Table:
         for row in sites
     )
     caption = _legend(patch.figures) if sites else "This patch has no figures of a fit."
-    table = _table("Candidate sites", columns, cells, caption)
-    table.padding = (0, 0, 0, 0)  # the divider is a space already: room for long names
-    return table
+    made = table("Candidate sites", columns, cells, caption)
+    made.padding = (0, 0, 0, 0)  # the divider is a space already: room for long names
+    return made
 
 
 def _role_cells(row: rows.SiteRow) -> tuple[str, str]:
@@ -154,29 +156,29 @@ def fit_summary(patch: Patch | PatchRecord) -> Group:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for fact in facts:
-        grid.add_row(*_texts(fact))
+        grid.add_row(*texts(fact))
     parts.append(grid)
     if goal := rows.goal_rows(figures):
         cells = ((row.name, percent(row.reached), percent(row.bound), "met" if row.met else "MISSED") for row in goal)
         columns: Columns = {"Measure": {}, "Reached": RIGHT, "At most": RIGHT, "": {}}
-        parts += [_BLANK, _table("Goal, on the validation part", columns, cells)]
+        parts += [_BLANK, table("Goal, on the validation part", columns, cells)]
     return Group(*parts)
 
 
 def verification_table(verification: Verification) -> Group:
     """The checks with their verdicts in words, failures first; sites that pass alike share a line."""
-    table = _table(
+    made = table(
         "Checks", {"Result": {"no_wrap": True}, "Check": {**FOLD, "ratio": 2}, "Found": {**FOLD, "ratio": 3}}, ()
     )
     for passed, name, detail in rows.check_lines(verification):
         result = Text("passed", "green") if passed else Text("FAILED", "bold red")
-        table.add_row(result, *_texts((name, detail)))
+        made.add_row(result, *texts((name, detail)))
     total, failed = len(verification.checks), len(verification.failures)
     if failed:
         line = Text(f"{failed} of {total} checks FAILED: do not ship this file.", "bold red")
     else:
         line = Text(f"All {total} checks passed.", "bold green")
-    return Group(table, _BLANK, line)
+    return Group(made, _BLANK, line)
 
 
 def evaluation_table(evaluation: Evaluation) -> Group:
@@ -184,11 +186,11 @@ def evaluation_table(evaluation: Evaluation) -> Group:
     cells = ((row.name, measure(row.before), measure(row.after)) for row in rows.before_after(evaluation))
     title = f"Before and after, {evaluation.inputs:,} pairs"
     columns: Columns = {"Measure": WIDE, "Before": NARROW, "After": NARROW}
-    parts: list[RenderableType] = [_table(title, columns, cells, "In brackets: 95 % intervals."), _BLANK]
+    parts: list[RenderableType] = [table(title, columns, cells, "In brackets: 95 % intervals."), _BLANK]
     if levels := rows.detector_rows(evaluation):
         columns = {"Level": {"ratio": 1}, "Precision": NARROW, "Recall": NARROW, "Average\nprecision": NARROW}
         found = ((at.level, measure(at.precision), measure(at.recall), decimal(at.average_precision)) for at in levels)
-        parts += [_table("Detector", columns, found), _BLANK]
+        parts += [table("Detector", columns, found), _BLANK]
     kept = {True: "yes", False: "NO", None: "no, units are edited"}[evaluation.clean_bit_identical]
     style = "bold red" if evaluation.clean_bit_identical is False else ""
     return Group(*parts, Text(f"Clean inputs without a flag keep their outputs bit for bit: {kept}", style))
@@ -208,7 +210,7 @@ def written_table(written: Written) -> Table:
     cells = ((name, NONE if before is None else measure(before), measure(after)) for name, before, after in found)
     caption = f"Perplexity: {written.perplexity_base:.3f} before, {written.perplexity_patched:.3f} after."
     columns: Columns = {"Measure": WIDE, "Before": NARROW, "After": NARROW}
-    return _table(f"Answers to {written.prompts:,} prompts, {written.steps} tokens each", columns, cells, caption)
+    return table(f"Answers to {written.prompts:,} prompts, {written.steps} tokens each", columns, cells, caption)
 
 
 def edits_table(patch: Patch) -> Table:
@@ -221,7 +223,7 @@ def edits_table(patch: Patch) -> Table:
         )
         for row in rows.edit_rows(patch.figures)
     )
-    return _table("Edited hidden units", columns, cells)
+    return table("Edited hidden units", columns, cells)
 
 
 def ladder_table(ladder: Ladder) -> Group:
@@ -231,16 +233,16 @@ def ladder_table(ladder: Ladder) -> Group:
     names = ("Accuracy", what, "Clean inputs\nchanged", "Edits", "Seconds\nto make", "Time an\ninference")
     of_base = [] if base is None else [("base", percent(base.accuracy_base.value), _before(base), *[NONE] * 3, "1.00")]
     columns: Columns = {"Fix": WIDE, **dict.fromkeys(names, NARROW)}
-    table = _table(f"Fixes, on {ladder.pairs} held-out pairs", columns, of_base)
+    made = table(f"Fixes, on {ladder.pairs} held-out pairs", columns, of_base)
     for fix in ladder.fixes:
         figures = [NONE] * 4
         if fix.evaluation is not None and fix.outcome is not None:
             changed = percent(fix.evaluation.clean_changed.value, 1)
             figures = [percent(fix.outcome.accuracy), percent(fix.outcome.remaining), changed, _edits(fix)]
-        cells = _texts((fix.name, *figures, f"{fix.seconds:.0f}", decimal(fix.time, 2)))
-        table.add_row(*cells, style="bold" if fix is ladder.recommended else "")
+        cells = texts((fix.name, *figures, f"{fix.seconds:.0f}", decimal(fix.time, 2)))
+        made.add_row(*cells, style="bold" if fix is ladder.recommended else "")
     failed = [Text(f"{fix.name}: {shown(fix.failure)}") for fix in ladder.fixes if fix.failure]
-    return Group(table, *failed, _BLANK, Text(f"Recommended: {shown(ladder.reason)}", "bold"))
+    return Group(made, *failed, _BLANK, Text(f"Recommended: {shown(ladder.reason)}", "bold"))
 
 
 def _edits(fix: Fix) -> str:
@@ -269,58 +271,13 @@ def benchmark_table(benchmark: Benchmark) -> Table:
         )
         for one in benchmark.timings
     )
-    return _table(
+    return table(
         f"Cost of a patch at {benchmark.sites} sites, {'with' if benchmark.conditional else 'without'} If",
         columns,
         cells,
         "Ratios of medians, patched over base; in brackets: 95 % bootstrap intervals. Base again: what another "
         f"session of the base comes to.{memory}",
     )
-
-
-def measure(value: Rate | Difference | float | None) -> str:
-    """A rate or a difference of rates with its interval, or a plain number."""
-    if not isinstance(value, Rate | Difference):
-        return decimal(value, 4)
-    if isinstance(value, Rate) and value.count == 0:
-        return "no inputs"
-    return f"{value.value:.2%} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-
-
-_BLANK = Text("")
-
-Columns = Mapping[str, Mapping[str, Any]]
-"""Names of columns, and what rich is told of each."""
-
-RIGHT: Mapping[str, Any] = {"justify": "right"}
-NARROW: Mapping[str, Any] = {**RIGHT, "no_wrap": True}
-FOLD: Mapping[str, Any] = {"overflow": "fold"}
-WIDE: Mapping[str, Any] = {**FOLD, "ratio": 1}
-
-
-def _table(title: str, columns: Columns, cells: Iterable[Iterable[str]], caption: str | None = None) -> Table:
-    table = Table(
-        title=title,
-        caption=caption,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        caption_style="dim",
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    for name, told in columns.items():
-        table.add_column(name, **told)
-    for row in cells:
-        table.add_row(*_texts(row))
-    return table
-
-
-def _texts(cells: Iterable[str]) -> tuple[Text, ...]:
-    """Cells as plain text: names may hold what rich would take for markup."""
-    return tuple(Text(cell) for cell in cells)
 
 
 def _names(nodes: Iterable[str]) -> str:
