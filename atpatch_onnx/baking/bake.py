@@ -27,6 +27,7 @@ from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.compose import compose
 from atpatch_onnx.patches.patch import Patch, SitePatch
+from atpatch_onnx.running.slots import has_cache
 
 
 def bake(
@@ -45,7 +46,8 @@ def bake(
         patch: The fix, or several in their order: see `compose`.
         target: Where it will run, a key of `TARGETS`.
         conditional: Whether replacements stand in an `If`; None: as the target has it, but never in half precision,
-            where onnxruntime's CPU kernels round at an `If` what they otherwise hand on unrounded.
+            where onnxruntime's CPU kernels round at an `If` what they otherwise hand on unrounded, nor behind a cache,
+            where a step reads one token, and an `If` takes longer than replacing it.
         monitor: Whether to add the outputs `atpatch/flagged` (bool `[batch, 1]`) and `atpatch/score` (float
             `[batch, 1]`).
         site_flags: Whether to add an output `atpatch/<site>/flags` (bool `[batch, tokens]`) for every patched site.
@@ -59,7 +61,8 @@ def bake(
     wanted = target_named(target)
     entries = _patched_sites(model, patch)
     if conditional is None:
-        conditional = wanted.conditional and not any(site.dtype in _HALVES for site, _ in entries)
+        half = any(site.dtype in _HALVES for site, _ in entries)
+        conditional = wanted.conditional and not half and not has_cache(model)
     patched = graphs.copy(model)
     layers = bake_edits(patched, patch.edits)
     written = write(patched, entries, constants, conditional=conditional)

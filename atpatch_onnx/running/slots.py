@@ -85,6 +85,12 @@ def slots(model: ir.Model) -> list[Slot]:
     return [Slot.of(value) for value in model.graph.inputs if value.name not in given]
 
 
+def has_cache(model: ir.Model) -> bool:
+    """Whether a model takes keys or values of earlier tokens."""
+    shaped = (value for value in model.graph.inputs if value.shape is not None)
+    return any(Slot.of(value).is_cache for value in shaped)
+
+
 def undrawable(value: ir.Value, found: str) -> RunError:
     """What is raised where no input of a shape can be made."""
     return RunError(
