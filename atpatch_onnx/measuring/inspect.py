@@ -6,11 +6,29 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord, edited_file
 from atpatch_onnx.baking.read_back import BakedDetector
+from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite, Place
 from atpatch_onnx.running.sessions import Array
+
+
+def require_base(base: ir.Model, record: PatchRecord) -> None:
+    """Refuse a model that is not the one that a patched file names.
+
+    Raises:
+        PatchMismatchError: It is another.
+    """
+    found = graphs.fingerprint(base)
+    if found != record.base:
+        raise PatchMismatchError(
+            "the base",
+            expected=f"the model that the patched file names, {record.base}",
+            found=f"a model with the fingerprint {found}",
+            advice="Give the base that the patch was baked into.",
+        )
 
 
 def last_margin(sites: Sequence[PatchedSite]) -> str:
