@@ -9,6 +9,7 @@ import onnx_ir as ir
 from atpatch_onnx.errors import ModelFileError, one_line
 from atpatch_onnx.graph.external import check_external_data, read_from
 from atpatch_onnx.graph.one_reading import check_one_reading
+from atpatch_onnx.graph.parts import replace_tensors
 
 ModelOrPath = ir.Model | str | os.PathLike[str]
 """A model in memory, or where it lies."""
@@ -48,7 +49,33 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     except Exception as error:
         raise _not_onnx(path, f"a graph that is not well formed ({_cause(error)})") from error
     read_from(model, path.parent.resolve())
+    replace_tensors(model, _named_once)
     return model
+
+
+class _NamedOnce(ir.serde.TensorProtoTensor):
+    """A tensor in the file's own protobuf, that is not given the name it has.
+
+    onnx-ir names each weight anew whenever a model is written. protobuf takes memory for each name, and gives none back
+    before the file's last tensor is gone: a session that swaps patches for days would grow by every name, every time.
+    """
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        return self.raw.name
+
+    @name.setter
+    def name(self, value: str | None) -> None:
+        if value is None:
+            self.raw.ClearField("name")
+        elif value != self.raw.name:
+            self.raw.name = value
+
+
+def _named_once(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return _NamedOnce(tensor.raw) if type(tensor) is ir.serde.TensorProtoTensor else tensor
 
 
 def as_model(model: ModelOrPath) -> ir.Model:
