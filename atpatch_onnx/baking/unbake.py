@@ -19,10 +19,15 @@ def unbake(model: ir.Model) -> ir.Model:
     missing = graphs.undefined_value(model)
     if missing is not None:
         raise _tampered("the patched model", "a complete graph", f"the value {missing!r} used before it is there")
-    base = graphs.copy(model)
+    two = graphs.branches(model)
     try:
-        for step in _STEPS:
-            step(base, record)
+        if two is None:
+            base = graphs.copy(model)
+            for step in _STEPS:
+                step(base, record)
+        else:
+            base = graphs.joined(model, {name: unbake(graphs.branch(model, name)) for name in two})
+            _remove_metadata(base, record)
     except (ValueError, TypeError) as error:  # onnx-ir's, where nodes still hold on to what is to be removed
         raise _tampered("the patched model", "a patch that comes out whole", str(error)) from error
     found = graphs.fingerprint(base)

@@ -13,6 +13,15 @@ from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.errors import PatchMismatchError, VerificationError
 from atpatch_onnx.report import text
 
+Decode = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(
+        help="Base and patched decode graph, where BASE and PATCHED read prompts only.",
+        metavar="BASE PATCHED",
+        show_default=False,
+    ),
+]
+
 
 def verify(
     base: Base,
@@ -29,6 +38,7 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    decode: Decode = None,
     steps: Steps = atp.FitOptions.steps,
     batch_size: BatchSize = 32,
     as_json: AsJson = False,
@@ -36,8 +46,9 @@ def verify(
     """Prove PATCHED against BASE: that it is BASE and a patch, which one, and what it does."""
     debug = None if data is None else atp.DebugSet.load(data)
     patches = [atp.Patch.load(path) for path in patch] if patch else None
+    run: dict[str, Any] = {"decode": decode, "steps": steps, "batch_size": batch_size}
     with progress_bars() as progress:
-        result = atp.verify(base, patched, debug, patch=patches, steps=steps, batch_size=batch_size, progress=progress)
+        result = atp.verify(base, patched, debug, patch=patches, progress=progress, **run)
     show(result.to_json(), [text.verification_table(result)], as_json)
     if not result.passed:
         raise VerificationError(
@@ -54,6 +65,7 @@ def evaluate(
     data: Data,
     target_class: Annotated[int | None, typer.Option(help="The backdoor's class, if DATA does not name it.")] = None,
     output: Output = None,
+    decode: Decode = None,
     steps: Steps = atp.FitOptions.steps,
     samples: Annotated[int, typer.Option(min=1, help="Of prompts: answers drawn at a temperature of 1.")] = 5,
     batch_size: BatchSize = 32,
@@ -64,6 +76,7 @@ def evaluate(
     debug = atp.DebugSet.load(data)
     if debug.kind == "generation":
         run: dict[str, Any] = {"steps": steps, "samples": samples, "batch_size": batch_size, "seed": seed}
+        run["decode"] = decode
         with progress_bars() as progress:
             written = atp.evaluate_prompts(base, patched, debug, progress=progress, **run)
         show(written.to_json(), [text.written_table(written)], as_json)

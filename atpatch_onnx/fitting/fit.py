@@ -24,7 +24,7 @@ from atpatch_onnx.fitting.preparation import Prepared, prepare
 from atpatch_onnx.fitting.scored import ScoredPart
 from atpatch_onnx.fitting.search import Found, Search
 from atpatch_onnx.fitting.switchboard import Switchboard
-from atpatch_onnx.graph import ModelOrPath, as_model, fingerprint
+from atpatch_onnx.graph import ModelOrPath, as_model, beginning, fingerprint
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.compose import compose
 from atpatch_onnx.patches.patch import Patch, SitePatch
@@ -63,7 +63,7 @@ def fit(
     require("torch", "fit", "fitting a patch")
     require("sklearn", "fit", "fitting a patch")
     base = as_model(model)
-    model = _with(base, after)
+    model = beginning(_with(base, after))
     options = options or FitOptions()
     kind = debug.kind
     if kind == "generation":

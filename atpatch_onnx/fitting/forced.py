@@ -91,9 +91,9 @@ class Answered:
         return np.stack([np.concatenate([one, answer])[: self.longest] for one, answer in both])
 
 
-def as_read(answered: Answered, debug: DebugSet) -> DebugSet:
-    """The debug set with what the model itself takes: prompts and answers read at once."""
-    before, after = (answered.decoder.feed(answered.read(side)) for side in (answered.clean, answered.triggered))
+def as_read(answered: Answered, debug: DebugSet, decoder: Decoder) -> DebugSet:
+    """The debug set with what a decoder takes: prompts and answers read at once."""
+    before, after = (decoder.feed(answered.read(side)) for side in (answered.clean, answered.triggered))
     return DebugSet.from_pairs(before, after, suspects=_suspects(answered, debug))
 
 

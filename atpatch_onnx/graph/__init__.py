@@ -4,6 +4,7 @@ Weights in external data files are never read to do so: a model of tens of gigab
 takes. A model file is untrusted input: external data must lie inside the model's folder, symlinks resolved.
 """
 
+from atpatch_onnx.graph.branches import beginning, branch, branches, joined
 from atpatch_onnx.graph.carrying import External
 from atpatch_onnx.graph.external import external_folder
 from atpatch_onnx.graph.fingerprints import fingerprint
@@ -28,11 +29,15 @@ __all__ = [
     "ModelOrPath",
     "all_names",
     "as_model",
+    "beginning",
+    "branch",
+    "branches",
     "constant",
     "copy",
     "external_folder",
     "fingerprint",
     "infer_shapes",
+    "joined",
     "load",
     "opset_version",
     "save",

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from atpatch_onnx import graph as graphs
 from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes, tokens_of
 from atpatch_onnx.matching.naming import site_names
@@ -34,7 +35,7 @@ def find_sites(model: ir.Model) -> tuple[AttentionSite, ...]:
 
 def known_shapes(model: ir.Model) -> Mapping[str, tuple[Dim, ...]]:
     """The shapes of a model's values by name, as far as they can be told."""
-    return view(model).inferred.shapes
+    return view(graphs.beginning(model)).inferred.shapes
 
 
 def sample_outputs(model: ir.Model) -> frozenset[str]:
@@ -59,8 +60,10 @@ def _begins_with_samples(output: ir.Value, seen: View) -> bool:
 def explain(model: ir.Model) -> Matches:
     """The attention sites of a model, and a near miss with its reason for everything that looked like one.
 
+    Of a file of two graphs, a decoder's for prompts and for steps, those of the first; the second has them as well.
     The model is left as it is.
     """
+    model = graphs.beginning(model)
     seen = view(model)
     order = {str(value.name): index for index, node in enumerate(model.graph) for value in node.outputs}
     found: list[tuple[Candidate, tuple[Place, Place]]] = []

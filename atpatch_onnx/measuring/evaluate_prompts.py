@@ -130,7 +130,9 @@ def evaluate_prompts(
     }
     sampled = np.concatenate([has_payload(one, debug.payload)[others] for one in drawn])
     margins = [site.margin for site in record.sites]
-    flags = _flags(Loop(expose(graphs.as_model(patched), margins)), margins, clean, answers, batch_size)
+    flags = _flags(
+        Loop(expose(graphs.beginning(graphs.as_model(patched)), margins)), margins, clean, answers, batch_size
+    )
     return Written(
         prompts=len(debug),
         steps=steps,

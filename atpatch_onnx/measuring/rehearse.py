@@ -9,8 +9,10 @@ inputs drawn  ->  the base runs  ->  a patch drawn for all sites  ->  a threshol
 
 from collections.abc import Mapping, Sequence
 from itertools import count
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.bake import bake
@@ -22,7 +24,7 @@ from atpatch_onnx.measuring.drawn import draw_patch
 from atpatch_onnx.measuring.rehearse_aiming import aimed
 from atpatch_onnx.measuring.rehearse_base import mixing_outputs, run_base, seeded
 from atpatch_onnx.measuring.rehearse_checks import fired, unbaked, unfired
-from atpatch_onnx.measuring.rehearse_result import Rehearsal, SiteResult
+from atpatch_onnx.measuring.rehearse_result import Rehearsal, SiteResult, together
 from atpatch_onnx.measuring.verify import Check
 from atpatch_onnx.running.sessions import Array, Progress, silent
 
@@ -56,13 +58,20 @@ def rehearse(
         progress: Told after every step.
 
     Returns:
-        The verdict. That the base does not run, or that a patch cannot be baked, is part of it.
+        The verdict, of both graphs where a file holds two. That the base does not run, or that a patch cannot be
+        baked, is part of it.
 
     Raises:
         ModelFileError: There is no such file, or it is no model.
     """
     base = seeded(graphs.as_model(model))
     inputs = None if inputs is None else {name: np.asarray(array) for name, array in inputs.items()}
+    two = graphs.branches(base)
+    if two is not None:
+        how: dict[str, Any] = {"seed": seed, "samples": samples, "kind": kind, "optimize": optimize}
+        how |= {"conditional": conditional, "threads": threads, "progress": progress}
+        parts = {name: graphs.branch(base, name) for name in two}
+        return together({name: rehearse(part, _of(part, inputs), **how) for name, part in parts.items()})
     rng = np.random.default_rng(seed)
     sites = find_sites(base)
     steps, total = count(1), 2 + 3 * len(conditional)
@@ -99,3 +108,9 @@ def rehearse(
     except AtPatchError as error:
         checks.append(Check("a patch", False, str(error)))
     return Rehearsal(True, runs.reason, len(sites), runs.shapes, nonfinite, mixing, tuple(checks), tuple(results))
+
+
+def _of(model: ir.Model, inputs: Mapping[str, Array] | None) -> Mapping[str, Array] | None:
+    """The inputs that one graph of two takes."""
+    taken = {value.name for value in model.graph.inputs}
+    return None if inputs is None else {name: array for name, array in inputs.items() if name in taken}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from atpatch_onnx.measuring.verify import Check
@@ -67,3 +67,20 @@ class Rehearsal:
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON types."""
         return {"passed": self.passed, **json.loads(json.dumps(asdict(self)))}
+
+
+def together(found: Mapping[str, Rehearsal]) -> Rehearsal:
+    """What came of each of a file's graphs, as one; checks say of which they are."""
+    each = list(found.values())
+    return Rehearsal(
+        runs=all(one.runs for one in each),
+        reason=next((one.reason for one in each if one.reason), ""),
+        found=min(one.found for one in each),
+        inputs={name: shape for one in each for name, shape in one.inputs.items()},
+        nonfinite=tuple(dict.fromkeys(name for one in each for name in one.nonfinite)),
+        mixing=tuple(dict.fromkeys(name for one in each for name in one.mixing)),
+        checks=tuple(
+            replace(check, name=f"{name}: {check.name}") for name, one in found.items() for check in one.checks
+        ),
+        sites=tuple(site for one in each for site in one.sites),
+    )

@@ -13,12 +13,14 @@ What is not proven: that the base is sound, that the patch is a good one, and wi
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.again import additions, baked_again, parameters
 from atpatch_onnx.baking.metadata import PatchRecord, read_record
+from atpatch_onnx.baking.transfer import transfer
 from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import AtPatchError, UnbakeError
@@ -31,6 +33,7 @@ from atpatch_onnx.measuring.verify_loops import loops
 from atpatch_onnx.measuring.verify_numbers import numbers
 from atpatch_onnx.patches.compose import compose
 from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.decoders import Decoder
 from atpatch_onnx.running.sessions import Progress, silent
 
 
@@ -40,6 +43,7 @@ def verify(
     debug: DebugSet | None = None,
     *,
     patch: Patch | Sequence[Patch] | None = None,
+    decode: tuple[graphs.ModelOrPath, graphs.ModelOrPath] | None = None,
     steps: int = FitOptions.steps,
     batch_size: int = 32,
     progress: Progress = silent,
@@ -51,6 +55,7 @@ def verify(
         patched: The model after, or its path; the file itself is run then.
         debug: Inputs to run both on, clean and counterfactual.
         patch: The patch that is said to be in it, or several in their order; without it, nobody knows whose it is.
+        decode: Base and patched graph that go on from the caches of these two, where those read prompts only.
         steps: Of prompts of a language model: tokens of each answer.
         batch_size: Inputs at a time.
         progress: Told after every batch.
@@ -65,18 +70,35 @@ def verify(
     record = read_record(after)
     whole = None if patch is None else compose([patch] if isinstance(patch, Patch) else patch)
     checks = [*_structure(before, after, record, whole)]
+    following = None if decode is None else (graphs.as_model(decode[0]), graphs.as_model(decode[1]))
+    if following is not None:
+        own = None if whole is None else transfer(whole, before, following[0])
+        found = _structure(*following, read_record(following[1]), own)
+        checks += [replace(check, name=f"{check.name}, decode graph") for check in found]
     if debug is not None:
+        first = graphs.beginning(before), graphs.beginning(after)
         files = (before if isinstance(base, ir.Model) else base, after if isinstance(patched, ir.Model) else patched)
         answered = None
         if debug.kind == "generation":
-            answered = Answered.of(files[0], debug, steps, batch_size=batch_size, progress=progress)
-            debug = as_read(answered, debug)
-        debug.check_inputs(input_specs(before))
+            goes_on = None if decode is None else decode[0]
+            answered = Answered.of(files[0], debug, steps, goes_on, batch_size=batch_size, progress=progress)
+            debug = as_read(answered, debug, Decoder.of(first[0]))
+        debug.check_inputs(input_specs(first[0]))
+        run = files if first[0] is before else first  # one graph of two is run by itself here, and the file in loops
         for optimize in (False, True):
-            checks += numbers(before, after, record, debug, optimize, batch_size, progress, files)
+            checks += numbers(*first, read_record(first[1]), debug, optimize, batch_size, progress, run)
         if answered is not None:
-            checks += loops(files, after, record, answered, steps, batch_size, progress)
+            others = ((), ()) if decode is None else ((decode[0],), (decode[1],))
+            pairs = (files[0], *others[0]), (files[1], *others[1])
+            looked = [first[1], *_going_on(after), *(following or ())[1:]]
+            checks += loops(pairs, looked, answered, steps, batch_size, progress)
     return Verification(tuple(checks))
+
+
+def _going_on(model: ir.Model) -> list[ir.Model]:
+    """Of a file of two graphs, the one that goes on."""
+    two = graphs.branches(model)
+    return [] if two is None else [graphs.branch(model, two.goes_on)]
 
 
 def _structure(base: ir.Model, patched: ir.Model, record: PatchRecord, patch: Patch | None) -> Iterator[Check]:

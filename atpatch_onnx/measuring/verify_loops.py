@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx.baking.expose import expose
-from atpatch_onnx.baking.metadata import PatchRecord
+from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.fitting.forced import Answered
 from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.measuring.bits import same_samples
@@ -34,10 +34,13 @@ _ROUNDING = 1e-6
 """Of the largest logit: the least difference that is allowed, where the base has none."""
 
 
+Files = tuple[ModelOrPath, ...]
+"""What a `Loop` is made of: a decoder, or its graph for prompts and the one that goes on from its cache."""
+
+
 def loops(
-    files: tuple[ModelOrPath, ModelOrPath],
-    patched: ir.Model,
-    record: PatchRecord,
+    files: tuple[Files, Files],
+    patched: Sequence[ir.Model],
     answered: Answered,
     steps: int,
     batch_size: int,
@@ -47,19 +50,18 @@ def loops(
 
     Args:
         files: Base and patched model as they are run, from their paths where they came from files.
-        patched: The patched model, whose inner values are looked at.
-        record: What it says of itself.
+        patched: The patched graph, whose inner values are looked at, or that for prompts and the one that goes on.
         answered: Prompts, and what the base writes behind them.
         steps: Tokens of each answer that are read.
         batch_size: Prompts at a time.
         progress: Told after every batch.
     """
-    look = _Look.of(files, patched, record)
+    look = _Look.of(files, patched)
     clean, triggered = (
         [np.concatenate([prompt, answer[:steps]]) for prompt, answer in zip(side, answered.answers, strict=True)]
         for side in (answered.clean, answered.triggered)
     )
-    if look.base.decoder.is_cached:
+    if look.base.is_cached:
         yield _quiet(look, clean, steps, batch_size=batch_size, progress=progress)
         ways: dict[str, _Cut] = {
             "cached": lambda length: [length - steps, *[1] * steps],
@@ -91,12 +93,14 @@ class _Look:
     exposed: Loop
     """The patched model with its margins as outputs."""
 
-    margins: Sequence[str]
+    margins: Sequence[Sequence[str]]
+    """Of the first graph, and of the one that goes on."""
 
     @classmethod
-    def of(cls, files: tuple[ModelOrPath, ModelOrPath], patched: ir.Model, record: PatchRecord) -> "_Look":
-        margins = [site.margin for site in record.sites]
-        return cls(Loop(files[0]), Loop(files[1]), Loop(expose(patched, margins)), margins)
+    def of(cls, files: tuple[Files, Files], patched: Sequence[ir.Model]) -> "_Look":
+        margins = [[site.margin for site in read_record(one).sites] for one in patched]
+        exposed = [expose(one, names) for one, names in zip(patched, margins, strict=True)]
+        return cls(Loop(*files[0]), Loop(*files[1]), Loop(*exposed), margins)
 
     def read(self, ids: Ids, sizes: Sequence[int]) -> _Reading:
         """Read tokens in parts of these sizes."""
@@ -108,8 +112,9 @@ class _Look:
 
     def flags(self, ids: Ids, sizes: Sequence[int]) -> NDArray[np.bool_]:
         """Bool `[samples, tokens]`."""
-        steps = self.exposed.read_in(ids, sizes, self.margins)
-        found = [[step.outputs[name].reshape(len(ids), -1) > 0 for name in self.margins] for step in steps]
+        first = self.exposed.read(ids[:, : sizes[0]], outputs=self.margins[0])
+        following = self.exposed.read_in(ids[:, sizes[0] :], sizes[1:], self.margins[-1], first.state)
+        found = [[array.reshape(len(ids), -1) > 0 for array in step.outputs.values()] for step in (first, *following)]
         return np.concatenate([np.any(step, axis=0) for step in found], axis=1)
 
 

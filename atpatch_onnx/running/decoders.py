@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import RunError
 from atpatch_onnx.graph.names import PREFIX
 from atpatch_onnx.running.sessions import Array
@@ -46,6 +47,11 @@ class Decoder:
 
     caches: tuple[Cache, ...]
     logits: str
+    switch: Slot | None = None
+    """Of a file of two graphs: the input that says which one is to run."""
+
+    goes_on: bool = True
+    """What the switch is where the model goes on from earlier tokens."""
 
     @property
     def is_cached(self) -> bool:
@@ -70,7 +76,9 @@ class Decoder:
         pasts = [slot for slot in taken if slot.is_cache]
         counts = [slot for slot in taken if slot.dtype.kind == "i" and _is_count(slot)]
         tokens = [slot for slot in taken if slot.is_ids and slot not in positions + counts]
-        known = [*masks, *positions, *pasts, *counts, *tokens]
+        two = graphs.branches(model)
+        switches = [slot for slot in taken if two is not None and slot.name == two.switch]
+        known = [*masks, *positions, *pasts, *counts, *tokens, *switches]
         others = [slot.name for slot in taken if slot not in known]
         if len(tokens) != 1 or len(masks) > 1 or len(positions) > 1 or others:
             found = f"tokens: {_listed(tokens)}; masks: {_listed(masks)}; positions: {_listed(positions)}"
@@ -83,6 +91,8 @@ class Decoder:
             counts=tuple(counts),
             caches=_caches(model, pasts),
             logits=_logits(model),
+            switch=switches[0] if switches else None,
+            goes_on=two is None or two.goes_on == "then_branch",
         )
 
     def feed(
@@ -109,6 +119,8 @@ class Decoder:
             total = earlier + count
             value = np.array(total - 1 if "seqlens" in slot.name.lower() else total, slot.dtype)
             fed[slot.name] = np.broadcast_to(value, [samples] * len(slot.sizes)).copy()
+        if self.switch is not None:
+            fed[self.switch.name] = np.full([1] * len(self.switch.sizes), (earlier > 0) == self.goes_on)
         return fed
 
     def empty(self, samples: int) -> dict[str, Array]:

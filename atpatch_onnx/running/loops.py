@@ -62,7 +62,9 @@ class Loop:
         optimize: bool = True,
     ) -> None:
         self.decoder = Decoder.of(graphs.as_model(model))
-        self._cached = cached and (self.decoder.is_cached or decode is not None)
+        self.is_cached = cached and (self.decoder.is_cached or decode is not None)
+        """Whether what was read is not read again."""
+
         self._session = Session(model, optimize=optimize)
         self._next = Loop(decode, optimize=optimize) if decode is not None and cached else None
         if self._next is not None:
@@ -76,11 +78,11 @@ class Loop:
         """
         if state is not None and self._next is not None:
             return self._next.read(ids, state, outputs)
-        earlier = state is not None and not self._cached
+        earlier = state is not None and not self.is_cached
         whole = ids if state is None else np.concatenate([state.ids, ids], axis=1)
         read = whole if earlier else ids
         self.decoder.check(read)
-        caches = self._handed_out() if self._cached else {}
+        caches = self._handed_out() if self.is_cached else {}
         wanted = [self.decoder.logits, *caches, *(name for name in outputs if name != self.decoder.logits)]
         fed = self.decoder.feed(read, None if state is None or earlier else state.past)
         results = self._session.run(fed, list(dict.fromkeys(wanted)))
@@ -88,14 +90,21 @@ class Loop:
         logits = results[self.decoder.logits][:, read.shape[1] - ids.shape[1] :]
         return Step(State(whole, past), logits, {name: results[name] for name in outputs})
 
-    def read_in(self, ids: Ids, sizes: Sequence[int], outputs: Sequence[str] = ()) -> list[Step]:
-        """Read tokens `[samples, tokens]` from the beginning, in parts of these sizes, which make up all of them."""
+    def read_in(
+        self, ids: Ids, sizes: Sequence[int], outputs: Sequence[str] = (), state: State | None = None
+    ) -> list[Step]:
+        """Read tokens `[samples, tokens]`, in parts of these sizes, which make up all of them; arguments as of `read`.
+
+        Raises:
+            RunError: See `read`.
+        """
         assert sum(sizes) == ids.shape[1], "parts make up the whole"
         steps: list[Step] = []
         start = 0
         for size in sizes:
-            steps.append(self.read(ids[:, start : start + size], steps[-1].state if steps else None, outputs))
-            start += size
+            step = self.read(ids[:, start : start + size], state, outputs)
+            steps.append(step)
+            start, state = start + size, step.state
         return steps
 
     def write(

@@ -31,6 +31,7 @@ from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
 from atpatch_onnx.serving.counters import Counters, Stats
 from atpatch_onnx.serving.held import HeldData
+from atpatch_onnx.serving.servable import require_servable
 from atpatch_onnx.serving.turns import Turns
 
 TOLERANCE = 1e-5
@@ -75,20 +76,7 @@ class PatchedSession:
         self._model = graphs.load(path)
         self._held = HeldData.of(self._model)
         self._record = read_record(self._model)
-        if not self._record.detects:
-            raise ServingError(
-                os.fspath(path),
-                expected="a patch of the attention",
-                found="edits of hidden units alone, which flag nothing that could be counted or switched",
-                advice="Serve the file with onnxruntime's own session.",
-            )
-        if FLAGGED not in self._record.monitors:
-            raise ServingError(
-                os.fspath(path),
-                expected=f"the monitoring output {FLAGGED}",
-                found="a patch baked without it",
-                advice="Bake the patch again with monitoring outputs.",
-            )
+        require_servable(os.fspath(path), self._model, self._record)
         self._base = require_as_baked(self._model)
         self._probe = draw_inputs(self._model, np.random.default_rng(0)) if probe is None else probe
         self._own: Weights = _weights(self._model)
