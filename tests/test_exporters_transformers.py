@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -29,6 +31,7 @@ from transformers.exporters.auto import EXPORT_BACKENDS
 from atpatch_onnx import graph
 from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.baking.metadata import read_record
+from atpatch_onnx.baking.transfer import transfer
 from atpatch_onnx.baking.unbake import unbake
 from atpatch_onnx.cli import main
 from atpatch_onnx.errors import PatchFileError, PatchMismatchError
@@ -40,9 +43,10 @@ from atpatch_onnx.exporters import (
     from_transformers,
     transformers_backend,
 )
-from atpatch_onnx.graph.names import FLAGGED, SCORE
+from atpatch_onnx.graph.names import FLAGGED, SCORE, flags_name
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.sessions import Session
 
 # torch reads a saved output structure with what it has itself deprecated: torch/utils/_pytree.py, LeafSpec.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")]
@@ -286,6 +290,36 @@ def test_one_stage_of_generation():
     patched = exporter.export_for_generation(model, inputs, configs).components
     assert graph.fingerprint(patched["prefill"].program) == graph.fingerprint(bases["prefill"].program)
     assert read_record(patched["decode"].program).patch == patch.id
+
+
+def test_an_encoder_decoder_replaces_cross_keys_where_they_are_computed():
+    """The graph that reads the prompt hands them on; in the one that goes on nothing is left to do for them."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model, inputs = T5ForConditionalGeneration(config).eval(), {"input_ids": torch.randint(2, 40, (2, 7))}
+    parts = AtPatchOnnxExporter(AtPatchOnnxConfig(dynamic=True)).export_for_generation(model, inputs).components
+    prompt, decode = (parts[name].program for name in ("prefill", "decode"))
+    own, cross = find_sites(prompt)
+    assert (own.self_attention, cross.self_attention) == (True, False)
+    patch = draw_patch(prompt)
+    carried = transfer(patch, prompt, decode)
+    assert [site.site for site in carried.sites] == [own.name]
+    bake(decode, carried)
+    only_cross = replace(patch, sites=tuple(site for site in patch.sites if site.site == cross.name))
+    with pytest.raises(PatchMismatchError, match="Leave the graph as it is"):
+        transfer(only_cross, prompt, decode)
+    feed = {
+        "decoder_input_ids": np.zeros((2, 1), np.int64),
+        "encoder_outputs.last_hidden_state": np.random.default_rng(0).normal(size=(2, 7, 32)).astype(np.float32),
+    }
+    patched = bake(prompt, fire_on_some(prompt, only_cross, feed), site_flags=True)
+    names = ["past_key_values.cross_attention_cache.layers.0.keys", flags_name(cross.name)]
+    before, after = (Session(one).run(feed, names[: 1 + number]) for number, one in enumerate((prompt, patched)))
+    flags = after[names[1]]
+    assert 0 < flags.sum() < flags.size
+    neutral = only_cross.sites[0].neutral.key.reshape(1, 2, 1, 16)
+    expected = np.where(flags[:, None, :, None], neutral, before[names[0]])
+    assert np.array_equal(after[names[0]], expected.astype(np.float32))
 
 
 def test_another_model_or_export_is_refused_with_advice(case):

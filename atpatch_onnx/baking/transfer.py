@@ -2,6 +2,9 @@
 
 Keys and values are per token behind their projection, whatever an exporter makes of the rest, so a patch serves every
 export. Sites go by their order; that they are the same is seen in their projections' weights, where both are weights.
+
+An encoder-decoder computes the keys of its cross-attention once, in the graph that reads the prompt, and hands them to
+the one that goes on. There they come from an input, neutral already, and nothing is to be done.
 """
 
 from collections.abc import Sequence
@@ -18,6 +21,7 @@ from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite, Place
 from atpatch_onnx.matching.view import View, view
 from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.slots import Slot
 
 
 def transfer(patch: Patch, base: ir.Model, other: ir.Model) -> Patch:
@@ -30,24 +34,43 @@ def transfer(patch: Patch, base: ir.Model, other: ir.Model) -> Patch:
 
     Raises:
         PatchMismatchError: The patch is not of `base`, edits hidden units or was fitted after one that does, or the
-            two are not exports of one model: other sites, heads, depths or projections.
+            two are not exports of one model: other sites, heads, depths or projections. Or `other` needs no patch:
+            all that this one replaces is handed to it.
     """
     if patch.base != fingerprint(base):
         raise _mismatch("the base", f"the model that the patch was fitted on, {patch.base}", fingerprint(base))
     if patch.edits or patch.after:
         raise _mismatch(f"patch {patch.id}", "a patch of the attention alone", "edits of hidden units")
     ours, theirs = find_sites(base), find_sites(other)
-    if len(ours) != len(theirs):
-        raise _mismatch("the other model", f"{len(ours)} attention sites, as the base has", str(len(theirs)))
+    handed = [site for site in theirs if _is_handed(site, other)]
+    replaced = [site.name for site in ours if handed and not site.self_attention]
+    ours = tuple(site for site in ours if site.name not in replaced)
+    theirs = tuple(site for site in theirs if site not in handed)
+    if len(ours) != len(theirs) or len(replaced) != len(handed):
+        counts = f"{len(ours)} attention sites and {len(replaced)} on what it is handed, as the base has"
+        raise _mismatch("the other model", counts, f"{len(theirs)} and {len(handed)}")
     seen = view(base), view(other)
     for site, own in zip(ours, theirs, strict=True):
         _compare(site, own, seen)
     names = {site.name: own.name for site, own in zip(ours, theirs, strict=True)}
-    unknown = [entry.site for entry in patch.sites if entry.site not in names]
+    unknown = [entry.site for entry in patch.sites if entry.site not in (*names, *replaced)]
     if unknown:
-        raise _mismatch("the base", f"the attention site {unknown[0]!r}", ", ".join(names) or "none")
-    sites = tuple(replace(entry, site=names[entry.site]) for entry in patch.sites)
+        raise _mismatch("the base", f"the attention site {unknown[0]!r}", ", ".join((*names, *replaced)) or "none")
+    sites = tuple(replace(entry, site=names[entry.site]) for entry in patch.sites if entry.site in names)
+    if patch.sites and not sites:
+        raise PatchMismatchError(
+            "the other model",
+            expected="a site that the patch is for",
+            found="none: the keys and values that it replaces are handed to this graph",
+            advice="Leave the graph as it is: it goes on from what the patched one hands it.",
+        )
     return replace(patch, base=fingerprint(other), sites=sites)
+
+
+def _is_handed(site: AttentionSite, model: ir.Model) -> bool:
+    """Whether the keys of a cross-attention come from a cache as they are."""
+    value = find_value(model.graph, site.key.value)
+    return not site.self_attention and value.is_graph_input() and Slot.of(value).is_cache
 
 
 def _compare(site: AttentionSite, other: AttentionSite, seen: tuple[View, View]) -> None:

@@ -4,6 +4,7 @@ The axes are those of the map, followed back from the product with the values to
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import onnx_ir as ir
 
@@ -84,6 +85,8 @@ def _operand(at: Pieces, scores: ir.Node, view: View) -> Pieces | None:
     places = {part.axis for part in parts if part.letter == "k"}
     if len(places) != 1:
         return None
+    if prod(shape[-2:]) == 1:  # one query, one key: flat indices do not tell the axes apart, and softmax has the last
+        places = {len(shape) - 1}
     if scores.op_type == "Einsum":
         return _of_einsum(scores, parts, places.pop(), view)
     return _of_product(scores, parts, places.pop(), shape, view)
