@@ -33,7 +33,8 @@ class Slot:
         found = [size if isinstance(size, int) else size.value for size in value.shape]
         # exporters write numbers as symbols, too
         sizes = tuple(int(size) if isinstance(size, str) and _NUMBER.fullmatch(size) else size for size in found)
-        dtype = np.dtype(np.float32 if value.dtype is None else value.dtype.numpy())
+        kind = value.dtype or ir.DataType.UNDEFINED
+        dtype = np.dtype(np.float32 if kind is ir.DataType.UNDEFINED else kind.numpy())
         return cls(value, value.name or "", dtype, sizes)
 
     @property
