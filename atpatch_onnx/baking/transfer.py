@@ -15,8 +15,9 @@ from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.graph import constant, fingerprint
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching.batches import look
 from atpatch_onnx.matching.sites import AttentionSite, Place
-from atpatch_onnx.matching.view import View, view
+from atpatch_onnx.matching.view import View
 from atpatch_onnx.patches.patch import Patch
 
 
@@ -39,7 +40,7 @@ def transfer(patch: Patch, base: ir.Model, other: ir.Model) -> Patch:
     ours, theirs = find_sites(base), find_sites(other)
     if len(ours) != len(theirs):
         raise _mismatch("the other model", f"{len(ours)} attention sites, as the base has", str(len(theirs)))
-    seen = view(base), view(other)
+    seen = look(base), look(other)
     for site, own in zip(ours, theirs, strict=True):
         _compare(site, own, seen)
     names = {site.name: own.name for site, own in zip(ours, theirs, strict=True)}

@@ -97,6 +97,8 @@ class _Running:
             except Exception:  # onnx raises a dozen types for nodes that it cannot infer; their shapes stay unknown
                 self._note_conflict(node)
                 self._assume(node)
+            if node.op_type == "Reshape":
+                self._note_resize(node)
             for name in node.output:
                 if name not in self.types and name in self._declared:
                     self.types[name] = self._declared[name]
@@ -243,6 +245,15 @@ class _Running:
             for a, b in zip(reversed(one), reversed(other), strict=False):
                 if a is not None and b is not None and a != b and 1 not in (a, b):
                     self.conflicts.append((a, b))
+
+    def _note_resize(self, node: onnx.NodeProto) -> None:
+        """Of a Reshape into another number of entries, each size with the one that would make the numbers equal."""
+        shape, wanted = self._shape(node.input[0]), self.data.get(node.input[1])
+        if shape is None or None in shape or wanted is None or not (wanted > 0).all():
+            return
+        have, asked = math.prod(shape), math.prod(wanted.reshape(-1).tolist())  # type: ignore[arg-type]
+        if have not in (0, asked):
+            self.conflicts += [(size, asked * size // have) for size in shape if size and asked * size % have == 0]
 
 
 def _extent(shape: Sizes) -> tuple[int, int, int]:

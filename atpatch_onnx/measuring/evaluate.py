@@ -14,6 +14,7 @@ from atpatch_onnx.baking.metadata import PatchRecord, read_record
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, require
 from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
+from atpatch_onnx.matching import batching
 from atpatch_onnx.measuring.bits import same_samples
 from atpatch_onnx.measuring.inspect import axis_sites, last_margin, require_base
 from atpatch_onnx.running.groups import demographic_parity, equalized_odds
@@ -162,7 +163,7 @@ def evaluate(
         )
     require_labels(debug)
     debug.check_inputs(input_specs(base))
-    output = prediction_output(base, output)
+    output = prediction_output(base, output, batching(base))
     record = read_record(patched)
     require_base(base, record)
     if record.detects:
@@ -201,8 +202,11 @@ def run_side(
     """Run one side through both models."""
     margins = [last_margin(record.sites)] if record.detects else []
     stage = f"evaluating {name} inputs"
-    logits = Session(base).collect(inputs, [output], batch_size=batch_size, progress=progress, stage=f"{stage}, base")
-    inner = Session(expose(patched, margins)).collect(
+    where = batching(base)
+    logits = Session(base, batching=where).collect(
+        inputs, [output], batch_size=batch_size, progress=progress, stage=f"{stage}, base"
+    )
+    inner = Session(expose(patched, margins), batching=where).collect(
         inputs, [output, *margins], batch_size=batch_size, progress=progress, stage=f"{stage}, patched"
     )
     samples = len(logits[output])  # neuron edits detect nothing

@@ -46,7 +46,7 @@ def rehearse(
 
     Args:
         model: The base, or its path.
-        inputs: One batch of inputs, `[samples, ...]` by name; drawn if there are none.
+        inputs: One batch of inputs by name, as the model takes them; drawn if there are none.
         seed: What is drawn depends on it alone.
         samples: Samples to draw, where the model leaves their number free.
         kind: Of the detectors.
@@ -70,7 +70,8 @@ def rehearse(
     def done(stage: str) -> None:
         progress(stage, next(steps), total)
 
-    runs = run_base(base, inputs, rng, samples, optimize, threads)
+    lengths = sorted({site.keys for site in sites if isinstance(site.keys, int)})  # exporters declare some free
+    runs = run_base(base, inputs, rng, samples, optimize, threads, lengths)
     done("running the base")
     if not runs.levels:
         return Rehearsal(False, runs.reason, len(sites), runs.shapes, (), (), (), ())
@@ -87,10 +88,10 @@ def rehearse(
         done("choosing thresholds")
         for form in conditional:
             quiet, patched = (bake(base, one, conditional=form) for one in (silent_one, patch))
-            checks += [unfired(quiet, FORMS[form], level, runs.inputs, threads) for level in runs.levels]
+            checks += [unfired(quiet, FORMS[form], level, runs, threads) for level in runs.levels]
             done(f"{FORMS[form]}: nothing fires")
             for level in runs.levels:
-                found, of_sites = fired(base, patched, sites, FORMS[form], level, runs.inputs, flagged, mixing, threads)
+                found, of_sites = fired(base, patched, sites, FORMS[form], level, runs, flagged, mixing, threads)
                 checks += found
                 results += of_sites
             done(f"{FORMS[form]}: some tokens fire")

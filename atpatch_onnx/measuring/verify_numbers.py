@@ -14,6 +14,7 @@ from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import AtPatchError
 from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.graph.names import FLAGGED, SCORE
+from atpatch_onnx.matching import batching
 from atpatch_onnx.measuring.bits import by_sample, same_bits, same_samples, same_shapes, without_flagged
 from atpatch_onnx.measuring.checks import Check
 from atpatch_onnx.measuring.driven import Driven, replaced_in
@@ -73,16 +74,17 @@ class _Look:
         self.margins = {site.site: site.margin for site in record.sites}
         self.replaced = replaced_in(patched, [site for _, site in self.sites])
         self.detectors = {one.site: baked_detector(patched, one.site) for one, _ in self.sites if one.own is not None}
-        self.base = Session(reference if self.edits else files[0], optimize=optimize)
-        self.patched = Session(files[1], optimize=optimize)
+        where = batching(base)
+        self.base = Session(reference if self.edits else files[0], optimize=optimize, batching=where)
+        self.patched = Session(files[1], optimize=optimize, batching=where)
         names = [name for one in record.sites for name in (one.margin, one.own) if name is not None]
         names += [name for one in self.replaced for name in (one.value, one.result)]
         names += [self.read(one) for one in record.sites if one.own is not None]
         names += [name for layer in record.layers for name in (layer.value, layer.edited_value)]
-        self.exposed = Session(expose(patched, names), optimize=optimize)
+        self.exposed = Session(expose(patched, names), optimize=optimize, batching=where)
         # In half precision onnxruntime's CPU kernels hand keys on unrounded, which cannot be given to the base.
         comparable = self.replaced and all(one.place.dtype == ir.DataType.FLOAT.name for one in self.replaced)
-        self.driven = Driven(reference, self.replaced) if comparable and not optimize else None
+        self.driven = Driven(reference, self.replaced, where) if comparable and not optimize else None
 
     def read(self, site: PatchedSite) -> str:
         """Name of the keys that a site's detector reads.

@@ -12,6 +12,7 @@ from onnxruntime import SessionOptions as SessionOptions  # for those who may no
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import RunError
+from atpatch_onnx.running.batching import AS_GIVEN, Batching
 
 Array = NDArray[Any]
 
@@ -39,6 +40,7 @@ class Session:
         threads: Threads within an operator; None: as many as the environment variable `OMP_NUM_THREADS` says, which
             torch and numpy heed as well, else onnxruntime's choice.
         providers: Execution providers; the CPU's by default.
+        batching: Where the model has the samples; inputs are given and outputs taken with samples first.
 
     Raises:
         RunError: onnxruntime refuses the model.
@@ -51,6 +53,7 @@ class Session:
         optimize: bool = True,
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
+        batching: Batching = AS_GIVEN,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised; onnxruntime need not print it as well
@@ -62,7 +65,12 @@ class Session:
         self._session = _opened(model, options, providers)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
-        self._batches = {value.name: value.shape[0] for value in self._session.get_inputs() if value.shape}
+        self._batching = batching
+        self._batches = {
+            value.name: value.shape[axis]
+            for value in self._session.get_inputs()
+            if (axis := batching.axis(value.name)) is not None and axis < len(value.shape)
+        }
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Outputs by name, all or those asked for.
@@ -71,10 +79,11 @@ class Session:
             RunError: onnxruntime refuses the inputs, or fails.
         """
         names = list(self.output_names if outputs is None else outputs)
+        given = self._batching.given(inputs)
         try:
-            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+            return self._batching.taken(dict(zip(names, self._session.run(names, given), strict=True)))
         except Exception as error:
-            shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
+            shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in given.items())
             raise _refused(f"running the model on {shapes}", "inputs that it runs on", error) from error
 
     def stream(
@@ -114,6 +123,8 @@ class Session:
 
     def _fixed(self, inputs: Mapping[str, Array]) -> int | None:
         """The batch size, where the model has one."""
+        if self._batching.one_by_one:
+            return 1
         sizes = [self._batches.get(name) for name in inputs]
         return next((size for size in sizes if isinstance(size, int)), None)
 

@@ -26,8 +26,8 @@ from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord, read_record
 from atpatch_onnx.errors import PatchMismatchError, ServingError
 from atpatch_onnx.graph.names import FLAGGED, PREFIX, SCORE, SITE_KEY, flags_name, own_name
+from atpatch_onnx.matching.batches import drawn_inputs
 from atpatch_onnx.patches.patch import Patch
-from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
 from atpatch_onnx.serving.counters import Counters, Stats
 from atpatch_onnx.serving.held import HeldData
@@ -90,7 +90,7 @@ class PatchedSession:
                 advice="Bake the patch again with monitoring outputs.",
             )
         self._base = require_as_baked(self._model)
-        self._probe = draw_inputs(self._model, np.random.default_rng(0)) if probe is None else probe
+        self._probe = drawn_inputs(self._base, np.random.default_rng(0)) if probe is None else probe
         self._own: Weights = _weights(self._model)
         self._weights: Weights = self._own
         self._live_record, self._off = self._record, frozenset[str]()
