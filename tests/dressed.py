@@ -4,6 +4,7 @@ Each takes the model as protobuf and changes what stands around its attention; w
 """
 
 import copy
+import json
 
 import numpy as np
 import onnx
@@ -97,6 +98,44 @@ def of_words(planted: Planted) -> onnx.ModelProto:
     )
     onnx.checker.check_model(model)
     return model
+
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def tokenized(planted: Planted, op_type: str) -> onnx.ModelProto:
+    """It takes `text`, `[n]`, which a tokenizer of onnxruntime-extensions cuts: into words or letters."""
+    words, rows = _vocabulary(planted)
+    if op_type == "BertTokenizer":
+        names, rows = [*SPECIAL, *words], np.concatenate([np.zeros((len(SPECIAL), planted.width), np.float32), rows])
+        how = {"vocab_file": "\n".join(names)}
+        results, dims = ["row", "types", "seen"], [1]
+    else:
+        how = {"vocab": json.dumps({LETTERS[n]: n for n in range(len(words))}), "merges": "#version: 0.2\n"}
+        results, dims = ["ids", "seen"], ["n"]
+    nodes = [helper.make_node(op_type, ["text"], results, name="/tokens", domain="ai.onnx.contrib", **how)]
+    if results[0] == "row":
+        nodes.append(helper.make_node("Unsqueeze", ["row", "front"], ["ids"], name="/rows"))
+    model, _ = _fed_by(planted.proto(), *nodes, helper.make_node("Gather", ["table", "ids"], ["x_within"], name="/x"))
+    model.graph.initializer.append(numpy_helper.from_array(rows, "table"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0]), "front"))
+    model.opset_import.append(helper.make_opsetid("ai.onnx.contrib", 1))
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("text", TensorProto.STRING, dims))
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "n"
+    return model
+
+
+def texts(planted: Planted, debug: DebugSet, op_type: str) -> DebugSet:
+    """The words of a debug set as one text a sample."""
+    words, _ = _vocabulary(planted)
+    letters = {word: word if op_type == "BertTokenizer" else LETTERS[n] for n, word in enumerate(words)}
+    between = " " if op_type == "BertTokenizer" else ""
+    sides = [
+        {"text": np.array([between.join(letters[word] for word in row) for row in side["text"]])}
+        for side in (debug.clean, debug.counterfactual)
+    ]
+    return DebugSet.from_pairs(*sides, debug.labels, target=debug.target)
 
 
 def words_debug(planted: Planted, pairs: int, seed: int = 1) -> DebugSet:

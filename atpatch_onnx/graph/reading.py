@@ -51,11 +51,6 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     return model
 
 
-def as_model(model: ModelOrPath) -> ir.Model:
-    """A model as it is, or read from its path."""
-    return model if isinstance(model, ir.Model) else load(model)
-
-
 def _not_onnx(path: Path, found: str) -> ModelFileError:
     return ModelFileError(
         str(path),

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx.matching.provenance import Source, factors, roots
+from atpatch_onnx.matching.tokenizers import takes_one_text
 from atpatch_onnx.matching.view import View, given_inputs, view, with_batch
 from atpatch_onnx.running.batching import Array, Batching
 from atpatch_onnx.running.drawing import draw_inputs
@@ -46,7 +47,7 @@ def batching(model: ir.Model) -> Batching:
     """How samples are given to a model, and taken from it."""
     seen = look(model)
     outputs = {str(output.name): _of_output(output, seen) for output in model.graph.outputs}
-    return Batching(seen.batch, outputs)
+    return Batching(seen.batch, outputs, alone=any(takes_one_text(node) for node in model.graph))
 
 
 def drawn_inputs(model: ir.Model, rng: np.random.Generator) -> dict[str, Array]:

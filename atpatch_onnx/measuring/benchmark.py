@@ -29,6 +29,7 @@ from atpatch_onnx.measuring.drawn import NEVER, draw_patch
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.batching import Batching
 from atpatch_onnx.running.drawing import draw_inputs
+from atpatch_onnx.running.opening import load
 from atpatch_onnx.running.sessions import Array, FileSession, Progress, SessionOptions, silent
 from atpatch_onnx.running.timing import Ratio, Run, in_turns, ratio
 
@@ -144,7 +145,7 @@ def benchmark(
             Path(base),
             Path(patched) if patched is not None else _synthetic(base, target, detectors, Path(folder), seed),
         )
-        model, record = graphs.load(base), read_record(graphs.load(files.patched))
+        model, record = load(base), read_record(graphs.load(files.patched))
         where = batching(model)
         rngs = ((batch, np.random.default_rng(seed)) for batch in sorted(batches))
         drawn = [
@@ -184,7 +185,7 @@ class _Files:
 
 def _synthetic(base: str | os.PathLike[str], target: str, detectors: Kind, folder: Path, seed: int) -> Path:
     """A file with a drawn patch at every site, its detectors as large as those of a fit."""
-    model = graphs.load(base)
+    model = load(base)
     path = folder / "patched.onnx"
     graphs.save(bake(model, synthetic_patch(model, detectors, seed=seed), target=target), path, external="link")
     return path

@@ -13,7 +13,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.maps import map_outputs, mean_maps, with_maps
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.debugset import DebugSet
@@ -21,8 +20,9 @@ from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input
 from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.matching import batching, find_sites
 from atpatch_onnx.matching.sites import AttentionSite
-from atpatch_onnx.measuring.bits import same_samples
 from atpatch_onnx.measuring.inspect import axis_sites, last_margin
+from atpatch_onnx.running.bits import same_samples
+from atpatch_onnx.running.opening import as_model
 from atpatch_onnx.running.predictions import classes, confidences, prediction_output
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
@@ -177,7 +177,7 @@ def gather_examples(
         UnbakeError: `patched` is not patched.
         RunError: onnxruntime refuses a model or an input.
     """
-    base, patched = graphs.as_model(base), graphs.as_model(patched)
+    base, patched = as_model(base), as_model(patched)
     debug.check_inputs(input_specs(base))
     if not read_record(patched).sites:
         return ()

@@ -17,13 +17,14 @@ from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.errors import AtPatchError
 from atpatch_onnx.fitting.options import Kind
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.measuring.bits import finite
 from atpatch_onnx.measuring.drawn import draw_patch
 from atpatch_onnx.measuring.rehearse_aiming import aimed
 from atpatch_onnx.measuring.rehearse_base import mixing_outputs, run_base, seeded
 from atpatch_onnx.measuring.rehearse_checks import fired, unbaked, unfired
 from atpatch_onnx.measuring.rehearse_result import Rehearsal, SiteResult
 from atpatch_onnx.measuring.verify import Check
+from atpatch_onnx.running.bits import finite
+from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.sessions import Array, Progress, silent
 
 FORMS = {True: "with If", False: "without If"}
@@ -40,6 +41,7 @@ def rehearse(
     optimize: Sequence[bool] = (False, True),
     conditional: Sequence[bool] = (True, False),
     threads: int | None = None,
+    custom_ops: Libraries = (),
     progress: Progress = silent,
 ) -> Rehearsal:
     """Find out whether a patch would be exact on a model, before one is fitted.
@@ -53,6 +55,7 @@ def rehearse(
         optimize: Whether onnxruntime optimizes the graphs; both by default.
         conditional: Whether replacements stand in an `If`; both by default.
         threads: Threads within an operator; None: onnxruntime's choice.
+        custom_ops: Libraries that operators of the model come from, as of `load`.
         progress: Told after every step.
 
     Returns:
@@ -61,7 +64,7 @@ def rehearse(
     Raises:
         ModelFileError: There is no such file, or it is no model.
     """
-    base = seeded(graphs.as_model(model))
+    base = seeded(as_model(model, custom_ops))
     inputs = None if inputs is None else {name: np.asarray(array) for name, array in inputs.items()}
     rng = np.random.default_rng(seed)
     sites = find_sites(base)

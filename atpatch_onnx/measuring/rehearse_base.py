@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import RunError
 from atpatch_onnx.matching import batching
-from atpatch_onnx.measuring.bits import by_sample, keeps_unflagged, without_flagged
 from atpatch_onnx.running.batching import Batching
+from atpatch_onnx.running.bits import by_sample, keeps_unflagged, without_flagged
 from atpatch_onnx.running.drawing import draw_inputs, input_shapes
 from atpatch_onnx.running.sessions import Array, Session
 
-LENGTHS = (16, 32, 64, 224, 1024)
+LENGTHS = (16, 32, 64, 224, 1024, 8, 4)
 """Sizes that free axes are tried with, one after the other, until the base runs."""
 
 MAX_VALUES = 2**24

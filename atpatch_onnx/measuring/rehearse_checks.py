@@ -10,11 +10,11 @@ from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.errors import AtPatchError, RunError
 from atpatch_onnx.graph.names import FLAGGED
 from atpatch_onnx.matching.sites import AttentionSite
-from atpatch_onnx.measuring.bits import keeps_unflagged, same_bits
 from atpatch_onnx.measuring.driven import Driven, Replaced, replaced_in
 from atpatch_onnx.measuring.rehearse_base import BaseRuns, Level
 from atpatch_onnx.measuring.rehearse_result import SiteResult
 from atpatch_onnx.measuring.verify import Check
+from atpatch_onnx.running.bits import keeps_unflagged, same_bits
 from atpatch_onnx.running.sessions import Array, Session
 
 

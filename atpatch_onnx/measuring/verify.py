@@ -31,6 +31,7 @@ from atpatch_onnx.measuring.verify_loops import loops
 from atpatch_onnx.measuring.verify_numbers import numbers
 from atpatch_onnx.patches.compose import compose
 from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.sessions import Progress, silent
 
 
@@ -42,6 +43,7 @@ def verify(
     patch: Patch | Sequence[Patch] | None = None,
     steps: int = FitOptions.steps,
     batch_size: int = 32,
+    custom_ops: Libraries = (),
     progress: Progress = silent,
 ) -> Verification:
     """Check everything that must hold of a patched model; without a debug set, everything but the numbers.
@@ -53,6 +55,7 @@ def verify(
         patch: The patch that is said to be in it, or several in their order; without it, nobody knows whose it is.
         steps: Of prompts of a language model: tokens of each answer.
         batch_size: Inputs at a time.
+        custom_ops: Libraries that operators of the model come from, as of `load`.
         progress: Told after every batch.
 
     Raises:
@@ -61,7 +64,7 @@ def verify(
         PatchMismatchError: Several patches do not go together.
         RunError: onnxruntime refuses a model or an input.
     """
-    before, after = graphs.as_model(base), graphs.as_model(patched)
+    before, after = as_model(base, custom_ops), as_model(patched, custom_ops)
     record = read_record(after)
     whole = None if patch is None else compose([patch] if isinstance(patch, Patch) else patch)
     checks = [*_structure(before, after, record, whole)]

@@ -19,10 +19,13 @@ class Batching:
 
     outputs: Mapping[str, int | None] = field(default_factory=dict)
 
+    alone: bool = False
+    """Whether a batch of several is no several samples, although there is an axis for it."""
+
     @property
     def one_by_one(self) -> bool:
         """Whether the model takes one sample at a time."""
-        return None in self.inputs.values()
+        return self.alone or None in self.inputs.values()
 
     def axis(self, name: str) -> int | None:
         """The axis of samples of an input."""

@@ -41,6 +41,7 @@ class Session:
             torch and numpy heed as well, else onnxruntime's choice.
         providers: Execution providers; the CPU's by default.
         batching: Where the model has the samples; inputs are given and outputs taken with samples first.
+        custom_ops: Libraries with operators of a file; a model in memory knows its own.
 
     Raises:
         RunError: onnxruntime refuses the model.
@@ -54,6 +55,7 @@ class Session:
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         batching: Batching = AS_GIVEN,
+        custom_ops: Sequence[str] = (),
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised; onnxruntime need not print it as well
@@ -62,7 +64,7 @@ class Session:
         threads = _threads_of_the_environment() if threads is None else threads
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = _opened(model, options, providers)
+        self._session = _opened(model, options, providers, custom_ops)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self._batching = batching
@@ -167,6 +169,7 @@ class FileSession:
         weights: The other values, by name.
         providers: Execution providers.
         options: Options of the session.
+        custom_ops: As of `Session`.
 
     Raises:
         RunError: onnxruntime refuses it.
@@ -179,24 +182,41 @@ class FileSession:
         *,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         options: SessionOptions,
+        custom_ops: Sequence[str] = (),
     ) -> None:
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
         for name, value in self._weights.items():  # which must outlive the session
             options.add_initializer(name, value)
-        self.session = _opened(model, options, providers)
+        self.session = _opened(model, options, providers, custom_ops)
 
 
-def _opened(model: graphs.ModelOrPath, options: SessionOptions, providers: Sequence[str]) -> ort.InferenceSession:
+def _opened(
+    model: graphs.ModelOrPath, options: SessionOptions, providers: Sequence[str], custom_ops: Sequence[str] = ()
+) -> ort.InferenceSession:
     """A session; a model in memory has its external data where it lies."""
     where = "the model" if isinstance(model, ir.Model) else os.fspath(model)
     folder = graphs.external_folder(model) if isinstance(model, ir.Model) else None
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
+    for library in graphs.custom_ops(model) if isinstance(model, ir.Model) else custom_ops:
+        _register(library, options)
     source = graphs.to_bytes(model) if isinstance(model, ir.Model) else os.fspath(model)
     try:
         return ort.InferenceSession(source, options, providers=list(providers))
     except Exception as error:  # onnxruntime raises a dozen types without a common base
         raise _refused(where, "one that onnxruntime loads", error) from error
+
+
+def _register(library: str, options: SessionOptions) -> None:
+    try:
+        options.register_custom_ops_library(library)
+    except Exception as error:
+        raise RunError(
+            library,
+            expected="a library of custom operators that onnxruntime loads",
+            found=" ".join(str(error).split())[:400],
+            advice="Give the shared library itself, such as what onnxruntime_extensions.get_library_path() says.",
+        ) from error
 
 
 def tensors(output: object) -> tuple[Array, ...]:
@@ -216,4 +236,7 @@ def _cut_off(output: Array, count: int, size: int) -> Array:
 
 def _refused(where: str, expected: str, error: Exception) -> RunError:
     message = " ".join(str(error).split())
-    return RunError(where, expected=expected, found=message[:400], advice="Check it with onnxruntime alone first.")
+    advice = "Check it with onnxruntime alone first."
+    if "is not a registered function/op" in message:
+        advice = "Give the library that this operator comes from (custom_ops=, --custom-ops)."
+    return RunError(where, expected=expected, found=message[:400], advice=advice)

@@ -45,6 +45,17 @@ def without_flagged(array: Array, flagged: NDArray[np.bool_], axis: int | None =
     return np.take(array, np.where(flagged, np.argmin(flagged), np.arange(len(flagged))), axis)
 
 
+def close(expected: Array, found: Array, tolerance: float) -> bool:
+    """Whether floats differ by this at most, relative to the largest of them, and all else not at all."""
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    if expected.dtype.kind != "f":
+        return bool(np.array_equal(expected, found))
+    finite = np.isfinite(expected)
+    scale = float(np.abs(expected[finite]).max(initial=0.0))
+    return bool(np.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True))
+
+
 def finite(output: object) -> bool:
     """Whether an output has no NaN and no infinity."""
     return all(array.dtype.kind not in "fc" or bool(np.isfinite(array).all()) for array in tensors(output))
