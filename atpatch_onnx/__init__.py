@@ -38,7 +38,7 @@ _HOMES = {
     "fingerprint": "graph",
     "fit": "fitting.fit",
     "invert_trigger": "discovery",
-    "load": "graph",
+    "load": "running.opening",
     "rehearse": "measuring.rehearse",
     "save": "graph",
     "unbake": "baking.unbake",
@@ -59,7 +59,6 @@ if typing.TYPE_CHECKING:  # the same names, for those who read types
     from atpatch_onnx.fitting.goal import Goal as Goal
     from atpatch_onnx.fitting.options import FitOptions as FitOptions
     from atpatch_onnx.graph import fingerprint as fingerprint
-    from atpatch_onnx.graph import load as load
     from atpatch_onnx.graph import save as save
     from atpatch_onnx.matching import explain as explain
     from atpatch_onnx.matching import find_sites as find_sites
@@ -71,6 +70,7 @@ if typing.TYPE_CHECKING:  # the same names, for those who read types
     from atpatch_onnx.measuring.verify import verify as verify
     from atpatch_onnx.patches.compose import compose as compose
     from atpatch_onnx.patches.patch import Patch as Patch
+    from atpatch_onnx.running.opening import load as load
     from atpatch_onnx.serving import PatchedSession as PatchedSession
 else:
 

@@ -4,9 +4,9 @@ import os
 
 import onnx_ir as ir
 
-from atpatch_onnx import graph
 from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.opening import load
 
 
 def from_onnx(path: str | os.PathLike[str], *, patch: Patch | None = None, target: str = "cpu") -> ir.Model:
@@ -22,5 +22,5 @@ def from_onnx(path: str | os.PathLike[str], *, patch: Patch | None = None, targe
         BakeError: The target is unknown, or the model is patched already.
         PatchMismatchError: The patch was fitted on another model.
     """
-    model = graph.load(path)
+    model = load(path)
     return model if patch is None else bake(model, patch, target=target)

@@ -9,6 +9,7 @@ from atpatch_onnx.baking.read import per_sample
 from atpatch_onnx.baking.write import Written
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.names import FLAGGED, SCORE, flags_name
+from atpatch_onnx.graph.values import find_value
 
 
 def add_monitors(model: ir.Model, written: Sequence[Written]) -> list[str]:
@@ -28,8 +29,8 @@ def add_monitors(model: ir.Model, written: Sequence[Written]) -> list[str]:
     score = at.op("Unsqueeze", score, width, name="score")
     flagged = at.op("Greater", score, at.constant("zero", np.zeros(1, np.float32)), name="flagged")
     return [
-        _add_output(model, flagged, FLAGGED, ir.DataType.BOOL, 1),
-        _add_output(model, score, SCORE, ir.DataType.FLOAT, 1),
+        _add_output(model, written, flagged, FLAGGED, ir.DataType.BOOL, 1),
+        _add_output(model, written, score, SCORE, ir.DataType.FLOAT, 1),
     ]
 
 
@@ -43,14 +44,25 @@ def add_site_flags(model: ir.Model, written: Sequence[Written]) -> list[str]:
         margin = at.op("Squeeze", margin, last, name=f"{step.site.name}/margin")
         zero = at.constant("zero", np.zeros(1, np.float32))
         flags = at.op("Greater", margin, zero, name=f"{step.site.name}/flags")
-        names.append(_add_output(model, flags, flags_name(step.site.name), ir.DataType.BOOL, None))
+        names.append(_add_output(model, written, flags, flags_name(step.site.name), ir.DataType.BOOL, None))
     return names
 
 
-def _add_output(model: ir.Model, value: ir.Value, name: str, dtype: ir.DataType, width: int | None) -> str:
+def _add_output(
+    model: ir.Model, written: Sequence[Written], value: ir.Value, name: str, dtype: ir.DataType, width: int | None
+) -> str:
     """An output of this name `[batch, width]`, behind all others."""
-    batch = next((one.shape[0] for one in model.graph.inputs if one.shape is not None and len(one.shape)), None)
     value.name = name
-    value.shape, value.dtype = ir.Shape([batch, width]), dtype
+    value.shape, value.dtype = ir.Shape([_batch(model, written), width]), dtype
     model.graph.outputs.append(value)
     return name
+
+
+def _batch(model: ir.Model, written: Sequence[Written]) -> int | ir.SymbolicDim | None:
+    """How many samples there are, in the model's own words."""
+    counted = written[0].site.samples
+    if counted is None:
+        return 1
+    name, axis = counted
+    shape = find_value(model.graph, name).shape
+    return None if shape is None else shape[axis]

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx.graph.insertion import Insertion
-from atpatch_onnx.graph.values import find_value, sample_input
+from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching.sites import AttentionSite, Place
 from atpatch_onnx.patches.patch import Array, Detector
 
@@ -102,15 +102,19 @@ def _maps(at: Insertion, site: AttentionSite, name: str) -> ir.Value:
     if site.parts == 0:
         return at.constant(f"{name}/maps", np.array([1], np.int64))
     if site.parts == 1:
-        return samples(at, name)
+        return samples(at, site, name)
     parts = at.constant(f"{name}/parts", np.array([site.parts], np.int64))
-    return at.op("Mul", samples(at, name), parts, name=f"{name}/maps")
+    return at.op("Mul", samples(at, site, name), parts, name=f"{name}/maps")
 
 
-def samples(at: Insertion, name: str) -> ir.Value:
+def samples(at: Insertion, site: AttentionSite, name: str) -> ir.Value:
     """The number of samples, int64 `[1]`."""
-    shape = at.op("Shape", sample_input(at.graph), name=f"{name}/shape")
-    return at.op("Gather", shape, at.constant("first", np.array([0], np.int64)), name=f"{name}/samples")
+    if site.samples is None:
+        return at.constant(f"{name}/samples", np.array([1], np.int64))
+    source, axis = site.samples
+    shape = at.op("Shape", find_value(at.graph, source), name=f"{name}/shape")
+    which = at.constant("first" if axis == 0 else "samples", np.array([axis], np.int64))
+    return at.op("Gather", shape, which, name=f"{name}/samples")
 
 
 def per_sample(at: Insertion, site: AttentionSite, of_maps: ir.Value, width: int, name: str) -> ir.Value:
@@ -120,7 +124,7 @@ def per_sample(at: Insertion, site: AttentionSite, of_maps: ir.Value, width: int
     if isinstance(site.columns, int):  # holds for a batch of none, too, unlike what follows
         return _reshaped(at, of_maps, [-1, site.columns, width], name)
     rest = at.constant(f"{name}/rest", np.array([-1, width], np.int64))
-    sizes = at.op("Concat", samples(at, name), rest, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
+    sizes = at.op("Concat", samples(at, site, name), rest, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
     return at.op("Reshape", of_maps, sizes, name=name)
 
 

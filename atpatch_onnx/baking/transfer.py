@@ -18,8 +18,9 @@ from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.graph import constant, fingerprint
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching.batches import look
 from atpatch_onnx.matching.sites import AttentionSite, Place
-from atpatch_onnx.matching.view import View, view
+from atpatch_onnx.matching.view import View
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.slots import Slot
 
@@ -49,7 +50,7 @@ def transfer(patch: Patch, base: ir.Model, other: ir.Model) -> Patch:
     if len(ours) != len(theirs) or len(replaced) != len(handed):
         counts = f"{len(ours)} attention sites and {len(replaced)} on what it is handed, as the base has"
         raise _mismatch("the other model", counts, f"{len(theirs)} and {len(handed)}")
-    seen = view(base), view(other)
+    seen = look(base), look(other)
     for site, own in zip(ours, theirs, strict=True):
         _compare(site, own, seen)
     names = {site.name: own.name for site, own in zip(ours, theirs, strict=True)}

@@ -49,3 +49,12 @@ Seed = Annotated[int, typer.Option(help="Same seed, same patch.")]
 Force = Annotated[bool, typer.Option("--force", help="Write a patch that misses its goal, marked so.")]
 Target = Annotated[str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs at a time, where the model leaves it free.")]
+CustomOps = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--custom-ops",
+        metavar="LIBRARY",
+        help="A library with operators of the model, such as onnxruntime-extensions' tokenizers; its code is run.",
+        show_default=False,
+    ),
+]

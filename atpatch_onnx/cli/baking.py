@@ -7,7 +7,18 @@ import typer
 
 import atpatch_onnx as atp
 from atpatch_onnx.baking.metadata import read_record
-from atpatch_onnx.cli.arguments import AsJson, BatchSize, ExternalData, Model, Out, Output, Patched, Patches, Target
+from atpatch_onnx.cli.arguments import (
+    AsJson,
+    BatchSize,
+    CustomOps,
+    ExternalData,
+    Model,
+    Out,
+    Output,
+    Patched,
+    Patches,
+    Target,
+)
 from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.errors import UnbakeError
@@ -37,6 +48,7 @@ def bake(
         typer.Option(help="Write what quantizers must be told to this JSON file.", show_default=False),
     ] = None,
     external: ExternalData = None,
+    custom_ops: CustomOps = None,
     as_json: AsJson = False,
 ) -> None:
     """Put PATCH into MODEL's graph."""
@@ -45,7 +57,7 @@ def bake(
         require_place(quantizer_settings, model, *patch)
     if (decode is None) is not (decode_out is None):
         raise typer.BadParameter("give --decode and --decode-out together")
-    base, patches = atp.load(model), [atp.Patch.load(path) for path in patch]
+    base, patches = atp.load(model, custom_ops=custom_ops or ()), [atp.Patch.load(path) for path in patch]
     how: dict[str, Any] = {
         "target": target,
         "conditional": conditional,
@@ -58,7 +70,7 @@ def bake(
         from atpatch_onnx.baking.transfer import transfer
 
         require_place(decode_out, model, decode, out, *patch)
-        second = atp.load(decode)
+        second = atp.load(decode, custom_ops=custom_ops or ())
         other = atp.bake(second, [transfer(one, base, second) for one in patches], **how)
         atp.save(other, decode_out, external=external)
     atp.save(patched, out, external=external)
@@ -88,13 +100,14 @@ def unbake(
         ),
     ] = None,
     external: ExternalData = None,
+    custom_ops: CustomOps = None,
     as_json: AsJson = False,
 ) -> None:
     """Take the patch out of PATCHED again: the base is back, by the fingerprint that PATCHED has of it."""
     require_place(out, patched, *([] if base is None else [base]))
     unbaked = atp.unbake(atp.load(patched))
     found = atp.fingerprint(unbaked)
-    if base is not None and atp.fingerprint(atp.load(base)) != found:
+    if base is not None and atp.fingerprint(atp.load(base, custom_ops=custom_ops or ())) != found:
         raise UnbakeError(
             str(patched),
             expected=f"a patch in {base}",
@@ -117,13 +130,14 @@ def quantize(
     ] = None,
     output: Output = None,
     batch_size: BatchSize = 32,
+    custom_ops: CustomOps = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize MODEL with onnxruntime's tools, put PATCH into it, in float32, and measure again what it does."""
     from atpatch_onnx.baking import quantize as quantizing
 
     require_place(out, model, *patch, *([] if data is None else [data]))
-    base, fix = atp.load(model), atp.compose([atp.Patch.load(path) for path in patch])
+    base, fix = atp.load(model, custom_ops=custom_ops or ()), atp.compose([atp.Patch.load(path) for path in patch])
     quantized = quantizing.quantize(base, precision)
     patched = atp.bake(quantized, quantizing.rebind(fix, base, quantized), target=target)
     atp.save(patched, out)

@@ -21,10 +21,11 @@ from atpatch_onnx.report import text
 def sites(
     model: args.Model,
     why: Annotated[bool, typer.Option("--why", help="Name the values and nodes of each site as well.")] = False,
+    custom_ops: args.CustomOps = None,
     as_json: args.AsJson = False,
 ) -> None:
     """List the attention sites of a model, what was refused, and its hidden layers."""
-    loaded = atp.load(model)
+    loaded = atp.load(model, custom_ops=custom_ops or ())
     matches, layers = atp.explain(loaded), find_hidden_layers(loaded)
     tables = [text.sites_table(matches, why), text.near_misses_table(matches), text.layers_table(layers)]
     show({**matches.to_json(), "hidden_layers": [layer.to_json() for layer in layers]}, tables, as_json)
@@ -68,6 +69,7 @@ def fit(
     batch_size: args.BatchSize = 32,
     seed: args.Seed = 0,
     force: args.Force = False,
+    custom_ops: args.CustomOps = None,
     as_json: args.AsJson = False,
 ) -> None:
     """Fit a patch for MODEL on the pairs of DATA."""
@@ -93,7 +95,7 @@ def fit(
     )
     require_place(out, model, data, *(after or []))
     before = [atp.Patch.load(path) for path in after or []]
-    _make(partial(atp.fit, options=options, after=before), model, data, out, text.fit_table, as_json)
+    _make(partial(atp.fit, options=options, after=before), model, data, out, text.fit_table, as_json, custom_ops)
 
 
 def isolate(
@@ -111,6 +113,7 @@ def isolate(
     batch_size: args.BatchSize = 32,
     seed: args.Seed = 0,
     force: args.Force = False,
+    custom_ops: args.CustomOps = None,
     as_json: args.AsJson = False,
 ) -> None:
     """Find the guilty hidden units of MODEL and freeze them (IDNN)."""
@@ -128,7 +131,7 @@ def isolate(
         seed=seed,
         force=force,
     )
-    _make(partial(neurons.isolate, options=options), model, data, out, text.edits_table, as_json)
+    _make(partial(neurons.isolate, options=options), model, data, out, text.edits_table, as_json, custom_ops)
 
 
 def repair(
@@ -154,6 +157,7 @@ def repair(
     batch_size: args.BatchSize = 32,
     seed: args.Seed = 0,
     force: args.Force = False,
+    custom_ops: args.CustomOps = None,
     as_json: args.AsJson = False,
 ) -> None:
     """Find the guilty hidden units of MODEL by their causal effect and scale them (CARE)."""
@@ -172,7 +176,7 @@ def repair(
         seed=seed,
         force=force,
     )
-    _make(partial(neurons.repair, options=options), model, data, out, text.edits_table, as_json)
+    _make(partial(neurons.repair, options=options), model, data, out, text.edits_table, as_json, custom_ops)
 
 
 def _make(
@@ -182,10 +186,11 @@ def _make(
     out: Path,
     table: Callable[[atp.Patch], Table],
     as_json: bool,
+    custom_ops: list[Path] | None,
 ) -> None:
     """Make a patch of MODEL and DATA, write it and show it."""
     with progress_bars() as progress:
-        patch = make(atp.load(model), atp.DebugSet.load(data), progress=progress)
+        patch = make(atp.load(model, custom_ops=custom_ops or ()), atp.DebugSet.load(data), progress=progress)
     patch.save(out)
     shown = {"patch": patch.id, "base": patch.base, "file": str(out), "figures": dict(patch.figures)}
     show(shown, [table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
@@ -204,6 +209,7 @@ def compare(
     output: args.Output = None,
     batch_size: args.BatchSize = 32,
     seed: args.Seed = 0,
+    custom_ops: args.CustomOps = None,
     as_json: args.AsJson = False,
 ) -> None:
     """Try every fix for MODEL, measure them on pairs held out of DATA, and recommend one."""
@@ -212,7 +218,8 @@ def compare(
     if out is not None:
         make_folder(out)
     with progress_bars() as progress:
-        ladder = atp.compare(atp.load(model), atp.DebugSet.load(data), options, progress=progress)
+        loaded = atp.load(model, custom_ops=custom_ops or ())
+        ladder = atp.compare(loaded, atp.DebugSet.load(data), options, progress=progress)
     shown = ladder.to_json()
     lines: list[Any] = [text.ladder_table(ladder)]
     if out is not None:

@@ -7,7 +7,19 @@ import typer
 
 import atpatch_onnx as atp
 from atpatch_onnx.baking.metadata import read_record
-from atpatch_onnx.cli.arguments import TARGETS, AsJson, Base, BatchSize, Data, Out, Output, Patched, Seed, Steps
+from atpatch_onnx.cli.arguments import (
+    TARGETS,
+    AsJson,
+    Base,
+    BatchSize,
+    CustomOps,
+    Data,
+    Out,
+    Output,
+    Patched,
+    Seed,
+    Steps,
+)
 from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.errors import PatchMismatchError, VerificationError
@@ -41,6 +53,7 @@ def verify(
     decode: Decode = None,
     steps: Steps = atp.FitOptions.steps,
     batch_size: BatchSize = 32,
+    custom_ops: CustomOps = None,
     as_json: AsJson = False,
 ) -> None:
     """Prove PATCHED against BASE: that it is BASE and a patch, which one, and what it does."""
@@ -48,7 +61,7 @@ def verify(
     patches = [atp.Patch.load(path) for path in patch] if patch else None
     run: dict[str, Any] = {"decode": decode, "steps": steps, "batch_size": batch_size}
     with progress_bars() as progress:
-        result = atp.verify(base, patched, debug, patch=patches, progress=progress, **run)
+        result = atp.verify(base, patched, debug, patch=patches, custom_ops=custom_ops or (), progress=progress, **run)
     show(result.to_json(), [text.verification_table(result)], as_json)
     if not result.passed:
         raise VerificationError(
@@ -70,6 +83,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Of prompts: answers drawn at a temperature of 1.")] = 5,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
+    custom_ops: CustomOps = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure BASE and PATCHED on pairs, or prompts, that the fit never saw."""
@@ -84,7 +98,8 @@ def evaluate(
     if target_class is not None:
         debug = debug.with_target(target_class)
     with progress_bars() as progress:
-        result = atp.evaluate(base, patched, debug, output=output, batch_size=batch_size, progress=progress)
+        how: dict[str, Any] = {"custom_ops": custom_ops or (), "batch_size": batch_size, "progress": progress}
+        result = atp.evaluate(base, patched, debug, output=output, **how)
     show(result.to_json(), [text.evaluation_table(result)], as_json)
 
 
@@ -140,6 +155,7 @@ def report(
     ],
     title: Annotated[str, typer.Option(help="The heading.")] = "AtPatch report",
     output: Output = None,
+    custom_ops: CustomOps = None,
     batch_size: BatchSize = 32,
 ) -> None:
     """Write one self-contained HTML file: verdict, pictures, curve, sites, checks."""
@@ -156,15 +172,17 @@ def report(
             found=f"the patch {record.patch}",
             advice="Give the patch that was baked; all of them, in their order, where there were several.",
         )
+    before, after = (atp.load(path, custom_ops=custom_ops or ()) for path in (base, patched))
     with progress_bars() as progress:
-        evaluation = atp.evaluate(base, patched, debug, output=output, batch_size=batch_size, progress=progress)
-        verification = atp.verify(base, patched, debug, patch=fix, batch_size=batch_size, progress=progress)
+        how: dict[str, Any] = {"custom_ops": custom_ops or (), "batch_size": batch_size, "progress": progress}
+        evaluation = atp.evaluate(base, patched, debug, output=output, **how)
+        verification = atp.verify(base, patched, debug, patch=fix, **how)
     page = html.render_html(
         title=title,
         patch=fix,
         evaluation=evaluation,
         verification=verification,
-        examples=gather_examples(base, patched, debug, output=output),
+        examples=gather_examples(before, after, debug, output=output),
     )
     html.write_report(out, page)
     show({}, [f"wrote {out}"], False)

@@ -16,6 +16,7 @@ from atpatch_onnx.baking.probe import key_output, mass_output, probe, value_outp
 from atpatch_onnx.debugset import DebugSet, InputSpec
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
 from atpatch_onnx.graph import weights
+from atpatch_onnx.matching import batching
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.patch import Array, Neutral
 from atpatch_onnx.running.sessions import Progress, Session, silent
@@ -59,13 +60,19 @@ class Tokens:
 
 
 def input_specs(model: ir.Model) -> dict[str, InputSpec]:
-    """What a debug set has to bring for this model."""
-    initialized = weights(model)
+    """What a debug set has to bring for this model: samples first, wherever the model has them."""
+    initialized, where = weights(model), batching(model)
     return {
         value.name or "": InputSpec(
             value.name or "",
             np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32),
-            tuple(size if isinstance(size, int) else (size.value if size is not None else None) for size in value.shape)
+            where.declared(
+                value.name or "",
+                tuple(
+                    size if isinstance(size, int) else (size.value if size is not None else None)
+                    for size in value.shape
+                ),
+            )
             if value.shape is not None
             else (),
         )
@@ -111,7 +118,7 @@ def find_suspects(
             )
         return debug
     name = value_output(first)
-    session = Session(probe(model, [first]))  # what lies behind it is not run
+    session = Session(probe(model, [first]), batching=batching(model))  # what lies behind it is not run
     clean = session.stream(debug.clean, [name], batch_size=batch_size)
     other = session.stream(
         debug.counterfactual, [name], batch_size=batch_size, progress=progress, stage="finding the suspect tokens"
@@ -157,7 +164,7 @@ def collect(
     Raises:
         FitError: A site's token axis is not the one that the suspects are positions of.
     """
-    session = Session(probe(model, sites, masses=True))
+    session = Session(probe(model, sites, masses=True), batching=batching(model))
     kept = {site: _Kept(site) for site in sites}
     generator = np.random.default_rng(seed)
     clean, counterfactual = anomalous_columns(debug)

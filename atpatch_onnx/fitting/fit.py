@@ -24,10 +24,11 @@ from atpatch_onnx.fitting.preparation import Prepared, prepare
 from atpatch_onnx.fitting.scored import ScoredPart
 from atpatch_onnx.fitting.search import Found, Search
 from atpatch_onnx.fitting.switchboard import Switchboard
-from atpatch_onnx.graph import ModelOrPath, as_model, beginning, fingerprint
+from atpatch_onnx.graph import ModelOrPath, beginning, fingerprint
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.compose import compose
 from atpatch_onnx.patches.patch import Patch, SitePatch
+from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.sessions import Progress, silent
 
 
@@ -37,6 +38,7 @@ def fit(
     options: FitOptions | None = None,
     *,
     after: Sequence[Patch] = (),
+    custom_ops: Libraries = (),
     progress: Progress = silent,
 ) -> Patch:
     """Fit a patch. The same model, debug set and options give the same patch, byte for byte.
@@ -47,6 +49,7 @@ def fit(
         options: How; the defaults suit most models.
         after: Patches of hidden units that are in the model already while this one is fitted, and are to be baked
             before it.
+        custom_ops: Libraries that operators of the model come from, as of `load`.
         progress: Told of what is done.
 
     Raises:
@@ -62,7 +65,7 @@ def fit(
     """
     require("torch", "fit", "fitting a patch")
     require("sklearn", "fit", "fitting a patch")
-    base = as_model(model)
+    base = as_model(model, custom_ops)
     model = beginning(_with(base, after))
     options = options or FitOptions()
     kind = debug.kind

@@ -10,7 +10,7 @@ from atpatch_onnx.debugset.checks import check_effect, check_size
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
 from atpatch_onnx.fitting.collect import find_suspects, input_specs
 from atpatch_onnx.fitting.options import FitOptions
-from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching import batching, find_sites
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.running.metrics import infer_target
 from atpatch_onnx.running.predictions import classes, prediction_output
@@ -60,8 +60,9 @@ def complete(
         FitError: A backdoor's target class cannot be inferred.
     """
     debug.check_inputs(input_specs(model))
-    output = prediction_output(model, output)
-    session = Session(model)
+    where = batching(model)
+    output = prediction_output(model, output, where)
+    session = Session(model, batching=where)
     sides = (("clean", debug.clean), ("counterfactual", debug.counterfactual))
     logits = [
         session.collect(inputs, [output], batch_size=batch_size, progress=progress, stage=f"predicting, {side} inputs")[

@@ -15,6 +15,7 @@ from atpatch_onnx.baking.read import per_sample, read_threshold
 from atpatch_onnx.baking.write import Controls, Written, write
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.names import own_name
+from atpatch_onnx.matching import batching
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.patch import SitePatch
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
@@ -94,7 +95,7 @@ class Switchboard:
             self._offsets[name] = np.asarray(offset, np.float32)
         change(board, written)
         self._logits = output
-        self._session = Session(board)
+        self._session = Session(board, batching=batching(model))
 
     def run(
         self,

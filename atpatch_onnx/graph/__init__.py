@@ -13,13 +13,15 @@ from atpatch_onnx.graph.parts import (
     all_names,
     constant,
     copy,
+    custom_ops,
     opset_version,
     subgraphs,
     undefined_value,
     unique_name,
     weights,
+    with_custom_ops,
 )
-from atpatch_onnx.graph.reading import ModelOrPath, as_model, load
+from atpatch_onnx.graph.reading import ModelOrPath, load
 from atpatch_onnx.graph.shapes import infer_shapes, skeleton
 from atpatch_onnx.graph.writing import save, to_bytes
 
@@ -28,12 +30,12 @@ __all__ = [
     "Model",
     "ModelOrPath",
     "all_names",
-    "as_model",
     "beginning",
     "branch",
     "branches",
     "constant",
     "copy",
+    "custom_ops",
     "external_folder",
     "fingerprint",
     "infer_shapes",
@@ -47,4 +49,5 @@ __all__ = [
     "undefined_value",
     "unique_name",
     "weights",
+    "with_custom_ops",
 ]

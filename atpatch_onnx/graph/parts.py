@@ -1,5 +1,6 @@
 """What a model is made of: weights, tensors in attributes, names."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
 import onnx_ir as ir
@@ -14,9 +15,35 @@ _NUMBERS = frozenset({"value_float", "value_floats", "value_int", "value_ints"})
 """Attributes of a Constant that hold numbers without a tensor."""
 
 
+LIFTED_IR = 4
+"""The IR version from which on weights need not be inputs."""
+
+_CUSTOM_OPS = "atpatch.custom_ops"
+
+
 def copy(model: ir.Model) -> ir.Model:
-    """An independent copy whose weights are shared, not copied."""
-    return model.clone()
+    """An independent copy whose weights are shared, not copied; it needs the same libraries."""
+    return with_custom_ops(model.clone(), custom_ops(model))
+
+
+def custom_ops(model: ir.Model) -> tuple[str, ...]:
+    """The libraries that operators of the model come from: given by those who opened it, never by a file."""
+    return tuple(model.meta.get(_CUSTOM_OPS, ()))
+
+
+def with_custom_ops(model: ir.Model, libraries: Iterable[str | os.PathLike[str]]) -> ir.Model:
+    """The model itself, from now on with these libraries as well."""
+    found = [*custom_ops(model), *(os.fspath(library) for library in libraries)]
+    if found:
+        model.meta[_CUSTOM_OPS] = tuple(dict.fromkeys(found))
+    return model
+
+
+LIFT_ADVICE = (
+    "load lifts old files where that keeps every bit of drawn inputs; where it does not, export the model again, at "
+    "opset 17 or later"
+)
+"""What to do with a model that is too old."""
 
 
 def opset_version(model: ir.Model) -> int:
@@ -25,17 +52,17 @@ def opset_version(model: ir.Model) -> int:
 
 
 def require_opset(model: ir.Model) -> None:
-    """Refuse models whose operators are too old for our functions.
+    """Refuse models whose operators, or whose weights among the inputs, are too old for what we add.
 
     Raises:
-        BakeError: The model imports an opset before `MIN_OPSET`.
+        BakeError: The model imports an opset before `MIN_OPSET`, or is of an IR version before `LIFTED_IR`.
     """
-    if opset_version(model) < MIN_OPSET:
+    if opset_version(model) < MIN_OPSET or model.ir_version < LIFTED_IR:
         raise BakeError(
             "the model's opset",
-            expected=f"opset {MIN_OPSET} or later",
-            found=f"opset {opset_version(model)}",
-            advice="Export the model at a later opset, or lift it with onnx.version_converter.",
+            expected=f"opset {MIN_OPSET} or later, IR version {LIFTED_IR} or later",
+            found=f"opset {opset_version(model)}, IR version {model.ir_version}",
+            advice=f"Read it with load: {LIFT_ADVICE}.",
         )
 
 

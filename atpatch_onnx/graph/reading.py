@@ -78,11 +78,6 @@ def _named_once(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return _NamedOnce(tensor.raw) if type(tensor) is ir.serde.TensorProtoTensor else tensor
 
 
-def as_model(model: ModelOrPath) -> ir.Model:
-    """A model as it is, or read from its path."""
-    return model if isinstance(model, ir.Model) else load(model)
-
-
 def _not_onnx(path: Path, found: str) -> ModelFileError:
     return ModelFileError(
         str(path),

@@ -30,9 +30,3 @@ def graph_values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.initializers.values()
     for node in graph:
         yield from node.outputs
-
-
-def sample_input(graph: ir.Graph) -> ir.Value:
-    """An input of the model with the samples on its first axis."""
-    inputs = [value for value in graph.inputs if value.name not in graph.initializers]
-    return next((value for value in inputs if value.shape is not None and len(value.shape) > 1), inputs[0])

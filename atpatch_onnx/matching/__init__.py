@@ -11,18 +11,19 @@ import onnx_ir as ir
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes, tokens_of
+from atpatch_onnx.matching.batches import batching, look
 from atpatch_onnx.matching.naming import site_names
 from atpatch_onnx.matching.places import first_place, key_place, value_place, without_cache
 from atpatch_onnx.matching.provenance import Source, factors
 from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
 from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss, Place
 from atpatch_onnx.matching.unmapped import unmapped
-from atpatch_onnx.matching.view import View, view
+from atpatch_onnx.matching.view import View
 
 WIDEST = 2**20
 """Features of a token that a site may have: what is fitted and drawn for it is of this size."""
 
-__all__ = ["RULES", "explain", "find_sites", "known_shapes", "sample_outputs"]
+__all__ = ["RULES", "batching", "explain", "find_sites", "known_shapes", "sample_outputs"]
 
 RULES: tuple[Rule, ...] = (softmax.RULE, attention_op.RULE, fused.RULE)
 """In order: the first rule that is anchored at a node's operator answers for it."""
@@ -35,7 +36,7 @@ def find_sites(model: ir.Model) -> tuple[AttentionSite, ...]:
 
 def known_shapes(model: ir.Model) -> Mapping[str, tuple[Dim, ...]]:
     """The shapes of a model's values by name, as far as they can be told."""
-    return view(graphs.beginning(model)).inferred.shapes
+    return look(graphs.beginning(model)).inferred.shapes
 
 
 def sample_outputs(model: ir.Model) -> frozenset[str]:
@@ -44,7 +45,7 @@ def sample_outputs(model: ir.Model) -> frozenset[str]:
     Traced back to an input, or of a size that no other axis has: that of the samples, which is a number of its own
     where the model leaves it free.
     """
-    seen = view(model)
+    seen = look(model)
     return frozenset(str(output.name) for output in model.graph.outputs if _begins_with_samples(output, seen))
 
 
@@ -64,7 +65,7 @@ def explain(model: ir.Model) -> Matches:
     The model is left as it is.
     """
     model = graphs.beginning(model)
-    seen = view(model)
+    seen = look(model)
     order = {str(value.name): index for index, node in enumerate(model.graph) for value in node.outputs}
     found: list[tuple[Candidate, tuple[Place, Place]]] = []
     misses: list[NearMiss] = []
@@ -96,12 +97,20 @@ def explain(model: ir.Model) -> Matches:
             masked=candidate.masked,
             self_attention=axis.self_attention,
             token_axis=axis.name,
+            samples=_samples(seen),
             nodes=tuple(dict.fromkeys(label(node) for node in candidate.nodes)),
         )
         for index, ((candidate, (key, value)), name, axis) in enumerate(zip(found, names, axes, strict=True))
     )
     known = {name for nodes in (*(s.nodes for s in sites), *(m.nodes for m in misses)) for name in nodes}
     return Matches(sites, (*misses, *unmapped(list(model.graph), known)))
+
+
+def _samples(seen: View) -> tuple[str, int] | None:
+    """An input with samples, and their axis: one of several axes where there is one."""
+    found = [(name, axis) for name, axis in seen.batch.items() if axis is not None]
+    known = [one for one in found if len(seen.inferred.shapes.get(one[0], ())) > 1]
+    return next(iter(known or found), None)
 
 
 def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple[Place, Place] | NearMiss:

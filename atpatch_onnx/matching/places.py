@@ -181,6 +181,10 @@ def _place(pieces: Pieces, view: View) -> Place | None:
         axes.append(letters)
     known = view.shape(pieces.value) or ()
     unknown = [letters for letters, size in zip(axes, known, strict=True) if not (letters or isinstance(size, int))]
+    if not any("n" in letters for letters in axes) and all(
+        piece.size == 1 for piece in pieces.pieces if piece.letter == "n"
+    ):
+        axes = [letters.replace("k", "nk") for letters in axes]  # the tokens of the only map
     order = "".join(letter for letter, _ in groupby("".join(axes)))
     tokens = [letters for letters in axes if "k" in letters]
     if order not in ("nk", "kn") or len(tokens) != 1 or unknown or not _each_in_one(outer_first, parts):

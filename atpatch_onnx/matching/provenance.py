@@ -2,7 +2,7 @@
 
 Exporters fold heads, windows and channels into the batch. Sizes alone do not tell an axis of 2 samples x 4 heads from
 one of 2 samples x 4 windows. So the axis is followed back through the graph: a Reshape takes it apart into factors, a
-Transpose moves them, and each factor ends at a model input's first axis (samples), at the output features of a linear
+Transpose moves them, and each factor ends at a model input's axis of samples, at the output features of a linear
 layer (heads), at an Expand (copies, for samples or heads) or elsewhere (parts: windows, channels, positions).
 
 Sizes are numbers here; of a graph with symbolic sizes, those of the first trial (`matching.shapes`).
@@ -84,6 +84,32 @@ def factors(value: ir.Value, axis: int, view: View) -> tuple[Factor, ...] | None
     return tuple(merged)
 
 
+def roots(value: ir.Value, axis: int, view: View) -> frozenset[tuple[str, int]]:
+    """The axes of the model's inputs that an axis comes from, along every operand that may carry it."""
+    shape = view.sizes(value)
+    if shape is None:
+        return frozenset()
+    found: set[tuple[str, int]] = set()
+    pending: list[_Piece | Factor] = [_Piece(value, prod(shape[axis + 1 :]), shape[axis])]
+    seen: set[_Piece | Factor] = set()
+    while pending:
+        piece = pending.pop()
+        if piece in seen or piece.size == 1 or isinstance(piece, Factor):
+            continue
+        seen.add(piece)
+        given = piece.value.producer() is None and not view.is_static(piece.value)
+        apart = _apart(piece, view.sizes(piece.value) or ()) if given else None
+        if apart is not None and len(apart) == 1:
+            found.add((str(piece.value.name), apart[0][0]))
+            continue
+        answer = _step(piece, view)
+        if isinstance(answer, _Alternatives):
+            pending += answer.pieces
+        elif answer is not None and not isinstance(answer, Source):
+            pending += answer
+    return frozenset(found)
+
+
 def _search(start: _Piece, view: View) -> tuple[Factor, ...] | None:
     """Follow a piece back along every operand that may carry it, until one leads to the samples, without copies.
 
@@ -141,8 +167,9 @@ def _step(piece: _Piece, view: View) -> _Answer:
     if view.is_static(value):
         return Source.PARTS
     if node is None:
-        is_batch = axis == 0 and (len(shape) > 1 or all(len(view.shape(i) or ()) < 2 for i in view.model.graph.inputs))
-        return Source.SAMPLES if is_batch else Source.PARTS
+        is_batch = axis == view.batch.get(str(value.name), 0)
+        alone = all(len(view.shape(other) or ()) < 2 for other in view.model.graph.inputs)
+        return Source.SAMPLES if is_batch and (len(shape) > 1 or alone) else Source.PARTS
     source = node.inputs[0] if node.inputs else None
     if source is None:
         return None

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from atpatch_onnx import graph
-from atpatch_onnx.matching import sized_shapes
+from atpatch_onnx.matching import sized_shapes, tokenizers
 from atpatch_onnx.matching.sites import Dim
 
 Shapes = dict[str, tuple[Dim, ...]]
@@ -109,6 +109,11 @@ def _symbols(model: ir.Model) -> _Symbols:
             if name is None or name.isdigit() or name in found:
                 continue
             found[name] = _Symbol(name, *_numbers(axis, len(value.shape or ()) if continuous else 0, found))
+    for node in model.graph:
+        name = tokenizers.length_of(node.op_type, str(node.outputs[0].name)) if node.domain and node.outputs else None
+        if name is not None:
+            count = len(found)
+            found[name] = _Symbol(name, 7 + 4 * count, 10 + 9 * count)  # short: learned positions may be few
     return tuple(found.values())
 
 

@@ -169,6 +169,9 @@ class AttentionSite:
     token_axis: str
     """The sequence that the keys are positions of; flags are carried between sites of one token axis."""
 
+    samples: tuple[str, int] | None
+    """An input of the model with samples, and their axis; None: the model takes one sample at a time."""
+
     nodes: tuple[str, ...]
     """The nodes from the product of Q and K to the product with V, for people to find the place."""
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from atpatch_onnx.graph import protos
+from atpatch_onnx.matching import tokenizers
 from atpatch_onnx.matching.arithmetic import compute, flags_of
 
 Sizes = tuple[int | None, ...]
@@ -97,6 +98,8 @@ class _Running:
             except Exception:  # onnx raises a dozen types for nodes that it cannot infer; their shapes stay unknown
                 self._note_conflict(node)
                 self._assume(node)
+            if node.op_type == "Reshape":
+                self._note_resize(node)
             for name in node.output:
                 if name not in self.types and name in self._declared:
                     self.types[name] = self._declared[name]
@@ -158,6 +161,13 @@ class _Running:
         if node.op_type == "EmbedLayerNormalization":
             return self._of_embedding(node)
         kind, shape = self.types.get(node.input[0]), self._shape(node.input[0])
+        tokens = self.sizes.get(tokenizers.length_of(node.op_type, node.output[0]) or "")
+        if tokens is not None and shape is not None:
+            rows = tokenizers.results(node.op_type, shape, tokens, len(node.output))
+            made = zip(node.output, rows, strict=False)
+            return {name: _tensor(onnx.TensorProto.INT64, row) for name, row in made if name}
+        if node.op_type == "LabelEncoder" and shape is not None:
+            return {node.output[0]: _tensor(_encoded(node), shape)}
         if node.domain == _BLOCKED:
             return self._of_reordered(node)
         if node.op_type not in _LIKE_FIRST or kind is None or shape is None:
@@ -243,6 +253,24 @@ class _Running:
             for a, b in zip(reversed(one), reversed(other), strict=False):
                 if a is not None and b is not None and a != b and 1 not in (a, b):
                     self.conflicts.append((a, b))
+
+    def _note_resize(self, node: onnx.NodeProto) -> None:
+        """Of a Reshape into another number of entries, each size with the one that would make the numbers equal."""
+        shape, wanted = self._shape(node.input[0]), self.data.get(node.input[1])
+        if shape is None or None in shape or wanted is None or not (wanted > 0).all():
+            return
+        have, asked = math.prod(shape), math.prod(wanted.reshape(-1).tolist())  # type: ignore[arg-type]
+        if have not in (0, asked):
+            self.conflicts += [(size, asked * size // have) for size in shape if size and asked * size % have == 0]
+
+
+def _encoded(node: onnx.NodeProto) -> int:
+    """The type of what a LabelEncoder hands out, which its table says."""
+    named = {attribute.name: attribute for attribute in node.attribute}
+    kinds = {"values_strings": onnx.TensorProto.STRING, "values_floats": onnx.TensorProto.FLOAT}
+    if "values_tensor" in named:
+        return int(named["values_tensor"].t.data_type)
+    return next((kind for name, kind in kinds.items() if name in named), onnx.TensorProto.INT64)
 
 
 def _extent(shape: Sizes) -> tuple[int, int, int]:

@@ -11,6 +11,8 @@ from math import prod
 
 import onnx_ir as ir
 
+from atpatch_onnx.graph.names import MIN_OPSET
+from atpatch_onnx.graph.parts import LIFT_ADVICE
 from atpatch_onnx.matching import chains
 from atpatch_onnx.matching.contradictions import contradiction
 from atpatch_onnx.matching.keys import keys_of
@@ -23,9 +25,6 @@ from atpatch_onnx.matching.sites import Form, NearMiss
 from atpatch_onnx.matching.view import View
 
 _PARTS_FIRST = re.compile("w.*b")
-
-_FIRST_OPSET = 13
-"""Before opset 13, Softmax flattens its input to two axes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,9 @@ def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
     scores = _scores(softmax, view)
     if isinstance(scores, NearMiss):
         return (scores,)
+    if view.opset < MIN_OPSET:
+        nodes = (scores.node, *scores.path, node, *(meeting.node for meeting in products))
+        return (miss(nodes, f"attention, but the model has opset {view.opset}: {LIFT_ADVICE}", attention=True),)
     if any(_is_a_piece(step) for meeting in products for step in meeting.path):
         nodes = (scores.node, *scores.path, node, *(meeting.node for meeting in products))
         reason = "attention, but its map is cut into pieces that meet values of their own (block-sparse attention)"
@@ -231,8 +233,6 @@ def _zeroes(step: ir.Node) -> bool:
 
 def _refusal(softmax: _Softmax, meeting: chains.Meeting, product: Product, view: View) -> str | None:
     """Why the map that meets V cannot be patched as it is; None where it can."""
-    if view.opset < _FIRST_OPSET:
-        return f"the model has opset {view.opset}; convert it to 13 or later (onnx.version_converter)"
     position = softmax.axis % (view.rank(softmax.weights) or len(product.map))
     for step in meeting.path:
         following = _followed(step, position, view)

@@ -1,7 +1,7 @@
 """What the rules may ask about a graph: shapes, element types, constants. Nothing here changes the model."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -36,11 +36,14 @@ class View:
     static: frozenset[str]
     """Names of the values that depend on weights and constants only, never on an input of the model."""
 
+    batch: Mapping[str, int | None]
+    """The axis of samples of each input of the model; None: it has none, and takes one sample at a time."""
+
     batches: frozenset[Dim]
-    """The first dimension of each input of the model."""
+    """The size of each input's axis of samples."""
 
     samples: int | None
-    """The first dimension of the inputs in numbers, as `sizes` has them."""
+    """The same in numbers, as `sizes` has them; 1 where no input has samples."""
 
     opset: int
 
@@ -106,18 +109,42 @@ class View:
 
 
 def view(model: ir.Model) -> View:
-    """Look at a model: infer its shapes and find what is constant in it."""
-    known = shapes.infer(model)
-    inputs = _sample_inputs(model.graph, known.shapes)
-    return View(
+    """Look at a model: infer its shapes and find what is constant in it; samples are taken for the first axis.
+
+    `matching.batches.look` also finds out on which axis of each input they are.
+    """
+    seen = View(
         model=model,
         values={str(value.name): value for value in graph_values(model.graph)},
-        inferred=known,
+        inferred=shapes.infer(model),
         static=frozenset(_static_values(model.graph)),
-        batches=frozenset(known.shapes[name][0] for name in inputs),
-        samples=next((known.sizes[name][0] for name in inputs if name in known.sizes), None),
+        batch={},
+        batches=frozenset(),
+        samples=None,
         opset=graph.opset_version(model),
     )
+    return with_batch(seen, dict.fromkeys(given_inputs(seen), 0))
+
+
+def with_batch(seen: View, batch: Mapping[str, int | None]) -> View:
+    """The same with samples on these axes; vectors count only where nothing else has samples."""
+    shaped = {name: axis for name, axis in batch.items() if axis is not None and seen.inferred.shapes.get(name)}
+    known = seen.inferred.shapes
+    ranked = {name: axis for name, axis in shaped.items() if len(known[name]) > 1} or shaped
+    sizes = [seen.inferred.sizes[name][axis] for name, axis in ranked.items() if name in seen.inferred.sizes]
+    alone = bool(batch) and set(batch.values()) == {None}
+    return replace(
+        seen,
+        batch=batch,
+        batches=frozenset(known[name][axis] for name, axis in ranked.items()),
+        samples=1 if alone else next(iter(sizes), None),
+    )
+
+
+def given_inputs(seen: View) -> list[str]:
+    """Names of the inputs that have to be given, in order."""
+    main = seen.model.graph
+    return [str(value.name) for value in main.inputs if value.name not in main.initializers]
 
 
 def _static_values(main: ir.Graph) -> Iterable[str]:
@@ -132,10 +159,3 @@ def _static_values(main: ir.Graph) -> Iterable[str]:
         if all(name in static for name in inputs):
             static.update(value.name for value in node.outputs if value.name)
     return static
-
-
-def _sample_inputs(main: ir.Graph, known: Mapping[str, tuple[Dim, ...]]) -> list[str]:
-    """Names of the inputs with samples on their first axis; vectors and scalars count only where nothing else is."""
-    inputs = [str(value.name) for value in main.inputs if value.name not in main.initializers]
-    ranked = [name for name in inputs if known.get(name)]
-    return [name for name in ranked if len(known[name]) > 1] or ranked

@@ -24,10 +24,12 @@ from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.errors import BenchmarkError
 from atpatch_onnx.fitting.options import Kind
-from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching import batching, find_sites
 from atpatch_onnx.measuring.drawn import NEVER, draw_patch
 from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.batching import Batching
 from atpatch_onnx.running.drawing import draw_inputs
+from atpatch_onnx.running.opening import load
 from atpatch_onnx.running.sessions import Array, FileSession, Progress, SessionOptions, silent
 from atpatch_onnx.running.timing import Ratio, Run, in_turns, ratio
 
@@ -143,12 +145,15 @@ def benchmark(
             Path(base),
             Path(patched) if patched is not None else _synthetic(base, target, detectors, Path(folder), seed),
         )
-        model, record = graphs.load(base), read_record(graphs.load(files.patched))
+        model, record = load(base), read_record(graphs.load(files.patched))
+        where = batching(model)
         rngs = ((batch, np.random.default_rng(seed)) for batch in sorted(batches))
-        drawn = [draw_inputs(model, rng, samples=batch, length=length, past=past) for batch, rng in rngs]
+        drawn = [
+            draw_inputs(model, rng, samples=batch, length=length, past=past, batching=where) for batch, rng in rngs
+        ]
         known = {tuple(array.shape for array in of.values()): of for of in drawn}
         turns: dict[str, Any] = {"rounds": rounds, "sessions": sessions, "seed": seed, "progress": progress}
-        timings = [_timed(files, of, count, **turns) for of in known.values() for count in threads]
+        timings = [_timed(files, of, where, count, **turns) for of in known.values() for count in threads]
         peaks = _peaks(files, list(known.values())[-1], max(threads)) if memory else None
     return Benchmark(
         patch=record.patch if patched is not None else "synthetic",
@@ -180,7 +185,7 @@ class _Files:
 
 def _synthetic(base: str | os.PathLike[str], target: str, detectors: Kind, folder: Path, seed: int) -> Path:
     """A file with a drawn patch at every site, its detectors as large as those of a fit."""
-    model = graphs.load(base)
+    model = load(base)
     path = folder / "patched.onnx"
     graphs.save(bake(model, synthetic_patch(model, detectors, seed=seed), target=target), path, external="link")
     return path
@@ -207,8 +212,10 @@ def _options(threads: int) -> SessionOptions:
     return options
 
 
-def _timed(files: _Files, inputs: Mapping[str, Array], threads: int, *, seed: int, **turns: Any) -> Timing:
-    batch = next(len(array) for array in inputs.values() if array.ndim)
+def _timed(
+    files: _Files, inputs: Mapping[str, Array], where: Batching, threads: int, *, seed: int, **turns: Any
+) -> Timing:
+    batch = next(len(array) for array in where.samples_first(inputs).values() if array.ndim)
     opened = {form: opens(path, weights, inputs, threads) for form, (path, weights) in files.forms().items()}
     stage = f"timing batches of {batch}, {threads} threads"
     taken = in_turns({**opened, "itself": opened["base"]}, seed=seed, stage=stage, **turns)

@@ -22,10 +22,12 @@ from atpatch_onnx.fitting.fit import fit
 from atpatch_onnx.fitting.goal import Goal, Outcome
 from atpatch_onnx.fitting.options import FitOptions
 from atpatch_onnx.fitting.preparation import complete
-from atpatch_onnx.graph import ModelOrPath, as_model
+from atpatch_onnx.graph import ModelOrPath
+from atpatch_onnx.matching import batching
 from atpatch_onnx.measuring.evaluate import Evaluation, evaluate, require_labels
 from atpatch_onnx.neurons import IsolationOptions, RepairOptions, isolate, repair
 from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.opening import as_model
 from atpatch_onnx.running.predictions import prediction_output
 from atpatch_onnx.running.sessions import Progress, Session, silent
 from atpatch_onnx.running.timing import Run, in_turns, ratio
@@ -265,7 +267,7 @@ class _Bench:
         one = self.unseen.take([0]).clean
 
         def opened(model: ir.Model) -> Run:
-            session = Session(model)
+            session = Session(model, batching=batching(model))
             return lambda: session.collect(one, [self.output])
 
         forms = {"base": partial(opened, self.base), "patched": partial(opened, patched)}
@@ -274,4 +276,4 @@ class _Bench:
 
     @property
     def output(self) -> str:
-        return prediction_output(self.base, self.options.output)
+        return prediction_output(self.base, self.options.output, batching(self.base))

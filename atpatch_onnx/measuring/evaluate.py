@@ -14,10 +14,12 @@ from atpatch_onnx.baking.metadata import PatchRecord, read_record
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, require
 from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
-from atpatch_onnx.measuring.bits import same_samples
+from atpatch_onnx.matching import batching
 from atpatch_onnx.measuring.inspect import axis_sites, last_margin, require_base
+from atpatch_onnx.running.bits import same_samples
 from atpatch_onnx.running.groups import demographic_parity, equalized_odds
 from atpatch_onnx.running.metrics import Difference, Rate, attack_above_floor, attack_success, flip_rate, infer_target
+from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.predictions import classes, confidences, prediction_output
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
@@ -132,6 +134,7 @@ def evaluate(
     *,
     output: str | None = None,
     batch_size: int = 32,
+    custom_ops: Libraries = (),
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure base and patched model on pairs that the fit never saw.
@@ -142,6 +145,7 @@ def evaluate(
         debug: Pairs with labels; the target of a backdoor, where it is not known, is inferred.
         output: Output that predictions are read from; None: the first float output `[batch, classes]`.
         batch_size: Inputs at a time.
+        custom_ops: Libraries that operators of the model come from, as of `load`.
         progress: Told after every batch.
 
     Raises:
@@ -152,7 +156,7 @@ def evaluate(
     """
     require("sklearn", "evaluate", "evaluating")
     require("fairlearn", "evaluate", "evaluating")
-    base, patched = graphs.as_model(base), graphs.as_model(patched)
+    base, patched = as_model(base, custom_ops), as_model(patched, custom_ops)
     if debug.kind == "generation":
         raise DebugSetError(
             "the evaluation set",
@@ -162,7 +166,7 @@ def evaluate(
         )
     require_labels(debug)
     debug.check_inputs(input_specs(base))
-    output = prediction_output(base, output)
+    output = prediction_output(base, output, batching(base))
     record = read_record(patched)
     require_base(base, record)
     if record.detects:
@@ -201,8 +205,11 @@ def run_side(
     """Run one side through both models."""
     margins = [last_margin(record.sites)] if record.detects else []
     stage = f"evaluating {name} inputs"
-    logits = Session(base).collect(inputs, [output], batch_size=batch_size, progress=progress, stage=f"{stage}, base")
-    inner = Session(expose(patched, margins)).collect(
+    where = batching(base)
+    logits = Session(base, batching=where).collect(
+        inputs, [output], batch_size=batch_size, progress=progress, stage=f"{stage}, base"
+    )
+    inner = Session(expose(patched, margins), batching=where).collect(
         inputs, [output, *margins], batch_size=batch_size, progress=progress, stage=f"{stage}, patched"
     )
     samples = len(logits[output])  # neuron edits detect nothing

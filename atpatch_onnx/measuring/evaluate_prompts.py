@@ -17,6 +17,7 @@ from atpatch_onnx.fitting.options import FitOptions
 from atpatch_onnx.measuring.inspect import require_base
 from atpatch_onnx.running.loops import Ids, Loop, batches
 from atpatch_onnx.running.metrics import Rate
+from atpatch_onnx.running.opening import as_model
 from atpatch_onnx.running.sessions import Progress, silent
 
 CHUNKS = 3
@@ -104,8 +105,8 @@ def evaluate_prompts(
             found=f"kind {debug.kind!r}",
             advice="Measure it with evaluate, or make a set with DebugSet.from_prompts.",
         )
-    record = read_record(graphs.as_model(patched))
-    require_base(graphs.as_model(base), record)
+    record = read_record(as_model(patched))
+    require_base(as_model(base), record)
     run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     following = (None, None) if decode is None else decode
     answered = Answered.of(base, debug, steps, following[0], **run)
@@ -130,9 +131,7 @@ def evaluate_prompts(
     }
     sampled = np.concatenate([has_payload(one, debug.payload)[others] for one in drawn])
     margins = [site.margin for site in record.sites]
-    flags = _flags(
-        Loop(expose(graphs.beginning(graphs.as_model(patched)), margins)), margins, clean, answers, batch_size
-    )
+    flags = _flags(Loop(expose(graphs.beginning(as_model(patched)), margins)), margins, clean, answers, batch_size)
     return Written(
         prompts=len(debug),
         steps=steps,

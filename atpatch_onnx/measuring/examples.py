@@ -13,16 +13,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.maps import map_outputs, mean_maps, with_maps
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
 from atpatch_onnx.graph import ModelOrPath
-from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching import batching, find_sites
 from atpatch_onnx.matching.sites import AttentionSite
-from atpatch_onnx.measuring.bits import same_samples
 from atpatch_onnx.measuring.inspect import axis_sites, last_margin
+from atpatch_onnx.running.bits import same_samples
+from atpatch_onnx.running.opening import as_model
 from atpatch_onnx.running.predictions import classes, confidences, prediction_output
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
@@ -177,11 +177,11 @@ def gather_examples(
         UnbakeError: `patched` is not patched.
         RunError: onnxruntime refuses a model or an input.
     """
-    base, patched = graphs.as_model(base), graphs.as_model(patched)
+    base, patched = as_model(base), as_model(patched)
     debug.check_inputs(input_specs(base))
     if not read_record(patched).sites:
         return ()
-    closeup = _Closeup(base, patched, prediction_output(base, output), batch_size, progress)
+    closeup = _Closeup(base, patched, prediction_output(base, output, batching(base)), batch_size, progress)
     debug = debug.take(np.arange(min(len(debug), SCAN)))
     debug = find_suspects(base, axis_sites(base, read_record(patched)), debug, batch_size=batch_size, progress=progress)
     scanned: list[_Scan] = []
@@ -226,8 +226,9 @@ class _Closeup:
         self._margin = last_margin(record.sites)
         self._sites = [site for site in find_sites(base) if site.name in chosen]
         self._maps = map_outputs(self._sites)
-        self._base = Session(with_maps(base, self._sites, []))
-        self._patched = Session(with_maps(patched, self._sites, [self._margin]))
+        where = batching(base)
+        self._base = Session(with_maps(base, self._sites, []), batching=where)
+        self._patched = Session(with_maps(patched, self._sites, [self._margin]), batching=where)
 
     def _run(
         self, inputs: Mapping[str, Array], stage: str, *, maps: bool = False

@@ -19,13 +19,14 @@ from atpatch_onnx.baking.bake import bake
 from atpatch_onnx.errors import AtPatchError
 from atpatch_onnx.fitting.options import Kind
 from atpatch_onnx.matching import find_sites
-from atpatch_onnx.measuring.bits import finite
 from atpatch_onnx.measuring.drawn import draw_patch
 from atpatch_onnx.measuring.rehearse_aiming import aimed
 from atpatch_onnx.measuring.rehearse_base import mixing_outputs, run_base, seeded
 from atpatch_onnx.measuring.rehearse_checks import fired, unbaked, unfired
 from atpatch_onnx.measuring.rehearse_result import Rehearsal, SiteResult, together
 from atpatch_onnx.measuring.verify import Check
+from atpatch_onnx.running.bits import finite
+from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.sessions import Array, Progress, silent
 
 FORMS = {True: "with If", False: "without If"}
@@ -42,19 +43,21 @@ def rehearse(
     optimize: Sequence[bool] = (False, True),
     conditional: Sequence[bool] = (True, False),
     threads: int | None = None,
+    custom_ops: Libraries = (),
     progress: Progress = silent,
 ) -> Rehearsal:
     """Find out whether a patch would be exact on a model, before one is fitted.
 
     Args:
         model: The base, or its path.
-        inputs: One batch of inputs, `[samples, ...]` by name; drawn if there are none.
+        inputs: One batch of inputs by name, as the model takes them; drawn if there are none.
         seed: What is drawn depends on it alone.
         samples: Samples to draw, where the model leaves their number free.
         kind: Of the detectors.
         optimize: Whether onnxruntime optimizes the graphs; both by default.
         conditional: Whether replacements stand in an `If`; both by default.
         threads: Threads within an operator; None: onnxruntime's choice.
+        custom_ops: Libraries that operators of the model come from, as of `load`.
         progress: Told after every step.
 
     Returns:
@@ -64,7 +67,7 @@ def rehearse(
     Raises:
         ModelFileError: There is no such file, or it is no model.
     """
-    base = seeded(graphs.as_model(model))
+    base = seeded(as_model(model, custom_ops))
     inputs = None if inputs is None else {name: np.asarray(array) for name, array in inputs.items()}
     two = graphs.branches(base)
     if two is not None:
@@ -79,7 +82,8 @@ def rehearse(
     def done(stage: str) -> None:
         progress(stage, next(steps), total)
 
-    runs = run_base(base, inputs, rng, samples, optimize, threads)
+    lengths = sorted({site.keys for site in sites if isinstance(site.keys, int)})  # exporters declare some free
+    runs = run_base(base, inputs, rng, samples, optimize, threads, lengths)
     done("running the base")
     if not runs.levels:
         return Rehearsal(False, runs.reason, len(sites), runs.shapes, (), (), (), ())
@@ -96,10 +100,10 @@ def rehearse(
         done("choosing thresholds")
         for form in conditional:
             quiet, patched = (bake(base, one, conditional=form) for one in (silent_one, patch))
-            checks += [unfired(quiet, FORMS[form], level, runs.inputs, threads) for level in runs.levels]
+            checks += [unfired(quiet, FORMS[form], level, runs, threads) for level in runs.levels]
             done(f"{FORMS[form]}: nothing fires")
             for level in runs.levels:
-                found, of_sites = fired(base, patched, sites, FORMS[form], level, runs.inputs, flagged, mixing, threads)
+                found, of_sites = fired(base, patched, sites, FORMS[form], level, runs, flagged, mixing, threads)
                 checks += found
                 results += of_sites
             done(f"{FORMS[form]}: some tokens fire")

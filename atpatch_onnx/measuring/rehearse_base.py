@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import RunError
-from atpatch_onnx.measuring.bits import by_sample, keeps_unflagged, without_flagged
+from atpatch_onnx.matching import batching
+from atpatch_onnx.running.batching import Batching
+from atpatch_onnx.running.bits import by_sample, keeps_unflagged, without_flagged
 from atpatch_onnx.running.drawing import draw_inputs, input_shapes
 from atpatch_onnx.running.sessions import Array, Session
 
-LENGTHS = (16, 32, 64, 224, 1024)
+LENGTHS = (16, 32, 64, 224, 1024, 8, 4)
 """Sizes that free axes are tried with, one after the other, until the base runs."""
 
 MAX_VALUES = 2**24
@@ -43,6 +45,9 @@ class BaseRuns:
     reason: str
     """What onnxruntime says where it does not run it."""
 
+    batching: Batching
+    """Where the model has the samples; inputs are as it takes them, outputs have samples first."""
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the inputs, by name."""
@@ -65,13 +70,15 @@ def run_base(
     samples: int,
     optimize: Sequence[bool],
     threads: int | None,
+    lengths: Sequence[int] = (),
 ) -> BaseRuns:
-    """Run the base; drawn inputs are drawn anew with other sizes while it refuses them."""
+    """Run the base; drawn inputs are drawn anew with other sizes, `lengths` at last, while it refuses them."""
+    where = batching(base)
     chosen: Mapping[str, Array] = inputs or {}
     levels: list[Level] = []
     reasons = []
     for level in optimize:
-        candidates = [chosen] if inputs is not None or levels else _drawn(base, rng, samples)
+        candidates = [chosen] if inputs is not None or levels else _drawn(base, rng, samples, where, lengths)
         try:
             session: Session | None = Session(base, optimize=level, threads=threads)
         except RunError as error:
@@ -81,7 +88,7 @@ def run_base(
         for candidate in candidates:
             try:
                 session = session or Session(base, optimize=level, threads=threads)
-                levels.append(Level(level, session.run(candidate)))
+                levels.append(Level(level, where.taken(session.run(candidate))))
                 chosen = candidate
                 break
             except RunError as error:
@@ -89,17 +96,19 @@ def run_base(
                 session = None  # random operators would go on where the last run left them
         else:
             reasons.append(f"{Level(level, {})}: {refusals[0]}")
-    return BaseRuns(chosen, tuple(levels), "; ".join(reasons))
+    return BaseRuns(chosen, tuple(levels), "; ".join(reasons), where)
 
 
-def _drawn(base: ir.Model, rng: np.random.Generator, samples: int) -> Iterator[Mapping[str, Array]]:
+def _drawn(
+    base: ir.Model, rng: np.random.Generator, samples: int, where: Batching, lengths: Sequence[int]
+) -> Iterator[Mapping[str, Array]]:
     """Inputs of growing sizes, as far as sizes are free."""
     seen: list[dict[str, tuple[int, ...]]] = []
-    for length in LENGTHS:
-        shapes = input_shapes(base, samples=samples, length=length)
+    for length in (*LENGTHS, *lengths):
+        shapes = input_shapes(base, samples=samples, length=length, batching=where)
         values = sum(math.prod(shape) for shape in shapes.values())
         if not seen or (shapes != seen[-1] and values <= MAX_VALUES):
-            yield draw_inputs(base, rng, samples=samples, length=length)
+            yield draw_inputs(base, rng, samples=samples, length=length, batching=where)
         seen.append(shapes)
 
 
@@ -112,10 +121,10 @@ def mixing_outputs(base: ir.Model, runs: BaseRuns, flagged: NDArray[np.bool_], t
     """
     if flagged.all() or not flagged.any():
         return ()
-    inputs = {name: without_flagged(array, flagged) for name, array in runs.inputs.items()}
+    inputs = {name: without_flagged(array, flagged, runs.batching.axis(name)) for name, array in runs.inputs.items()}
     level = runs.levels[0]
     try:
-        found = Session(base, optimize=level.optimize, threads=threads).run(inputs)
+        found = runs.batching.taken(Session(base, optimize=level.optimize, threads=threads).run(inputs))
     except RunError:  # nothing is known to mix, and nothing is excused
         return ()
     return tuple(

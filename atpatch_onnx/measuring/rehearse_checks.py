@@ -10,19 +10,19 @@ from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.errors import AtPatchError, RunError
 from atpatch_onnx.graph.names import FLAGGED
 from atpatch_onnx.matching.sites import AttentionSite
-from atpatch_onnx.measuring.bits import keeps_unflagged, same_bits
 from atpatch_onnx.measuring.driven import Driven, Replaced, replaced_in
-from atpatch_onnx.measuring.rehearse_base import Level
+from atpatch_onnx.measuring.rehearse_base import BaseRuns, Level
 from atpatch_onnx.measuring.rehearse_result import SiteResult
 from atpatch_onnx.measuring.verify import Check
+from atpatch_onnx.running.bits import keeps_unflagged, same_bits
 from atpatch_onnx.running.sessions import Array, Session
 
 
-def unfired(patched: ir.Model, form: str, level: Level, inputs: Mapping[str, Array], threads: int | None) -> Check:
+def unfired(patched: ir.Model, form: str, level: Level, runs: BaseRuns, threads: int | None) -> Check:
     """Nothing fires: all outputs keep their bits."""
     name = f"nothing fires, {form}, {level}"
     try:
-        found = Session(patched, optimize=level.optimize, threads=threads).run(inputs)
+        found = runs.batching.taken(Session(patched, optimize=level.optimize, threads=threads).run(runs.inputs))
     except RunError as error:
         return Check(name, False, str(error))
     changed = [name for name, array in level.outputs.items() if not same_bits(array, found[name])]
@@ -38,7 +38,7 @@ def fired(
     sites: Sequence[AttentionSite],
     form: str,
     level: Level,
-    inputs: Mapping[str, Array],
+    runs: BaseRuns,
     flagged: Array,
     mixing: Collection[str],
     threads: int | None,
@@ -52,8 +52,8 @@ def fired(
     names = [name for one in replaced for name in (one.value, one.result)]
     names = list(dict.fromkeys([*(site.margin for site in record.sites), *names]))
     try:
-        found = Session(patched, optimize=level.optimize, threads=threads).run(inputs)
-        inner = Session(expose(patched, names), optimize=level.optimize, threads=threads).run(inputs)
+        found = Session(patched, optimize=level.optimize, threads=threads).run(runs.inputs)
+        inner = Session(expose(patched, names), optimize=level.optimize, threads=threads).run(runs.inputs)
     except RunError as error:
         return [Check(f"some tokens fire, {where}", False, str(error))], []
     margins = {site.site: inner[site.margin] for site in record.sites}
@@ -79,7 +79,8 @@ def fired(
         ),
     ]
     if not level.optimize:
-        checks.append(_driven(base, replaced, inputs, inner, found, where))
+        checks.append(_driven(base, replaced, runs.inputs, inner, found, where))
+    found = runs.batching.taken(found)
     changed = [
         name
         for name, array in level.outputs.items()

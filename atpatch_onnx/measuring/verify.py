@@ -34,6 +34,7 @@ from atpatch_onnx.measuring.verify_numbers import numbers
 from atpatch_onnx.patches.compose import compose
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.decoders import Decoder
+from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.sessions import Progress, silent
 
 
@@ -46,6 +47,7 @@ def verify(
     decode: tuple[graphs.ModelOrPath, graphs.ModelOrPath] | None = None,
     steps: int = FitOptions.steps,
     batch_size: int = 32,
+    custom_ops: Libraries = (),
     progress: Progress = silent,
 ) -> Verification:
     """Check everything that must hold of a patched model; without a debug set, everything but the numbers.
@@ -58,6 +60,7 @@ def verify(
         decode: Base and patched graph that go on from the caches of these two, where those read prompts only.
         steps: Of prompts of a language model: tokens of each answer.
         batch_size: Inputs at a time.
+        custom_ops: Libraries that operators of the model come from, as of `load`.
         progress: Told after every batch.
 
     Raises:
@@ -66,11 +69,11 @@ def verify(
         PatchMismatchError: Several patches do not go together.
         RunError: onnxruntime refuses a model or an input.
     """
-    before, after = graphs.as_model(base), graphs.as_model(patched)
+    before, after = as_model(base, custom_ops), as_model(patched, custom_ops)
     record = read_record(after)
     whole = None if patch is None else compose([patch] if isinstance(patch, Patch) else patch)
     checks = [*_structure(before, after, record, whole)]
-    following = None if decode is None else (graphs.as_model(decode[0]), graphs.as_model(decode[1]))
+    following = None if decode is None else (as_model(decode[0], custom_ops), as_model(decode[1], custom_ops))
     if following is not None:
         own = None if whole is None else transfer(whole, before, following[0])
         found = _structure(*following, read_record(following[1]), own)

@@ -22,8 +22,8 @@ from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.fitting.forced import Answered
 from atpatch_onnx.graph import ModelOrPath
-from atpatch_onnx.measuring.bits import same_samples
 from atpatch_onnx.measuring.checks import Check
+from atpatch_onnx.running.bits import same_samples
 from atpatch_onnx.running.loops import Ids, Loop, batches, parts
 from atpatch_onnx.running.sessions import Array, Progress
 

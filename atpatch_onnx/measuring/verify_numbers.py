@@ -1,6 +1,7 @@
 """A patched model and its base on the same inputs, at both levels of optimization."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,12 +13,13 @@ from atpatch_onnx.baking.metadata import PatchedLayer, PatchedSite, PatchRecord
 from atpatch_onnx.baking.read_back import baked_detector, baked_edits, sites_of
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import AtPatchError
-from atpatch_onnx.graph import ModelOrPath
+from atpatch_onnx.graph import ModelOrPath, custom_ops
 from atpatch_onnx.graph.names import FLAGGED, SCORE
-from atpatch_onnx.measuring.bits import by_sample, same_bits, same_samples, same_shapes, without_flagged
+from atpatch_onnx.matching import batching
 from atpatch_onnx.measuring.checks import Check
 from atpatch_onnx.measuring.driven import Driven, replaced_in
 from atpatch_onnx.measuring.inspect import margins
+from atpatch_onnx.running.bits import by_sample, same_bits, same_samples, same_shapes, without_flagged
 from atpatch_onnx.running.sessions import Array, Progress, Session
 
 EDITED: Mapping[str, float] = {"FLOAT": 1e-5, "FLOAT16": 4e-3}
@@ -43,6 +45,7 @@ def numbers(
     try:
         look = _Look(base, patched, record, optimize, files)
     except AtPatchError as error:
+        Session(files[0], optimize=optimize, custom_ops=custom_ops(base))  # else it is not the patched file's fault
         yield Check(f"loads, {level}", False, str(error))
         return
     for side, inputs in (("clean", debug.clean), ("counterfactual", debug.counterfactual)):
@@ -73,16 +76,18 @@ class _Look:
         self.margins = {site.site: site.margin for site in record.sites}
         self.replaced = replaced_in(patched, [site for _, site in self.sites])
         self.detectors = {one.site: baked_detector(patched, one.site) for one, _ in self.sites if one.own is not None}
-        self.base = Session(reference if self.edits else files[0], optimize=optimize)
-        self.patched = Session(files[1], optimize=optimize)
+        where = batching(base)
+        how: dict[str, Any] = {"optimize": optimize, "batching": where, "custom_ops": custom_ops(base)}
+        self.base = Session(reference if self.edits else files[0], **how)
+        self.patched = Session(files[1], **how)
         names = [name for one in record.sites for name in (one.margin, one.own) if name is not None]
         names += [name for one in self.replaced for name in (one.value, one.result)]
         names += [self.read(one) for one in record.sites if one.own is not None]
         names += [name for layer in record.layers for name in (layer.value, layer.edited_value)]
-        self.exposed = Session(expose(patched, names), optimize=optimize)
+        self.exposed = Session(expose(patched, names), **how)
         # In half precision onnxruntime's CPU kernels hand keys on unrounded, which cannot be given to the base.
         comparable = self.replaced and all(one.place.dtype == ir.DataType.FLOAT.name for one in self.replaced)
-        self.driven = Driven(reference, self.replaced) if comparable and not optimize else None
+        self.driven = Driven(reference, self.replaced, where) if comparable and not optimize else None
 
     def read(self, site: PatchedSite) -> str:
         """Name of the keys that a site's detector reads.

@@ -4,7 +4,7 @@ Activations are never kept. A batch's are summed up, in float64, as it comes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,10 +17,11 @@ from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.names import own_name
 from atpatch_onnx.graph.values import find_value
-from atpatch_onnx.matching import find_sites
+from atpatch_onnx.matching import batching, find_sites
 from atpatch_onnx.matching.hidden import HiddenLayer
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.neurons.units import Unit
+from atpatch_onnx.running.batching import Batching
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
 MAX_BATCH = 8
@@ -79,21 +80,32 @@ def measure_activations(
         stage: What to call that.
     """
     site = _padding_site(model)
-    session = Session(_with_activations(model, layers, site))
-    fixed = next((value.shape[0] for value in model.graph.inputs if value.shape), None)
-    names = [_output(layer) for layer in layers] + (list(map_outputs([site]).values()) if site else [])
+    probed = _with_activations(model, layers, site)
+    where = batching(probed)
+    hidden = {_output(layer): where.outputs[_output(layer)] for layer in layers}
+    session = Session(probed, batching=replace(where, outputs=hidden))
+    fixed = _fixed(model, where)
+    names = [*hidden] + (list(map_outputs([site]).values()) if site else [])
     alone = 1 if site else MAX_BATCH  # then it does not matter whether samples or tokens come first
     stream = partial(session.stream, outputs=names, batch_size=min(batch_size, alone))
     sums = [_Sums() for _ in layers]
     sides = zip(stream(debug.clean), stream(debug.counterfactual, progress=progress, stage=stage), strict=True)
     for (part, clean), (_, other) in sides:
         count = part.stop - part.start
-        run = fixed if isinstance(fixed, int) else count
+        run = fixed or count
         seen = [_seen_in(outputs, site) for outputs in (clean, other)]
         for layer, own in zip(layers, sums, strict=True):
             h, h_other = (_of_samples(outputs[_output(layer)], count, run) for outputs in (clean, other))
             own.add(h, h_other, *(_tokens(array, tokens) for array, tokens in zip((h, h_other), seen, strict=True)))
     return tuple(own.activations(layer) for layer, own in zip(layers, sums, strict=True))
+
+
+def _fixed(model: ir.Model, where: Batching) -> int | None:
+    """The batch size, where the model has one."""
+    if where.one_by_one:
+        return 1
+    sizes = [value.shape[where.axis(value.name or "") or 0] for value in model.graph.inputs if value.shape]
+    return next((size for size in sizes[:1] if isinstance(size, int)), None)
 
 
 def most_different(activations: Sequence[Activations], count: int | None) -> tuple[Unit, ...]:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import require
-from atpatch_onnx.graph import ModelOrPath, as_model
+from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.neurons.measures import JudgedPart, output_gaps
 from atpatch_onnx.neurons.options import RepairOptions, several
 from atpatch_onnx.neurons.subject import Attempt, Subject, best_patch, finalists, prepare_units
@@ -44,6 +44,7 @@ from atpatch_onnx.neurons.swarm import Minimum, evolve, minimise
 from atpatch_onnx.neurons.trial import NeuronTrial
 from atpatch_onnx.neurons.units import Unit, edits_of
 from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.opening import as_model
 from atpatch_onnx.running.predictions import confidences
 from atpatch_onnx.running.sessions import Progress, silent
 

@@ -23,13 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.graph import ModelOrPath, as_model
+from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.neurons.activations import measure_activations
 from atpatch_onnx.neurons.measures import JudgedPart
 from atpatch_onnx.neurons.options import IsolationOptions, several
 from atpatch_onnx.neurons.subject import Attempt, Subject, best_patch, finalists, prepare_units
 from atpatch_onnx.neurons.units import Unit, edits_of
 from atpatch_onnx.patches.patch import LayerEdit, Patch
+from atpatch_onnx.running.opening import as_model
 from atpatch_onnx.running.sessions import Progress, silent
 
 

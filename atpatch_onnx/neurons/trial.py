@@ -13,6 +13,7 @@ from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.names import own_name
 from atpatch_onnx.graph.parts import require_opset
+from atpatch_onnx.matching import batching
 from atpatch_onnx.matching.hidden import HiddenLayer
 from atpatch_onnx.patches.patch import LayerEdit
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
@@ -36,7 +37,7 @@ class NeuronTrial:
         weave_edits(trial, layers, _inputs)
         self.layers = tuple(layers)
         self._output = output
-        self._session = Session(trial)
+        self._session = Session(trial, batching=batching(model))
 
     def run(
         self,

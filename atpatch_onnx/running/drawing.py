@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx import graph
-from atpatch_onnx.running.sessions import Array
+from atpatch_onnx.running.batching import AS_GIVEN, Array, Batching
 from atpatch_onnx.running.slots import Slot, slots, undrawable
 
 PAST = 5
@@ -27,7 +27,13 @@ _MOST = 2**28
 
 
 def draw_inputs(
-    model: ir.Model, rng: np.random.Generator, *, samples: int = 2, length: int = 16, past: int | None = None
+    model: ir.Model,
+    rng: np.random.Generator,
+    *,
+    samples: int = 2,
+    length: int = 16,
+    past: int | None = None,
+    batching: Batching = AS_GIVEN,
 ) -> dict[str, Array]:
     """Inputs of the sizes and types that the model declares.
 
@@ -37,16 +43,17 @@ def draw_inputs(
     Args:
         model: The model.
         rng: Where they are drawn from.
-        samples: The size of a first axis that is free.
+        samples: The size of an axis of samples that is free.
         length: The size of any other axis that is free, but for caches and waveforms (`WAVE`).
         past: Positions in caches whose size is free; None: `PAST`, or none where an operator takes several tokens
             behind them of one sample only.
+        batching: Where the model has the samples, if not first.
 
     Raises:
         RunError: An input has no shape, or one that memory cannot hold.
     """
     taken = slots(model)
-    shapes = _shapes(taken, samples, length, past)
+    shapes = _shapes(taken, samples, length, past, batching)
     for slot in taken:
         shape = shapes[slot.name]
         if min(shape, default=0) < 0 or prod(shape) > _MOST:
@@ -55,12 +62,16 @@ def draw_inputs(
     return {slot.name: _draw(slot, shapes, cached, rng) for slot in taken}
 
 
-def input_shapes(model: ir.Model, *, samples: int, length: int) -> dict[str, tuple[int, ...]]:
+def input_shapes(
+    model: ir.Model, *, samples: int, length: int, batching: Batching = AS_GIVEN
+) -> dict[str, tuple[int, ...]]:
     """The shapes of what `draw_inputs` draws."""
-    return _shapes(slots(model), samples, length, None)
+    return _shapes(slots(model), samples, length, None, batching)
 
 
-def _shapes(taken: Sequence[Slot], samples: int, length: int, past: int | None) -> dict[str, tuple[int, ...]]:
+def _shapes(
+    taken: Sequence[Slot], samples: int, length: int, past: int | None, batching: Batching
+) -> dict[str, tuple[int, ...]]:
     """Shapes by input; an equal symbol is an equal size, and a mask covers the cache as well."""
     caches = [slot for slot in taken if slot.is_cache]
     fixed = [slot.sizes[2] for slot in caches]
@@ -75,7 +86,7 @@ def _shapes(taken: Sequence[Slot], samples: int, length: int, past: int | None) 
         size = slot.sizes[axis]
         if isinstance(size, int):
             return size
-        if axis == 0:
+        if axis == batching.axis(slot.name):
             drawn = samples
         elif slot.is_cache:
             drawn = earlier if axis < 3 else slot.depth or PAST

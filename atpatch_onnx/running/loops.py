@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.running.decoders import Decoder
+from atpatch_onnx.running.opening import as_model
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
 Ids = NDArray[np.int64]
@@ -61,7 +62,7 @@ class Loop:
         cached: bool = True,
         optimize: bool = True,
     ) -> None:
-        self.decoder = Decoder.of(graphs.as_model(model))
+        self.decoder = Decoder.of(as_model(model))
         self.is_cached = cached and (self.decoder.is_cached or decode is not None)
         """Whether what was read is not read again."""
 

@@ -8,12 +8,15 @@ from numpy.typing import NDArray
 
 from atpatch_onnx.errors import RunError
 from atpatch_onnx.graph.names import PREFIX
+from atpatch_onnx.running.batching import AS_GIVEN, Batching
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
-def prediction_output(model: ir.Model, name: str | None = None) -> str:
+def prediction_output(model: ir.Model, name: str | None = None, batching: Batching = AS_GIVEN) -> str:
     """The output that predictions are read from: `name`, or the first float output `[batch, classes]`.
+
+    Of a model that takes one sample at a time, that may be `[classes]`.
 
     Raises:
         RunError: There is no such output.
@@ -25,7 +28,8 @@ def prediction_output(model: ir.Model, name: str | None = None) -> str:
             return name
         raise _none(f"an output named {name!r}", names)
     for output in own:
-        if output.shape is not None and len(output.shape) == 2 and output.dtype in _FLOATS:
+        rank = 2 if batching.outputs.get(output.name or "", 0) is not None else 1
+        if output.shape is not None and len(output.shape) == rank and output.dtype in _FLOATS:
             return output.name or ""
     if len(own) == 1 and own[0].shape is None:
         return names[0]

@@ -12,6 +12,7 @@ from onnxruntime import SessionOptions as SessionOptions  # for those who may no
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import RunError
+from atpatch_onnx.running.batching import AS_GIVEN, Batching
 
 Array = NDArray[Any]
 
@@ -39,6 +40,8 @@ class Session:
         threads: Threads within an operator; None: as many as the environment variable `OMP_NUM_THREADS` says, which
             torch and numpy heed as well, else onnxruntime's choice.
         providers: Execution providers; the CPU's by default.
+        batching: Where the model has the samples; inputs are given and outputs taken with samples first.
+        custom_ops: Libraries with operators of a file; a model in memory knows its own.
 
     Raises:
         RunError: onnxruntime refuses the model.
@@ -51,6 +54,8 @@ class Session:
         optimize: bool = True,
         threads: int | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
+        batching: Batching = AS_GIVEN,
+        custom_ops: Sequence[str] = (),
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised; onnxruntime need not print it as well
@@ -59,10 +64,15 @@ class Session:
         threads = _threads_of_the_environment() if threads is None else threads
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = _opened(model, options, providers)
+        self._session = _opened(model, options, providers, custom_ops)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
-        self._batches = {value.name: value.shape[0] for value in self._session.get_inputs() if value.shape}
+        self._batching = batching
+        self._batches = {
+            value.name: value.shape[axis]
+            for value in self._session.get_inputs()
+            if (axis := batching.axis(value.name)) is not None and axis < len(value.shape)
+        }
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Outputs by name, all or those asked for.
@@ -71,10 +81,11 @@ class Session:
             RunError: onnxruntime refuses the inputs, or fails.
         """
         names = list(self.output_names if outputs is None else outputs)
+        given = self._batching.given(inputs)
         try:
-            return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+            return self._batching.taken(dict(zip(names, self._session.run(names, given), strict=True)))
         except Exception as error:
-            shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in inputs.items())
+            shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in given.items())
             raise _refused(f"running the model on {shapes}", "inputs that it runs on", error) from error
 
     def stream(
@@ -114,6 +125,8 @@ class Session:
 
     def _fixed(self, inputs: Mapping[str, Array]) -> int | None:
         """The batch size, where the model has one."""
+        if self._batching.one_by_one:
+            return 1
         sizes = [self._batches.get(name) for name in inputs]
         return next((size for size in sizes if isinstance(size, int)), None)
 
@@ -156,6 +169,7 @@ class FileSession:
         weights: The other values, by name.
         providers: Execution providers.
         options: Options of the session.
+        custom_ops: As of `Session`.
 
     Raises:
         RunError: onnxruntime refuses it.
@@ -168,24 +182,41 @@ class FileSession:
         *,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         options: SessionOptions,
+        custom_ops: Sequence[str] = (),
     ) -> None:
         self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
         for name, value in self._weights.items():  # which must outlive the session
             options.add_initializer(name, value)
-        self.session = _opened(model, options, providers)
+        self.session = _opened(model, options, providers, custom_ops)
 
 
-def _opened(model: graphs.ModelOrPath, options: SessionOptions, providers: Sequence[str]) -> ort.InferenceSession:
+def _opened(
+    model: graphs.ModelOrPath, options: SessionOptions, providers: Sequence[str], custom_ops: Sequence[str] = ()
+) -> ort.InferenceSession:
     """A session; a model in memory has its external data where it lies."""
     where = "the model" if isinstance(model, ir.Model) else os.fspath(model)
     folder = graphs.external_folder(model) if isinstance(model, ir.Model) else None
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
+    for library in graphs.custom_ops(model) if isinstance(model, ir.Model) else custom_ops:
+        _register(library, options)
     source = graphs.to_bytes(model) if isinstance(model, ir.Model) else os.fspath(model)
     try:
         return ort.InferenceSession(source, options, providers=list(providers))
     except Exception as error:  # onnxruntime raises a dozen types without a common base
         raise _refused(where, "one that onnxruntime loads", error) from error
+
+
+def _register(library: str, options: SessionOptions) -> None:
+    try:
+        options.register_custom_ops_library(library)
+    except Exception as error:
+        raise RunError(
+            library,
+            expected="a library of custom operators that onnxruntime loads",
+            found=" ".join(str(error).split())[:400],
+            advice="Give the shared library itself, such as what onnxruntime_extensions.get_library_path() says.",
+        ) from error
 
 
 def tensors(output: object) -> tuple[Array, ...]:
@@ -205,4 +236,7 @@ def _cut_off(output: Array, count: int, size: int) -> Array:
 
 def _refused(where: str, expected: str, error: Exception) -> RunError:
     message = " ".join(str(error).split())
-    return RunError(where, expected=expected, found=message[:400], advice="Check it with onnxruntime alone first.")
+    advice = "Check it with onnxruntime alone first."
+    if "is not a registered function/op" in message:
+        advice = "Give the library that this operator comes from (custom_ops=, --custom-ops)."
+    return RunError(where, expected=expected, found=message[:400], advice=advice)

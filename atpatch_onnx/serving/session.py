@@ -26,8 +26,10 @@ from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord, read_record
 from atpatch_onnx.errors import PatchMismatchError, ServingError
 from atpatch_onnx.graph.names import FLAGGED, PREFIX, SCORE, SITE_KEY, flags_name, own_name
+from atpatch_onnx.matching.batches import drawn_inputs
 from atpatch_onnx.patches.patch import Patch
-from atpatch_onnx.running.drawing import draw_inputs
+from atpatch_onnx.running.bits import close
+from atpatch_onnx.running.opening import Libraries, load
 from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
 from atpatch_onnx.serving.counters import Counters, Stats
 from atpatch_onnx.serving.held import HeldData
@@ -54,6 +56,7 @@ class PatchedSession:
         options: Makes the options of a session; asked again for every new one.
         probe: Inputs `[samples, ...]` by name that a new session is proven with; drawn at random by default. Real ones
             are better where a model takes no others, such as tokens that must follow a grammar.
+        custom_ops: Libraries that operators of the model come from, as of `load`.
 
     Raises:
         ModelFileError: The file cannot be read.
@@ -71,14 +74,15 @@ class PatchedSession:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         options: Callable[[], SessionOptions] = SessionOptions,
         probe: Mapping[str, Array] | None = None,
+        custom_ops: Libraries = (),
     ) -> None:
         self._providers, self._options = tuple(providers), options
-        self._model = graphs.load(path)
+        self._model = load(path, custom_ops=custom_ops)
         self._held = HeldData.of(self._model)
         self._record = read_record(self._model)
         require_servable(os.fspath(path), self._model, self._record)
         self._base = require_as_baked(self._model)
-        self._probe = draw_inputs(self._model, np.random.default_rng(0)) if probe is None else probe
+        self._probe = drawn_inputs(self._base, np.random.default_rng(0)) if probe is None else probe
         self._own: Weights = _weights(self._model)
         self._weights: Weights = self._own
         self._live_record, self._off = self._record, frozenset[str]()
@@ -278,7 +282,7 @@ class PatchedSession:
         expected = Session(self._with(weights), providers=self._providers).run(self._probe)
         found = session.session.run(list(expected), dict(self._probe))
         for name, array in zip(expected, found, strict=True):
-            if not _close(expected[name], array):
+            if not close(expected[name], array, TOLERANCE):
                 raise ServingError(
                     "the new session",
                     expected=f"the output {name} of a probe as the new weights of the patch make it",
@@ -306,13 +310,3 @@ def _roles(record: PatchRecord) -> str:
 
     sites = [f"{site.site} {role(site)}" for site in record.sites]
     return "; ".join([*sites, *(f"{layer.layer} is edited" for layer in record.layers)])
-
-
-def _close(expected: Array, found: Array) -> bool:
-    if expected.shape != found.shape or expected.dtype != found.dtype:
-        return False
-    if expected.dtype.kind != "f":
-        return bool(np.array_equal(expected, found))
-    finite = np.isfinite(expected)
-    scale = float(np.abs(expected[finite]).max(initial=0.0))
-    return bool(np.allclose(expected, found, rtol=0, atol=TOLERANCE * scale, equal_nan=True))

@@ -38,11 +38,22 @@ def keeps_unflagged(expected: Array, found: Array, flagged: NDArray[np.bool_]) -
     return not by_sample(expected, len(flagged)) or bool((same_samples(expected, found) | flagged).all())
 
 
-def without_flagged(array: Array, flagged: NDArray[np.bool_]) -> Array:
-    """A copy in which the first sample without a flag stands in for those with one."""
-    if not by_sample(array, len(flagged)) or flagged.all():
+def without_flagged(array: Array, flagged: NDArray[np.bool_], axis: int | None = 0) -> Array:
+    """A copy in which the first sample without a flag stands in for those with one; None: there is no axis of them."""
+    if axis is None or array.ndim <= axis or array.shape[axis] != len(flagged) or flagged.all():
         return array
-    return np.asarray(array[np.where(flagged, np.argmin(flagged), np.arange(len(flagged)))])
+    return np.take(array, np.where(flagged, np.argmin(flagged), np.arange(len(flagged))), axis)
+
+
+def close(expected: Array, found: Array, tolerance: float) -> bool:
+    """Whether floats differ by this at most, relative to the largest of them, and all else not at all."""
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    if expected.dtype.kind != "f":
+        return bool(np.array_equal(expected, found))
+    finite = np.isfinite(expected)
+    scale = float(np.abs(expected[finite]).max(initial=0.0))
+    return bool(np.allclose(expected, found, rtol=0, atol=tolerance * scale, equal_nan=True))
 
 
 def finite(output: object) -> bool:
