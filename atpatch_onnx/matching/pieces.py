@@ -317,6 +317,7 @@ def _is_cache(value: ir.Value, view: View) -> bool:
 
 MOVES: Mapping[str, Callable[[Pieces, ir.Node, Sequence[int], View], Pieces | None]] = {
     **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "CastLike", "Dropout"), flat),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), flat),
     **dict.fromkeys(("Split", "Slice", "Gather"), cut),
     "Transpose": transposed,
     "Expand": expanded,

@@ -23,12 +23,15 @@ _BROADCASTING = {"Add", "Sub", "Mul", "Div", "Where", "And", "Or"}
 _LIKE_FIRST = {
     "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "SkipLayerNormalization",
     "SkipSimplifiedLayerNormalization", "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "RotaryEmbedding",
-    "GroupQueryAttention", "MultiHeadAttention", "Attention",
+    "GroupQueryAttention", "MultiHeadAttention", "Attention", "MoE", "QMoE", "LabelEncoder",
 }  # fmt: skip
 """Operators, most of them onnxruntime's own, whose result has the first operand's shape."""
 
-_WITH_ACTIVATION = {"FusedGemm": "Gemm", "FusedConv": "Conv"}
+_WITH_ACTIVATION = {"FusedGemm": "Gemm", "FusedConv": "Conv", "GemmFastGelu": "MatMul"}
 """onnxruntime's own operators that are one of onnx's, with an activation after it."""
+
+_PACKED = {"MatMulNBits", "MatMulBnb4", "MatMulFpQ4"}
+"""Products with weights of packed numbers, whose attribute `N` says how many features come out."""
 
 _BLOCKED = "com.microsoft.nchwc"
 """The domain of onnxruntime's convolutions and pools in blocks of channels, written at its level `layout`."""
@@ -157,7 +160,11 @@ class _Running:
             return self._of_plain(node, _WITH_ACTIVATION.get(node.op_type, node.op_type))
         if node.op_type == "EmbedLayerNormalization":
             return self._of_embedding(node)
+        if node.op_type == "GatherBlockQuantized":
+            return self._of_packed_table(node)
         kind, shape = self.types.get(node.input[0]), self._shape(node.input[0])
+        if node.op_type in _PACKED and kind is not None and shape:
+            return {node.output[0]: _tensor(kind.tensor_type.elem_type, (*shape[:-1], flags_of(node).get("N", 0)))}
         if node.domain == _BLOCKED:
             return self._of_reordered(node)
         if node.op_type not in _LIKE_FIRST or kind is None or shape is None:
@@ -179,6 +186,16 @@ class _Running:
         embedded = _tensor(self.types[node.input[2]].tensor_type.elem_type, (*ids, table[-1]))
         lengths = _tensor(onnx.TensorProto.INT32, ids[:1])
         return {name: kind for name, kind in zip(node.output, (embedded, lengths, embedded), strict=False) if name}
+
+    def _of_packed_table(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
+        """Rows of a table whose numbers are packed: as many features as blocks have together."""
+        indices, scales = self._shape(node.input[1]), self._shape(node.input[2])
+        flags = flags_of(node)
+        if indices is None or scales is None or scales[-1] is None or flags.get("gather_axis", 0) != 0:
+            return {}
+        kind = self.types[node.input[2]].tensor_type.elem_type
+        features = scales[-1] * flags.get("block_size", 128)
+        return {node.output[0]: _tensor(kind, (*indices, *scales[1:-1], features))}
 
     def _of_plain(self, node: onnx.NodeProto, op_type: str) -> Mapping[str, onnx.TypeProto]:
         """The result of one of onnx's operators under another name; what came on top of it is left out."""

@@ -14,8 +14,8 @@ from atpatch_onnx.measuring.bits import by_sample, keeps_unflagged, without_flag
 from atpatch_onnx.running.drawing import draw_inputs, input_shapes
 from atpatch_onnx.running.sessions import Array, Session
 
-LENGTHS = (16, 32, 64, 224, 1024)
-"""Sizes that free axes are tried with, one after the other, until the base runs."""
+LENGTHS = (16, 32, 64, 224, 1024, 8, 4)
+"""Sizes that free axes are tried with, one after the other, until the base runs; the last for few learned positions."""
 
 MAX_VALUES = 2**24
 """Larger inputs are not tried."""
@@ -93,7 +93,7 @@ def run_base(
 
 
 def _drawn(base: ir.Model, rng: np.random.Generator, samples: int) -> Iterator[Mapping[str, Array]]:
-    """Inputs of growing sizes, as far as sizes are free."""
+    """Inputs of several sizes, as far as sizes are free."""
     seen: list[dict[str, tuple[int, ...]]] = []
     for length in LENGTHS:
         shapes = input_shapes(base, samples=samples, length=length)
