@@ -186,6 +186,64 @@ def test_weights_that_are_inputs_too_are_weights() -> None:
     assert len({site.token_axis for site in matches.sites}) == 1
 
 
+# What makes tokens
+
+
+def encoded(s: Sketch, text: str) -> str:
+    """Categories as numbers, as scikit-learn's converters write it."""
+    s.nodes.append(
+        helper.make_node(
+            "LabelEncoder",
+            [text],
+            ["encoded"],
+            domain="ai.onnx.ml",
+            keys_strings=["a", "b"],
+            values_int64s=[0, 1],
+            default_int64=2,
+        )
+    )
+    return "encoded"
+
+
+def tokenized(s: Sketch, text: str) -> str:
+    ids = s.op("BertTokenizer", text, domain="ai.onnx.contrib")
+    return s.op("Unsqueeze", ids, s.sizes(0))
+
+
+def tokenized_in_a_batch(s: Sketch, text: str) -> str:
+    return s.op("GPT2Tokenizer", text, domain="ai.onnx.contrib")
+
+
+@pytest.mark.parametrize(
+    ("read", "shape", "keys"),
+    [
+        (encoded, ["batch", "columns"], "columns"),
+        (tokenized, [1], "tokens"),
+        (tokenized_in_a_batch, ["batch"], "tokens"),
+    ],
+)
+def test_sites_behind_what_reads_texts_share_a_token_axis(
+    read: Callable[[Sketch, str], str], shape: list[int | str], keys: str
+) -> None:
+    s = Sketch()
+    x = s.op("Gather", s.normal(30, WIDTH), read(s, "text"))
+    for _ in range(2):
+        q, k, v = (s.transpose(s.reshape(s.linear(x), 0, -1, HEADS, 3), 0, 2, 1, 3) for _ in range(3))
+        y = s.attend(q, s.transpose(k, 0, 1, 3, 2), v)
+        x = s.op("Add", x, s.linear(s.reshape(s.transpose(y, 0, 2, 1, 3), 0, -1, WIDTH)))
+    made = helper.make_graph(
+        s.nodes,
+        "net",
+        [helper.make_tensor_value_info("text", TensorProto.STRING, shape)],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, None)],
+        s.weights,
+    )
+    opsets = [helper.make_opsetid(*one) for one in (("", 18), ("ai.onnx.ml", 3), ("ai.onnx.contrib", 1))]
+    matches = explain(ir.from_proto(helper.make_model(made, opset_imports=opsets)))
+    assert [(site.keys, site.self_attention, site.parts) for site in matches.sites] == [(keys, True, 1)] * 2
+    assert len({site.token_axis for site in matches.sites}) == 1
+
+
 # Names of sizes
 
 

@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from atpatch_onnx import graph
-from atpatch_onnx.matching import sized_shapes
+from atpatch_onnx.matching import sized_shapes, tokenizers
 from atpatch_onnx.matching.sites import Dim
 
 Shapes = dict[str, tuple[Dim, ...]]
@@ -109,6 +109,8 @@ def _symbols(model: ir.Model) -> _Symbols:
             if name is None or name.isdigit() or name in found:
                 continue
             found[name] = _Symbol(name, *_numbers(axis, len(value.shape or ()) if continuous else 0, found))
+    if any(node.domain == tokenizers.DOMAIN and node.op_type in tokenizers.KINDS for node in model.graph):
+        found.setdefault(tokenizers.TOKENS, _Symbol(tokenizers.TOKENS, *_numbers(1, 0, found)))
     return tuple(found.values())
 
 

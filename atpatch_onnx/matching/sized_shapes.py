@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from atpatch_onnx.graph import protos
+from atpatch_onnx.matching import tokenizers
 from atpatch_onnx.matching.arithmetic import compute, flags_of
 
 Sizes = tuple[int | None, ...]
@@ -23,7 +24,7 @@ _BROADCASTING = {"Add", "Sub", "Mul", "Div", "Where", "And", "Or"}
 _LIKE_FIRST = {
     "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "SkipLayerNormalization",
     "SkipSimplifiedLayerNormalization", "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "RotaryEmbedding",
-    "GroupQueryAttention", "MultiHeadAttention", "Attention", "MoE", "QMoE", "LabelEncoder",
+    "GroupQueryAttention", "MultiHeadAttention", "Attention", "MoE", "QMoE",
 }  # fmt: skip
 """Operators, most of them onnxruntime's own, whose result has the first operand's shape."""
 
@@ -115,17 +116,21 @@ class _Running:
         return branch if len(branch.output) == len(node.output) else None
 
     def _inferred(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
-        if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if domain not in ("", "ai.onnx.ml") or not onnx.defs.has(node.op_type, domain):
             return self._of_runtime(node)
         names = [name for name in node.input if name]
         found: Mapping[str, onnx.TypeProto] = onnx.shape_inference.infer_node_outputs(
-            onnx.defs.get_schema(node.op_type, self._opset, ""),
+            onnx.defs.get_schema(node.op_type, self._opset if domain == "" else self._opset_of(domain), domain),
             node,
             {name: self.types[name] for name in names},
             {name: onnx.numpy_helper.from_array(self.data[name]) for name in names if name in self.data},
             opset_imports=list(self.proto.opset_import),
         )
         return found
+
+    def _opset_of(self, domain: str) -> int:
+        return next((entry.version for entry in self.proto.opset_import if entry.domain == domain), 1)
 
     def _shape(self, name: str) -> Sizes | None:
         return _sizes(self.types[name]) if name in self.types else None
@@ -160,6 +165,8 @@ class _Running:
             return self._of_plain(node, _WITH_ACTIVATION.get(node.op_type, node.op_type))
         if node.op_type == "EmbedLayerNormalization":
             return self._of_embedding(node)
+        if node.domain == tokenizers.DOMAIN and node.op_type in tokenizers.KINDS:
+            return self._of_texts(node)
         if node.op_type == "GatherBlockQuantized":
             return self._of_packed_table(node)
         kind, shape = self.types.get(node.input[0]), self._shape(node.input[0])
@@ -186,6 +193,15 @@ class _Running:
         embedded = _tensor(self.types[node.input[2]].tensor_type.elem_type, (*ids, table[-1]))
         lengths = _tensor(onnx.TensorProto.INT32, ids[:1])
         return {name: kind for name, kind in zip(node.output, (embedded, lengths, embedded), strict=False) if name}
+
+    def _of_texts(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
+        """Numbers of tokens, and what stands beside them: which are padding, which are of the second text."""
+        rank, texts = tokenizers.OF_ONE.get(node.op_type), self._shape(node.input[0])
+        outer = texts if rank is None else (1,) * (rank - 1)
+        if outer is None or tokenizers.TOKENS not in self.sizes:
+            return {}
+        found = _tensor(onnx.TensorProto.INT64, (*outer, self.sizes[tokenizers.TOKENS]))
+        return {name: found for name in node.output[:3] if name}
 
     def _of_packed_table(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
         """Rows of a table whose numbers are packed: as many features as blocks have together."""
