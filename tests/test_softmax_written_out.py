@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from form_nets import Form, Sketch, heads_apart, heads_together
+from form_nets import MICROSOFT, Form, Sketch, heads_apart, heads_together
 
 from atpatch_onnx.matching import explain
 from atpatch_onnx.measuring.rehearse import rehearse
@@ -82,6 +82,11 @@ def less_the_logarithm_written_out(s: Sketch, x: str) -> str:
     return s.op("Exp", s.op("Sub", y, s.op("Log", summed(s, s.op("Exp", y)))))
 
 
+def with_a_bias(s: Sketch, x: str) -> str:
+    """One operator of onnxruntime's own."""
+    return s.op("BiasSoftmax", x, s.normal(1, 1, 16, 16), domain="com.microsoft", axis=3, is_inner_broadcast=0)
+
+
 WAYS: tuple[Callable[[Sketch, str], str], ...] = (
     divided,
     with_the_maximum_taken_off,
@@ -96,6 +101,7 @@ WAYS: tuple[Callable[[Sketch, str], str], ...] = (
     of_its_logarithm,
     less_the_logarithm_of_the_sum,
     less_the_logarithm_written_out,
+    with_a_bias,
 )
 
 
@@ -105,7 +111,7 @@ def net(normalize: Callable[[Sketch, str], str]) -> Form:
         scores = s.scores(q, s.transpose(k, 0, 1, 3, 2))
         return heads_together(s, s.op("MatMul", normalize(s, scores), v))
 
-    return Form(layer)
+    return Form(layer, opsets=MICROSOFT)
 
 
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)

@@ -1,6 +1,7 @@
 """A graph in plain operators: onnxruntime's quantized ones as DequantizeLinear, the operator of floats, QuantizeLinear.
 
     QLinearMatMul(a, b) -> y    is read as    MatMul(DequantizeLinear(a), DequantizeLinear(b)), QuantizeLinear -> y
+    BiasSoftmax(x, bias) -> y                 Softmax(Add(x, bias)) -> y
 
 So the rules know one form of each. The copy is for reading only: it has all the values of the graph under their names,
 and some more, of which `Plain.stands_for` says where they would be in the graph.
@@ -63,12 +64,14 @@ _READINGS: Mapping[str, Callable[[ir.Node], _Quantized]] = {
 }
 """Inputs as onnxruntime documents them (docs/ContribOperators.md), and onnx QLinearMatMul and QLinearConv."""
 
+_FUSED = "BiasSoftmax"
+
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 """onnxruntime has its own of these for types that onnx's took later, with the same inputs."""
 
 
 def in_plain_operators(model: ir.Model) -> Plain:
-    """The model, or a copy of it in which no operator is one of onnxruntime's quantized ones. Weights are shared."""
+    """The model, or a copy of it in which no operator is one of these of onnxruntime's own. Weights are shared."""
     if not any(_is_read(node) for node in model.graph):
         return Plain(model, {})
     copy, names = graphs.copy(model), graphs.all_names(model)
@@ -77,7 +80,7 @@ def in_plain_operators(model: ir.Model) -> Plain:
         if node.op_type in _CONVERSIONS:
             node.domain = ""
             continue
-        written = _written(node, _READINGS[node.op_type](node))
+        written = _unfused(node) if node.op_type == _FUSED else _written(node, _READINGS[node.op_type](node))
         base, last = str(node.outputs[0].name), written[-1]
         for place, one in enumerate(written[:-1]):
             wanted = f"plain/{number}/{place}"
@@ -91,7 +94,17 @@ def _is_read(node: ir.Node) -> bool:
     if node.op_type in _CONVERSIONS:
         return node.domain == "com.microsoft"
     last = "channels_last" in node.attributes and node.attributes["channels_last"].as_int()
+    if node.op_type == _FUSED:
+        return node.domain == "com.microsoft"
     return node.op_type in _READINGS and node.domain in ("", "com.microsoft") and not last
+
+
+def _unfused(node: ir.Node) -> list[ir.Node]:
+    """A softmax and the bias that is added to its scores."""
+    name = node.name or str(node.outputs[0].name)
+    added = ir.Node("", "Add", node.inputs[:2], name=name)
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+    return [added, ir.Node("", "Softmax", added.outputs, [ir.AttrInt64("axis", axis)], name=name)]
 
 
 def _written(node: ir.Node, reading: _Quantized) -> list[ir.Node]:
