@@ -158,7 +158,7 @@ def _trials(proto: onnx.ModelProto, symbols: _Symbols) -> tuple[sized_shapes.Tri
     for _ in symbols:
         for fewer in itertools.islice(_reconciled(first.conflicts, symbols), _ATTEMPTS):
             again = sized_shapes.run(proto, {symbol.name: symbol.first for symbol in fewer})
-            if len(again.conflicts) < len(first.conflicts):
+            if _wrong(again) < _wrong(first):
                 first, symbols = again, fewer
                 break
         else:
@@ -166,13 +166,18 @@ def _trials(proto: onnx.ModelProto, symbols: _Symbols) -> tuple[sized_shapes.Tri
     if not symbols:
         return first, first, symbols
     second = sized_shapes.run(proto, {symbol.name: symbol.second for symbol in symbols})
-    for fewer in _shorter(symbols) if len(second.conflicts) > len(first.conflicts) else ():
+    for fewer in _shorter(symbols) if _wrong(second) > _wrong(first) else ():
         again, further = (
             sized_shapes.run(proto, {symbol.name: number(symbol) for symbol in fewer}) for number in (_FIRST, _SECOND)
         )
-        if max(len(again.conflicts), len(further.conflicts)) <= len(first.conflicts):
+        if max(_wrong(again), _wrong(further)) <= _wrong(first):
             return again, further, fewer
     return first, second, symbols
+
+
+def _wrong(trial: sized_shapes.Trial) -> int:
+    """How much of a trial cannot be: sizes that did not fit, and tensors of which nothing is left."""
+    return len(trial.conflicts) + sum(0 in shape for shape in trial.shapes.values())
 
 
 def _compared(
