@@ -137,7 +137,4 @@ def test_other_softmaxes_are_refused_as_no_attention(way: str) -> None:
     matches = explain(model)
     assert matches.sites == ()
     assert [miss.attention for miss in matches.near_misses] == [False] * 3
-    router, pooling, classes = (miss.reason for miss in matches.near_misses)
-    assert "does not meet a value matrix" in router
-    assert "linear layer" in pooling
-    assert "is an output of the model" in classes
+    assert all("its scores come from a linear layer" in miss.reason for miss in matches.near_misses)

@@ -299,6 +299,15 @@ def test_attention_of_another_form_is_refused_with_its_reason(case: str) -> None
     assert miss.nodes
 
 
+def test_a_graph_without_keys_has_no_site() -> None:
+    body = f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)"
+    none = QKV.replace(",7,", ",0,")
+    assert none != QKV
+    matches = explain(text_model(body, none, "float[2,4,5,8] y"))
+    assert matches.sites == ()
+    assert [miss.attention for miss in matches.near_misses] == [True]
+
+
 def test_an_old_opset_is_refused_with_what_to_do() -> None:
     body = f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)"
     (miss,) = explain(text_model(body, QKV, "float[2,4,5,8] y", opset=12)).near_misses

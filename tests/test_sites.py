@@ -30,12 +30,15 @@ def test_flags_are_carried_among_the_sites_of_an_axis() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"token_axis": "axis_1"}, "not carried: no other site's keys are positions of this sequence (self-attention)"),
+        (
+            {"token_axis": "axis_1"},
+            "not carried: no other site's keys are known to be positions of this sequence (self-attention)",
+        ),
         ({"parts": 16}, "not carried: 16 parts of a sample, such as windows or channels, attend on their own"),
         ({"parts": None}, "not carried: several parts of a sample, such as windows or channels, attend on their own"),
         (
             {"parts": 0, "token_axis": "axis_1"},
-            "not carried: no other site's keys are positions of this sequence (samples share one map)",
+            "not carried: no other site's keys are known to be positions of this sequence (samples share one map)",
         ),
     ],
 )

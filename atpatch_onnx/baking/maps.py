@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching.layout import canonical
-from atpatch_onnx.matching.sites import AttentionSite, Form
+from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.running.sessions import Array
 
 _MODE = "qk_matmul_output_mode"
@@ -17,8 +17,8 @@ _MODE = "qk_matmul_output_mode"
 
 
 def map_outputs(sites: Sequence[AttentionSite]) -> dict[str, str]:
-    """The outputs with the maps, by site. Operators of onnxruntime's own domain keep theirs to themselves."""
-    return {site.name: site.map or f"{site.output}/map" for site in sites if site.form is not Form.FUSED}
+    """The outputs with the maps, by site; of those that show theirs."""
+    return {site.name: site.map or f"{site.output}/map" for site in sites if site.shows_map}
 
 
 def with_maps(model: ir.Model, sites: Sequence[AttentionSite], names: Sequence[str]) -> ir.Model:

@@ -13,7 +13,7 @@ from atpatch_onnx.graph.names import own_name
 from atpatch_onnx.graph.parts import require_opset
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching.layout import MAP
-from atpatch_onnx.matching.sites import AttentionSite, Form
+from atpatch_onnx.matching.sites import AttentionSite
 
 
 def key_output(site: AttentionSite) -> str:
@@ -31,7 +31,7 @@ def mass_output(site: AttentionSite) -> str | None:
 
     Its mean share over heads and queries. None where the graph does not hand out one map a sample for its tokens.
     """
-    shown = site.form is not Form.FUSED and site.map_layout == MAP and site.parts == 1 and site.self_attention
+    shown = site.shows_map and site.map_layout == MAP and site.parts == 1 and site.self_attention
     return own_name(site.name, "probe/mass") if shown else None
 
 

@@ -61,16 +61,37 @@ def _product(at: Insertion, place: Place, weights: Array, name: str) -> ir.Value
 
 def _tokens_first(at: Insertion, place: Place, name: str) -> ir.Value:
     """The tensor of a place, float `[*tokens, features]`."""
-    value = find_value(at.graph, place.value)
+    value = dequantized(at, place, find_value(at.graph, place.value), name)
     features = [axis for axis, letters in enumerate(place.axes) if not letters]
     tokens = [axis for axis, letters in enumerate(place.axes) if letters]
     if tokens + features != list(range(len(place.axes))):
         value = at.op("Transpose", value, name=f"{name}/ordered", attributes=[ir.AttrInt64s("perm", tokens + features)])
     if len(features) != 1:
         value = _reshaped(at, value, [0] * len(tokens) + [prod(place.sizes)], f"{name}/flat")
-    if place.dtype != ir.DataType.FLOAT.name:
+    if place.quantization is None and place.dtype != ir.DataType.FLOAT.name:
         value = at.op("Cast", value, name=f"{name}/read", attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)])
     return value
+
+
+def dequantized(at: Insertion, place: Place, value: ir.Value, name: str) -> ir.Value:
+    """What the whole numbers of a place stand for; floats as they are."""
+    return _converted(at, place, value, "DequantizeLinear", f"{name}/dequantized", ir.DataType.FLOAT)
+
+
+def quantized(at: Insertion, place: Place, value: ir.Value, name: str) -> ir.Value:
+    """The reverse of `dequantized`, which gives back each number that it was given."""
+    return _converted(at, place, value, "QuantizeLinear", name, ir.DataType[place.dtype])
+
+
+def _converted(at: Insertion, place: Place, value: ir.Value, op_type: str, name: str, dtype: ir.DataType) -> ir.Value:
+    own = place.quantization
+    if own is None:
+        return value
+    scale = at.constant(f"scale_{own.scale!r}", np.array(own.scale, np.float32))
+    zero_point = at.constant(
+        f"zero_point_{own.zero_point}_{place.dtype}", np.array(own.zero_point), ir.DataType[place.dtype]
+    )
+    return at.op(op_type, value, scale, zero_point, name=name, shape=place.shape, dtype=dtype, domain=own.domain)
 
 
 def _reshaped(at: Insertion, value: ir.Value, shape: Sequence[int], name: str) -> ir.Value:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from atpatch_onnx.baking.read import in_place, own_bias
+from atpatch_onnx.baking.read import dequantized, in_place, own_bias, quantized
 from atpatch_onnx.graph.insertion import Insertion, hand_over, replaced_value
 from atpatch_onnx.graph.names import SITE_KEY, own_name
 from atpatch_onnx.graph.values import find_value
@@ -60,7 +60,9 @@ def replacements(graph: ir.Graph, site: AttentionSite, neutral: Neutral) -> Iter
 
     def of(place: Place, features: NDArray[np.float32]) -> NDArray[np.float32]:
         own = own_bias(graph, place)
-        return np.asarray(in_place(place, features if own is None else features - own), np.float32)
+        return np.asarray(
+            in_place(place, representable(place, features if own is None else features - own)), np.float32
+        )
 
     def columns(place: Place) -> NDArray[np.bool_]:
         return np.asarray(in_place(place, np.ones((place.heads, place.depth), np.bool_)), np.bool_)
@@ -79,12 +81,20 @@ def replacements(graph: ir.Graph, site: AttentionSite, neutral: Neutral) -> Iter
         yield Replacement(name, place, of(place, features), None if place.whole else columns(place))
 
 
+def representable(place: Place, features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The nearest floats that the whole numbers of a place can stand for; of a place of floats the same."""
+    own = place.quantization
+    if own is None:
+        return features
+    return own.dequantized(own.quantized(features, ir.DataType[place.dtype].numpy()))
+
+
 def replace_tokens(at: Insertion, replacement: Replacement, decision: Decision) -> ir.Value:
     """Write one replacement; the base's nodes read its result from then on."""
     place, graph = replacement.place, at.graph
     value = find_value(graph, place.value)
     value = _as_replaced(graph, value) if place.reader is None else value
-    dtype = ir.DataType[place.dtype]
+    dtype = ir.DataType[place.dtype] if place.quantization is None else ir.DataType.FLOAT
     features = replacement.neutral.copy()
     with np.errstate(over="ignore"):  # refused below, as the weight that it would be
         features[features.astype(dtype.numpy()) == 0] = (
@@ -97,7 +107,11 @@ def replace_tokens(at: Insertion, replacement: Replacement, decision: Decision) 
         flags = _laid_out(into, place, value, decision.flags, name)
         if columns is not None:
             flags = into.op("And", flags, columns, name=f"{name}/flagged_columns")
-        return into.op("Where", flags, neutral, value, name=name, shape=place.shape, dtype=dtype)
+        if place.quantization is None:
+            return into.op("Where", flags, neutral, value, name=name, shape=place.shape, dtype=dtype)
+        floats = dequantized(into, place, value, f"{name}/replaced")
+        chosen = into.op("Where", flags, neutral, floats, name=f"{name}/floats", shape=place.shape, dtype=dtype)
+        return quantized(into, place, chosen, name)
 
     name = replacement.name
     if decision.some is None:

@@ -191,6 +191,7 @@ def _patch(
         "outcome": found.outcome.to_json(),
         "settings_tried": sum(one.settings_tried for one in attempts),
         "sites": [_site_figures(site, best.calibration, found) for site, _ in best.entries],
+        "left_out": [{"site": site.name, "token_axis": site.token_axis} for site in prepared.left_out],
     }
     return Patch(base=fingerprint(model), sites=tuple(chosen), figures=figures)
 

@@ -24,6 +24,9 @@ class Prepared:
     sites: tuple[AttentionSite, ...]
     """The candidates, on one token axis, in the order of the graph."""
 
+    left_out: tuple[AttentionSite, ...]
+    """The sites that nobody asked for by name and that are no candidates, as they are on other token axes."""
+
     debug: DebugSet
     """With its suspects and, for a backdoor, its target."""
 
@@ -47,7 +50,8 @@ def prepare(model: ir.Model, debug: DebugSet, options: FitOptions, progress: Pro
     debug = find_suspects(model, [first], debug, batch_size=options.batch_size, progress=progress)
     parts = debug.split(seed=options.seed)
     check_size(len(parts.calibration), len(debug), options.goal.clean_flag_rate)
-    return Prepared(sites, debug, parts, output)
+    left_out = tuple(site for site in found if site not in sites) if options.sites is None else ()
+    return Prepared(sites, left_out, debug, parts, output)
 
 
 def complete(

@@ -36,7 +36,8 @@ class Branches:
 def branches(model: ir.Model) -> Branches | None:
     """The two graphs that a model is made of; None where it is a graph like others.
 
-    That is: its only node is an `If`, which an input decides, and one branch reads more inputs than the other.
+    That is: its only node is an `If`, which an input decides; one branch reads more inputs than the other, its cache,
+    and what it reads alone comes out again, beside something else.
     """
     node = model.graph.node(0) if len(model.graph) == 1 else None
     if node is None or node.op_type != "If" or node.domain != "" or set(node.attributes) != set(_NAMES):
@@ -44,9 +45,11 @@ def branches(model: ir.Model) -> Branches | None:
     switch = node.inputs[0]
     if switch is None or not switch.is_graph_input() or list(model.graph.outputs) != list(node.outputs):
         return None
-    read = {name: len(branch(model, name).graph.inputs) for name in _NAMES}
-    begins, goes_on = sorted(_NAMES, key=read.__getitem__)
-    return None if read[begins] == read[goes_on] else Branches(begins, goes_on, str(switch.name))
+    read = {name: {str(value.name) for value in branch(model, name).graph.inputs} for name in _NAMES}
+    begins, goes_on = sorted(_NAMES, key=lambda name: len(read[name]))
+    if len(read[begins]) == len(read[goes_on]) or len(node.outputs) <= len(read[goes_on] - read[begins]):
+        return None
+    return Branches(begins, goes_on, str(switch.name))
 
 
 def beginning(model: ir.Model) -> ir.Model:

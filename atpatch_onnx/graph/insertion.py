@@ -56,9 +56,10 @@ class Insertion:
         attributes: Sequence[ir.Attr] = (),
         shape: Sequence[int | str | None] = (),
         dtype: ir.DataType | None = None,
+        domain: str = "",
     ) -> ir.Value:
-        """Add an ONNX operator; the result is named `atpatch/<scope>/<name>`, its shape and type declared if given."""
-        node = ir.Node("", op_type, inputs, attributes, name=own_name(self.scope, name))
+        """Add an operator; the result is named `atpatch/<scope>/<name>`, its shape and type declared if given."""
+        node = ir.Node(domain, op_type, inputs, attributes, name=own_name(self.scope, name))
         node.metadata_props[SITE_KEY] = self.scope
         result = node.outputs[0]
         result.name = node.name
@@ -138,7 +139,21 @@ def replaced_value(node: ir.Node) -> ir.Value | None:
     name, result = node.metadata_props.get(REPLACES_KEY), node.outputs[0]
     wanted = node.name if result.name == name else name  # names are exchanged where it is an output of the model
     inner = [value for attribute in node.attributes.values() for value in _captured(attribute)]
-    return next((value for value in (*node.inputs, *inner) if value is not None and value.name == wanted), None)
+    read = (*node.inputs, *inner, _before_quantization(node))
+    return next((value for value in read if value is not None and value.name == wanted), None)
+
+
+def _before_quantization(node: ir.Node) -> ir.Value | None:
+    """What is dequantized, chosen from by a Where, and quantized again by a node of ours."""
+    for op_type, index in (("QuantizeLinear", 0), ("Where", 2), ("DequantizeLinear", 0)):
+        if node.op_type != op_type or SITE_KEY not in node.metadata_props:
+            return None
+        value = node.inputs[index]
+        following = None if value is None else value.producer()
+        if op_type == "DequantizeLinear" or following is None:
+            return value
+        node = following
+    return None
 
 
 def _captured(attribute: ir.Attr) -> list[ir.Value]:

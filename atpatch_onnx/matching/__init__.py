@@ -16,6 +16,7 @@ from atpatch_onnx.matching.naming import site_names
 from atpatch_onnx.matching.places import first_place, key_place, value_place, without_cache
 from atpatch_onnx.matching.provenance import Source, factors
 from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
+from atpatch_onnx.matching.shapes import told
 from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss, Place
 from atpatch_onnx.matching.unmapped import unmapped
 from atpatch_onnx.matching.view import View
@@ -46,7 +47,7 @@ def sample_outputs(model: ir.Model) -> frozenset[str]:
     where the model leaves it free.
     """
     seen = look(model)
-    return frozenset(str(output.name) for output in model.graph.outputs if _begins_with_samples(output, seen))
+    return frozenset(str(output.name) for output in seen.model.graph.outputs if _begins_with_samples(output, seen))
 
 
 def _begins_with_samples(output: ir.Value, seen: View) -> bool:
@@ -66,10 +67,10 @@ def explain(model: ir.Model) -> Matches:
     """
     model = graphs.beginning(model)
     seen = look(model)
-    order = {str(value.name): index for index, node in enumerate(model.graph) for value in node.outputs}
+    order = {str(value.name): index for index, node in enumerate(seen.model.graph) for value in node.outputs}
     found: list[tuple[Candidate, tuple[Place, Place]]] = []
     misses: list[NearMiss] = []
-    for answer in _answers(model, seen):
+    for answer in _answers(seen.model, seen):
         places = answer if isinstance(answer, NearMiss) else _places(answer, order, seen)
         if isinstance(places, NearMiss):
             misses.append(places)
@@ -86,13 +87,13 @@ def explain(model: ir.Model) -> Matches:
             form=candidate.form,
             key=key,
             value=value,
-            map=None if candidate.map is None else candidate.map.name,
+            map=_name_in_graph(candidate.map, seen),
             map_layout=candidate.map_layout,
-            output=str(candidate.output.name),
-            parts=candidate.parts,
-            heads=candidate.heads,
-            queries=candidate.queries,
-            keys=axis.tokens,
+            output=seen.in_graph(candidate.output),
+            parts=told(candidate.parts),
+            heads=told(candidate.heads),
+            queries=told(candidate.queries),
+            keys=told(axis.tokens),
             dtype=key.dtype,
             masked=candidate.masked,
             self_attention=axis.self_attention,
@@ -103,7 +104,12 @@ def explain(model: ir.Model) -> Matches:
         for index, ((candidate, (key, value)), name, axis) in enumerate(zip(found, names, axes, strict=True))
     )
     known = {name for nodes in (*(s.nodes for s in sites), *(m.nodes for m in misses)) for name in nodes}
-    return Matches(sites, (*misses, *unmapped(list(model.graph), known)))
+    return Matches(sites, (*misses, *unmapped(list(seen.model.graph), known)))
+
+
+def _name_in_graph(map_: ir.Value | None, seen: View) -> str | None:
+    """The name of a map; None where a node keeps it to itself."""
+    return None if map_ is None or map_.name in seen.stands_for else map_.name
 
 
 def _samples(seen: View) -> tuple[str, int] | None:
@@ -137,7 +143,7 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
         return miss(candidate.nodes, reason, attention=True)
     dtype = seen.dtype(candidate.output) or seen.dtype(candidate.query) or ir.DataType.UNDEFINED
     key, value = (_typed(place, dtype, seen) for place in (key, value))
-    for kind in (ir.DataType[place.dtype] for place in (key, value)):
+    for kind in (ir.DataType[place.dtype] for place in (key, value) if place.quantization is None):
         if kind is not ir.DataType.UNDEFINED and not kind.is_floating_point():
             return miss(candidate.nodes, f"attention, but on {kind.name}, which are no floats", attention=True)
     if candidate.bias is not None:

@@ -10,7 +10,9 @@ mix positions begins a new sequence. A site's output stands at the positions of 
   divided into parts (windows, channels).
 
 So encoder and decoder stay apart even where their lengths agree, and the keys of cross-attention stand on the encoder's
-axis. Where the flow is not understood, a site gets an axis of its own: flags are then not carried, never carried wrong.
+axis. Where the flow is not understood, a site gets an axis of its own: flags are then not carried, never carried wrong;
+nor is it said then that queries and keys are positions of two sequences. That is said where both began in what is known
+to begin one: an input of the model, an embedding, a convolution, weights.
 """
 
 from collections.abc import Sequence
@@ -19,7 +21,10 @@ from math import prod
 
 import onnx_ir as ir
 
+from atpatch_onnx.matching.linear import LINEAR, weight_of
+from atpatch_onnx.matching.operands import cut_axes
 from atpatch_onnx.matching.pieces import split_by_axes
+from atpatch_onnx.matching.provenance import Source, factors
 from atpatch_onnx.matching.rules import Candidate
 from atpatch_onnx.matching.sites import Dim, Place
 from atpatch_onnx.matching.view import View
@@ -33,19 +38,20 @@ _POINTWISE = {
 """Operators that leave positions where they are; all operands count, Concat's because lengths tell what it does."""
 
 _FIRST_OPERAND = {
-    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Flatten", "Gemm", "MatMul", "FusedMatMul",
-    "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "BatchNormalization", "LpNormalization",
-    "RotaryEmbedding", "FastGelu", "BiasGelu", "QuickGelu", "Softmax", "Einsum", "FusedGemm", "Conv",
-    "DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear", "MatMulInteger", "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul", "MatMulNBits", "Slice", "Split", "Gather", "GatherND",
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Flatten", "Einsum", "LayerNormalization",
+    "RMSNormalization", "SimplifiedLayerNormalization", "BatchNormalization", "LpNormalization", "GroupNormalization",
+    "InstanceNormalization", "RotaryEmbedding", "FastGelu", "BiasGelu", "QuickGelu", "BiasSplitGelu", "Softmax", "Conv",
+    "FusedConv", "NhwcConv", "DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear", "MoE", "QMoE",
+    "LabelEncoder", "Slice", "Split", "Gather", "GatherND", *LINEAR,
 }  # fmt: skip
 """Operators whose first operand carries the positions. Products only with weights as the second, a
 Conv only with a kernel of one position."""
 
-_PRODUCTS = {
-    "MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Einsum", "MatMulInteger", "MatMulIntegerToFloat",
-    "DynamicQuantizeMatMul", "MatMulNBits",
-}  # fmt: skip
+_PRODUCTS = LINEAR | {"Einsum"}
+_CONVOLUTIONS = {"Conv", "FusedConv", "NhwcConv", "ConvInteger"}
+_BEGINS = _CONVOLUTIONS | {"ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "EmbedLayerNormalization"}
+"""Operators that begin a sequence of positions, besides embeddings."""
+
 _CUTS = {"Slice", "Split", "Gather", "GatherND"}
 
 _PARTS = (2, 3)
@@ -59,7 +65,9 @@ class Axis:
     name: str
     """The same for sites whose keys are positions of one sequence."""
 
-    self_attention: bool
+    self_attention: bool | None
+    """None: not known."""
+
     tokens: Dim
     """Keys that are computed here, of one map."""
 
@@ -67,6 +75,7 @@ class Axis:
 def token_axes(candidates: Sequence[Candidate], keys: Sequence[Place], view: View) -> list[Axis]:
     """The axis of each candidate, in order, given where its keys are replaced: those in a cache do not count."""
     origins = _origins(candidates, view)
+    begun = frozenset(name for name, own in origins.items() if name in own and _begins(name, view))
     known: list[tuple[str, frozenset[str], tuple[object, object]]] = []
     axes = []
     for site, key in zip(candidates, keys, strict=True):
@@ -78,8 +87,17 @@ def token_axes(candidates: Sequence[Candidate], keys: Sequence[Place], view: Vie
         name = same[0] if same and whole else f"axis_{len({name for name, _, _ in known})}"
         known.append((name, own, sizes))
         contradicted = None not in (site.queries, tokens) and site.queries != tokens
-        axes.append(Axis(name, bool(queries & own) and not contradicted, tokens))
+        shared = bool(queries & own) and not contradicted
+        axes.append(Axis(name, shared or (False if contradicted or queries | own <= begun else None), tokens))
     return axes
+
+
+def _begins(name: str, view: View) -> bool:
+    """Whether a value is known to be the beginning of a sequence."""
+    node = view.values[name].producer()
+    if node is None or node.op_type in _BEGINS:
+        return True
+    return node.op_type in ("Gather", "GatherBlockQuantized") and view.is_static(node.inputs[0])
 
 
 def tokens_of(site: Candidate, place: Place, view: View) -> Dim:
@@ -144,25 +162,25 @@ def _keeps_positions(node: ir.Node, view: View) -> bool:
 
     A cut does along the depth, and where it takes Q, K or V out of a fused projection.
     """
-    if node.op_type == "Conv":
+    if node.op_type in _CONVOLUTIONS:
         return view.is_pointwise(node)
     if node.op_type in _PRODUCTS:
-        return any(view.is_weight(value) for value in node.inputs[:2])
+        return weight_of(node, view) is not None
     if node.op_type not in _CUTS:
         return True
     shape = view.shape(node.inputs[0])
     if shape is None:
         return False
-    axes = _cut_axes(node, view)
+    axes = cut_axes(node)
     if axes is None or any(not -len(shape) <= axis < len(shape) for axis in axes):
         return False
-    return all(axis % len(shape) == len(shape) - 1 or shape[axis] in _PARTS for axis in axes)
+    return all(
+        axis % len(shape) == len(shape) - 1 or shape[axis] in _PARTS or _of_features(node, axis % len(shape), view)
+        for axis in axes
+    )
 
 
-def _cut_axes(node: ir.Node, view: View) -> list[int] | None:
-    if node.op_type == "Slice":
-        axes = view.constant(node.inputs[3]) if len(node.inputs) > 3 else None
-        return None if axes is None else [int(axis) for axis in axes.reshape(-1)]
-    if node.op_type in ("Split", "Gather"):
-        return [node.attributes["axis"].as_int() if "axis" in node.attributes else 0]
-    return None
+def _of_features(node: ir.Node, axis: int, view: View) -> bool:
+    """Whether an axis of what a node takes is made of the features of a linear layer."""
+    assert node.inputs[0] is not None, "a cut has something to cut"
+    return {factor.source for factor in factors(node.inputs[0], axis, view) or ()} == {Source.HEADS}

@@ -20,14 +20,20 @@ _BLOCKS = {
 _INSIDE = {
     "Add", "Sub", "Mul", "Div", "Neg", "Pow", "Sqrt", "Reciprocal", "Cast", "Concat", "Slice", "Split", "Gather",
     "ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand",
-    "Max", "Identity", "Clip", "ScatterND", "Abs", "Where",
+    "Max", "Identity", "Clip", "ScatterND", "Abs", "Where", "QuantizeLinear", "DequantizeLinear",
 }  # fmt: skip
 """What blocks are written with; reductions over the last axis only."""
 
-_ANGLES = {"Unsqueeze", "Squeeze", "Cast", "Mul", "Reshape", "Concat", "Slice", "Gather", "Expand", "Transpose"}
+_ANGLES = {
+    "Unsqueeze", "Squeeze", "Cast", "Mul", "Reshape", "Concat", "Slice", "Gather", "Expand", "Transpose",
+    "QuantizeLinear", "DequantizeLinear",
+}  # fmt: skip
 """What may stand between a cosine or a sine, or a table of them, and the keys."""
 
-_MOVES = {"Slice", "Split", "Gather", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Cast", "Identity"}
+_MOVES = {
+    "Slice", "Split", "Gather", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Cast", "Identity",
+    "QuantizeLinear", "DequantizeLinear",
+}  # fmt: skip
 """Of these, the ones whose first input alone has entries."""
 
 _LARGEST = 40

@@ -8,9 +8,14 @@ import onnx_ir as ir
 
 from atpatch_onnx.matching.view import View
 
-PRODUCTS = {"MatMul", "Einsum", "Gemm", "FusedMatMul", "MatMulInteger"}
+PRODUCTS = {
+    "MatMul", "Einsum", "Gemm", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+}  # fmt: skip
 
-_MOVES = {"Cast", "CastLike", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Dropout", "Identity"}
+_MOVES = {
+    "Cast", "CastLike", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Dropout", "Identity",
+    "QuantizeLinear", "DequantizeLinear",
+}  # fmt: skip
 """Operators that move, cut or convert the entries of their first input."""
 
 _FORWARD = dict.fromkeys((*_MOVES, "DynamicQuantizeLinear"), (0,)) | {"Where": (1, 2), "Mul": (0, 1), "Div": (0,)}
@@ -26,6 +31,9 @@ _BACK = dict.fromkeys((*_MOVES, "Tanh", "Clip", "Flatten"), (0,)) | {
     "Neg": (0,),
 }
 """Operators to walk through, with the operands that carry the entries (None: all)."""
+
+WALKED = frozenset(_BACK)
+"""Those that `back` walks through."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,28 @@ def contradiction(view: View) -> str | None:
     return None
 
 
+def undecided(value: ir.Value, view: View) -> str | None:
+    """Why nothing can be told of the axes of a value, in words; None where its sizes are known and nothing contradicts.
+
+    The node behind which sizes are lost: the last one on the way back that has them all in front of it.
+    """
+    wrong = contradiction(view)
+    if wrong is not None:
+        return f"{wrong}, so that no input runs"
+    if view.sizes(value) is not None:
+        return None
+    pending, seen = [value], {value}
+    while pending:
+        node = pending.pop(0).producer()
+        sources = [] if node is None else [source for source in node.inputs if source is not None]
+        lost = [source for source in sources if view.sizes(source) is None]
+        if node is not None and not lost:
+            return f"the sizes of what {label(node)} gives cannot be inferred"
+        pending += [source for source in lost if source not in seen]
+        seen.update(lost)
+    return "the sizes of its tensors cannot be inferred"
+
+
 def _shown(shape: tuple[Dim, ...]) -> str:
     return f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
 

@@ -112,8 +112,8 @@ def _multi_head(node: ir.Node, view: View) -> _Operands | str:
     width = None if bias is None else view.shape(bias)
     if keys is None or values is None or (bias is not None and not (width and isinstance(width[0], int))):
         return "the sizes of its keys and values cannot be inferred"
-    if bias is not None and not view.is_static(bias):
-        return "its bias is computed"
+    if bias is not None and (not view.is_static(bias) or bias.is_graph_input()):
+        return "its bias is computed or given"
     shape = _shape(query, view)
     sizes = None if bias is None else [heads * _extent(given, "d") for given in (keys, values)]
     return _Operands(

@@ -40,7 +40,8 @@ def keys_of(at: Pieces, scores: ir.Node, view: View) -> Pieces | None:
 def _before(at: Pieces, node: ir.Node, scores: ir.Node, view: View) -> Pieces | None:
     """The same entries in the operand of a node that leads on to the scores."""
     shape = view.sizes(at.value)
-    source = next((value for value in node.inputs if value is not None and _leads_to(value, scores)), None)
+    sources = [value for value in node.inputs if value is not None and _leads_to(value, scores)]
+    source = next((value for value in sources if view.sizes(value) == shape), sources[0] if sources else None)
     sizes = None if source is None else view.sizes(source)
     if shape is None or source is None or sizes is None:
         return None

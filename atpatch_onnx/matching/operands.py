@@ -56,3 +56,12 @@ def _entries(vector: ir.Value | None) -> int | None:
     shape = vector.shape if content is None else content.shape
     length = None if shape is None else shape[0]
     return length if isinstance(length, int) else None
+
+
+def cut_axes(node: ir.Node) -> list[int] | None:
+    """The axes along which a Slice, Split or Gather cuts, as it names them; None where they cannot be told."""
+    if node.op_type == "Slice":
+        axes = operand(node, 3)
+        content = None if axes is None else graph.constant(axes)
+        return None if content is None else [int(axis) for axis in content.numpy().reshape(-1)]
+    return [integer(node, "axis")] if node.op_type in ("Split", "Gather") else None

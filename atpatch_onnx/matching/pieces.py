@@ -132,6 +132,8 @@ def _scaled(node: ir.Node, shape: Sequence[int], view: View) -> ir.Value | None:
 
 def split_by_axes(at: Pieces, shape: Sequence[int]) -> tuple[list[int], list[Part]] | None:
     """The coordinates of the start, and the pieces cut such that each lies on one axis; None where that fails."""
+    if 0 in shape:
+        return None
     start, rest = [], at.start
     for axis in range(len(shape)):
         inner = prod(shape[axis + 1 :])
@@ -317,6 +319,7 @@ def _is_cache(value: ir.Value, view: View) -> bool:
 
 MOVES: Mapping[str, Callable[[Pieces, ir.Node, Sequence[int], View], Pieces | None]] = {
     **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast", "CastLike", "Dropout"), flat),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), flat),
     **dict.fromkeys(("Split", "Slice", "Gather"), cut),
     "Transpose": transposed,
     "Expand": expanded,

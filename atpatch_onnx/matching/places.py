@@ -13,14 +13,18 @@ from math import prod
 
 import onnx_ir as ir
 
-from atpatch_onnx.matching.pieces import Part, Pieces, split_by_axes, steps_back
+from atpatch_onnx.matching.pieces import MOVES, Part, Pieces, split_by_axes, steps_back
+from atpatch_onnx.matching.quantized import is_closed, quantization_of
 from atpatch_onnx.matching.sites import Place
 from atpatch_onnx.matching.view import View
 
 _LOOKING_ON = frozenset({"Shape", "Size", "IsNaN"})
 """Operators that read a tensor without handing its entries on."""
 
-_MOVED_OUT = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Cast", "Concat"})
+_MOVED_OUT = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Cast", "Concat"}) | {
+    "QuantizeLinear",
+    "DequantizeLinear",
+}
 """Operators that may stand between keys and the cache that they are handed out into."""
 
 _FARTHEST = 40
@@ -131,14 +135,19 @@ def _places(first: Pieces, readers: _Readers, view: View) -> list[Place]:
 
 
 def _possible(first: Pieces, readers: _Readers, view: View) -> Iterator[Place]:
+    quantized: int | None = None
     for pieces, passed in steps_back(first, view):
         place = _place(pieces, view)
+        if place is not None and place.quantization is not None:
+            quantized = len(passed)
+        elif quantized is not None and all(node.op_type in MOVES for node in passed[quantized:]):
+            place = None  # a QuantizeLinear behind it commutes with what lies between, and runtimes move it there
         ours = replace(readers, passed=passed).alone(pieces.value)
         if place is not None and pieces.value.name not in view.static:
             if not place.whole or ours:
                 yield place
             elif not passed:
-                yield replace(place, reader=_first_output(readers.reader))
+                yield replace(place, reader=view.in_graph(next(out for out in readers.reader.outputs if out.name)))
         shape = view.sizes(pieces.value)
         if not ours and shape is not None and prod(piece.size for piece in pieces.pieces) == prod(shape):
             return  # whatever is further back, others see as well
@@ -164,7 +173,10 @@ def _place(pieces: Pieces, view: View) -> Place | None:
     """The entries as maps, tokens and features; None where these do not stand on axes of their own."""
     shape = view.sizes(pieces.value)
     apart = None if shape is None else split_by_axes(pieces, shape)
-    if shape is None or apart is None:
+    if shape is None or apart is None or pieces.value.name in view.stands_for:
+        return None
+    quantization = quantization_of(pieces.value, view)
+    if quantization is None and is_closed(pieces.value):
         return None
     start, parts = apart
     axes, outer_first = [], []
@@ -205,4 +217,5 @@ def _place(pieces: Pieces, view: View) -> Place | None:
         depth=prod(size for _, size in depth),
         start=sum(at * strides[axis] for axis, at in enumerate(start) if not axes[axis]),
         steps=(*heads, *depth),
+        quantization=quantization,
     )

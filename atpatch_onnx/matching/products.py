@@ -27,7 +27,7 @@ class Product:
 def read_product(meeting: Meeting, view: View) -> Product | str:
     """The axes of the product in which a map meets its values, or why they cannot be told."""
     node = meeting.node
-    if node.op_type == "MatMulInteger":
+    if node.op_type in ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"):
         return "the map meets the values as whole numbers; quantize only products with weights (MatMulConstBOnly)"
     if len([operand for operand in node.inputs if operand is not None]) != 2:
         return f"the map meets the values in {node.op_type} with {len(node.inputs)} operands"

@@ -15,6 +15,7 @@ from math import prod
 
 import onnx_ir as ir
 
+from atpatch_onnx.matching.linear import LINEAR
 from atpatch_onnx.matching.view import View
 
 
@@ -58,13 +59,10 @@ _Answer = Source | Sequence[_Piece | Factor] | _Alternatives | None
 _At = Callable[[ir.Value | None, int], _Alternatives | None]
 """The same piece on an axis of an input."""
 
-_LINEAR = {
-    "MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits",
-    "FusedGemm", "QLinearMatMul", "QGemm",
-}  # fmt: skip
-_FLAT = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"}
+_FLAT = {"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "QuantizeLinear", "DequantizeLinear"}
 _BROADCASTING = {"Add", "Sub", "Mul", "Div", "Pow", "Where", "Min", "Max", "Sum", "Mean"}
 _CUTS = {"Slice", "Split", "Concat", "Pad"}
+_LIKE_INPUT = {"LabelEncoder", "MoE", "QMoE"}
 _POOLS = {"Conv", "FusedConv", "ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "ConvInteger"}
 
 
@@ -195,10 +193,10 @@ def _through(
     if node.op_type == "Transpose":
         perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(last, -1, -1)
         return at(source, perm[axis])
-    if node.op_type in _LINEAR:
+    if node.op_type in LINEAR:
         return _through_product(node, shape, axis, view, at)
     if node.op_type in _POOLS:
-        if axis > 1 and node.op_type == "Conv" and view.is_pointwise(node):
+        if axis > 1 and node.op_type in ("Conv", "FusedConv") and view.is_pointwise(node):
             return at(source, axis)
         return (at(source, 0), Source.HEADS)[axis] if axis < 2 else Source.PARTS
     if node.op_type in ("Gather", "GatherND", "GatherElements"):

@@ -3,7 +3,7 @@
 onnx's inference loses symbolic dimensions in the shape arithmetic of a TorchScript export (Shape, Gather, Concat,
 Reshape). There the graph is inferred twice more with numbers in place of symbols: what two trials agree on is static,
 what follows a symbol, a sum or a multiple of symbols is named so, and other sizes that depend on the input get a name
-of their own (`size_149_349`), so that equal sizes are known to be equal.
+of their own (`size_149_349`), so that equal sizes are known to be equal; `told` answers what people are told of these.
 """
 
 import ast
@@ -161,13 +161,26 @@ def _trials(proto: onnx.ModelProto, symbols: _Symbols) -> tuple[sized_shapes.Tri
     for _ in symbols:
         for fewer in itertools.islice(_reconciled(first.conflicts, symbols), _ATTEMPTS):
             again = sized_shapes.run(proto, {symbol.name: symbol.first for symbol in fewer})
-            if len(again.conflicts) < len(first.conflicts):
+            if _wrong(again) < _wrong(first):
                 first, symbols = again, fewer
                 break
         else:
             break
-    second = sized_shapes.run(proto, {symbol.name: symbol.second for symbol in symbols}) if symbols else first
+    if not symbols:
+        return first, first, symbols
+    second = sized_shapes.run(proto, {symbol.name: symbol.second for symbol in symbols})
+    for fewer in _shorter(symbols) if _wrong(second) > _wrong(first) else ():
+        again, further = (
+            sized_shapes.run(proto, {symbol.name: number(symbol) for symbol in fewer}) for number in (_FIRST, _SECOND)
+        )
+        if max(_wrong(again), _wrong(further)) <= _wrong(first):
+            return again, further, fewer
     return first, second, symbols
+
+
+def _wrong(trial: sized_shapes.Trial) -> int:
+    """How much of a trial cannot be: sizes that did not fit, and tensors of which nothing is left."""
+    return len(trial.conflicts) + sum(0 in shape for shape in trial.shapes.values())
 
 
 def _compared(
@@ -193,12 +206,36 @@ def _reconciled(conflicts: Sequence[tuple[int, int]], symbols: _Symbols) -> Iter
         if one in numbers and other in numbers:
             kept, gone = sorted((numbers[one], numbers[other]), key=symbols.index)
             yield _with_numbers(symbols, gone, kept.first, kept.second)
+    yield from _shorter(symbols) if met else ()
     for kept, gone in itertools.combinations(symbols, 2) if met else ():
         yield _with_numbers(symbols, gone, kept.first, kept.second)
     for pair in met:
         for size, fixed in (pair, pair[::-1]):
             if size in numbers and fixed not in numbers:
                 yield _with_numbers(symbols, numbers[size], fixed, fixed)
+
+
+_FIRST, _SECOND = operator.attrgetter("first"), operator.attrgetter("second")
+
+_SHORT = (((9, 11), (7, 10), (3, 8)), ((6, 7), (3, 6)), ((3, 4), (2, 3)))
+"""Lengths in tokens for tables of few learned positions: of 12, of 8, of 4; one pair for each symbol."""
+
+_LENGTHS = range(6, 96)
+"""Numbers that stand for lengths in tokens: neither the batch nor sides of images and lengths of waves."""
+
+
+def _shorter(symbols: _Symbols) -> Iterator[_Symbols]:
+    """The symbols with smaller numbers for lengths in tokens, which must not exceed the number of learned positions."""
+    lengths = list(dict.fromkeys(symbol.first for symbol in symbols if symbol.first in _LENGTHS))
+    for pairs in _SHORT:
+        if 0 < len(lengths) <= len(pairs):
+            short = dict(zip(lengths, pairs, strict=False))
+            yield tuple(
+                replace(symbol, first=short[symbol.first][0], second=short[symbol.first][1])
+                if symbol.first in short
+                else symbol
+                for symbol in symbols
+            )
 
 
 def _with_numbers(symbols: _Symbols, changed: _Symbol, first: int, second: int) -> _Symbols:
@@ -215,6 +252,15 @@ def _named(first: int | None, second: int | None, symbols: _Symbols) -> Dim:
     if first == second:
         return first
     return next(_expressions(first, second, symbols), f"size_{first}_{second}")
+
+
+def told(size: Dim) -> Dim:
+    """A size for people: None where its name means nothing, such as `size_149_349`, or `unk__7` of other tools."""
+    return None if isinstance(size, str) and re.search(r"\b(size_\d+_\d+|unk__\d+)\b", size) else size
+
+
+_STRIDES = (2, 4, 8, 14, 16, 32)
+"""What patches and strides divide lengths and sides of images by."""
 
 
 def _expressions(first: int, second: int, symbols: _Symbols) -> Iterator[str]:
@@ -235,3 +281,25 @@ def _expressions(first: int, second: int, symbols: _Symbols) -> Iterator[str]:
         for other in symbols:
             if (one.first * other.first, one.second * other.second) == (first, second):
                 yield f"{one.name}*{other.name}"
+    yield from _quotients(first, second, symbols)
+
+
+def _quotients(first: int, second: int, symbols: _Symbols) -> Iterator[str]:
+    """A side of an image in patches, and patches of an image with or without a class token beside them."""
+    divided = [
+        (f"{symbol.name}/{stride}", symbol.first // stride, symbol.second // stride)
+        for stride in _STRIDES
+        for symbol in symbols
+        if symbol.first % stride == symbol.second % stride == 0
+    ]
+    both = [
+        (f"{one} * {other}", first_one * first_other, second_one * second_other)
+        for (one, first_one, second_one), (other, first_other, second_other) in itertools.product(divided, repeat=2)
+        if one.rpartition("/")[2] == other.rpartition("/")[2]
+    ]
+    for offset in (0, 1, 2):
+        yield from (
+            f"{name} + {offset}" if offset else name
+            for name, one, other in (*divided, *both)
+            if (one + offset, other + offset) == (first, second)
+        )

@@ -40,6 +40,27 @@ Dim = int | str | None
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How the whole numbers of a tensor stand for floats, `(number - zero_point) * scale`, one scale for all of it."""
+
+    scale: float
+    zero_point: int
+    domain: str = ""
+    """Of the operators QuantizeLinear and DequantizeLinear that take its type at the model's opset."""
+
+    def dequantized(self, numbers: NDArray[np.generic]) -> NDArray[np.float32]:
+        """What the numbers stand for, as DequantizeLinear computes it."""
+        return np.asarray((numbers.astype(np.int32) - self.zero_point).astype(np.float32) * np.float32(self.scale))
+
+    def quantized(self, floats: NDArray[np.generic], dtype: np.dtype[Any]) -> NDArray[np.generic]:
+        """The nearest numbers of this type, as QuantizeLinear computes them: half to even, the largest beyond them."""
+        with np.errstate(over="ignore"):
+            numbers = np.rint(floats.astype(np.float32) / np.float32(self.scale)) + np.float32(self.zero_point)
+        limits = np.iinfo(dtype)
+        return np.asarray(np.clip(numbers, limits.min, limits.max), dtype)
+
+
+@dataclass(frozen=True)
 class Place:
     """A tensor in which the keys, or the values, of a site are per token: where they are read and replaced.
 
@@ -83,6 +104,9 @@ class Place:
     """Weights `[columns of Q, K and V]` that the operator adds to it by itself, and so our readings do."""
 
     bias_start: int = 0
+
+    quantization: Quantization | None = None
+    """Where the tensor holds whole numbers: it is dequantized to be read and replaced, and quantized again behind."""
 
     @property
     def features(self) -> int:
@@ -140,7 +164,8 @@ class AttentionSite:
     """Where its values are replaced."""
 
     map: str | None
-    """Name of the attention map `P` where it meets the values; None in a fused op, which keeps it to itself."""
+    """Name of the attention map `P` where it meets the values; None in an op that keeps it to itself: a fused one, or a
+    product of whole numbers."""
 
     map_layout: str
     """How the map is laid out, e.g. `nhqk` or `(nh)qk`: see `atpatch_onnx.matching.layout`."""
@@ -163,8 +188,8 @@ class AttentionSite:
     masked: bool
     """Whether a mask, a bias or causality can make weights of the map zero."""
 
-    self_attention: bool
-    """Whether queries and keys are positions of the same sequence."""
+    self_attention: bool | None
+    """Whether queries and keys are positions of the same sequence; None where that is not known."""
 
     token_axis: str
     """The sequence that the keys are positions of; flags are carried between sites of one token axis."""
@@ -174,6 +199,11 @@ class AttentionSite:
 
     nodes: tuple[str, ...]
     """The nodes from the product of Q and K to the product with V, for people to find the place."""
+
+    @property
+    def shows_map(self) -> bool:
+        """Whether the graph hands out the map, or can be made to; other operators keep theirs to themselves."""
+        return self.map is not None or self.form is Form.ATTENTION
 
     @property
     def columns(self) -> Dim:
@@ -218,10 +248,14 @@ class Matches:
             count = "several" if site.parts is None else site.parts
             return f"not carried: {count} parts of a sample, such as windows or channels, attend on their own"
         else:
-            how = "self-attention" if site.self_attention else "its queries are not the positions of its keys"
+            how = {
+                True: "self-attention",
+                False: "its queries are not the positions of its keys",
+                None: "whether its queries are the positions of its keys is not known",
+            }[site.self_attention]
         others = [other for other in self.sites if other.token_axis == site.token_axis and other.name != site.name]
         if not others:
-            return f"not carried: no other site's keys are positions of this sequence ({how})"
+            return f"not carried: no other site's keys are known to be positions of this sequence ({how})"
         return f"carried among the {len(others) + 1} sites of {site.token_axis} ({how})"
 
     def to_json(self) -> dict[str, Any]:

@@ -24,12 +24,15 @@ _BROADCASTING = {"Add", "Sub", "Mul", "Div", "Where", "And", "Or"}
 _LIKE_FIRST = {
     "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "SkipLayerNormalization",
     "SkipSimplifiedLayerNormalization", "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "RotaryEmbedding",
-    "GroupQueryAttention", "MultiHeadAttention", "Attention",
+    "GroupQueryAttention", "MultiHeadAttention", "Attention", "MoE", "QMoE",
 }  # fmt: skip
 """Operators, most of them onnxruntime's own, whose result has the first operand's shape."""
 
-_WITH_ACTIVATION = {"FusedGemm": "Gemm", "FusedConv": "Conv"}
+_WITH_ACTIVATION = {"FusedGemm": "Gemm", "FusedConv": "Conv", "GemmFastGelu": "MatMul"}
 """onnxruntime's own operators that are one of onnx's, with an activation after it."""
+
+_PACKED = {"MatMulNBits", "MatMulBnb4", "MatMulFpQ4"}
+"""Products with weights of packed numbers, whose attribute `N` says how many features come out."""
 
 _BLOCKED = "com.microsoft.nchwc"
 """The domain of onnxruntime's convolutions and pools in blocks of channels, written at its level `layout`."""
@@ -115,17 +118,21 @@ class _Running:
         return branch if len(branch.output) == len(node.output) else None
 
     def _inferred(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
-        if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if domain not in ("", "ai.onnx.ml") or not onnx.defs.has(node.op_type, domain):
             return self._of_runtime(node)
         names = [name for name in node.input if name]
         found: Mapping[str, onnx.TypeProto] = onnx.shape_inference.infer_node_outputs(
-            onnx.defs.get_schema(node.op_type, self._opset, ""),
+            onnx.defs.get_schema(node.op_type, self._opset if domain == "" else self._opset_of(domain), domain),
             node,
             {name: self.types[name] for name in names},
             {name: onnx.numpy_helper.from_array(self.data[name]) for name in names if name in self.data},
             opset_imports=list(self.proto.opset_import),
         )
         return found
+
+    def _opset_of(self, domain: str) -> int:
+        return next((entry.version for entry in self.proto.opset_import if entry.domain == domain), 1)
 
     def _shape(self, name: str) -> Sizes | None:
         return _sizes(self.types[name]) if name in self.types else None
@@ -160,14 +167,16 @@ class _Running:
             return self._of_plain(node, _WITH_ACTIVATION.get(node.op_type, node.op_type))
         if node.op_type == "EmbedLayerNormalization":
             return self._of_embedding(node)
+        if node.op_type == "GatherBlockQuantized":
+            return self._of_packed_table(node)
         kind, shape = self.types.get(node.input[0]), self._shape(node.input[0])
         tokens = self.sizes.get(tokenizers.length_of(node.op_type, node.output[0]) or "")
         if tokens is not None and shape is not None:
             rows = tokenizers.results(node.op_type, shape, tokens, len(node.output))
             made = zip(node.output, rows, strict=False)
             return {name: _tensor(onnx.TensorProto.INT64, row) for name, row in made if name}
-        if node.op_type == "LabelEncoder" and shape is not None:
-            return {node.output[0]: _tensor(_encoded(node), shape)}
+        if node.op_type in _PACKED and kind is not None and shape:
+            return {node.output[0]: _tensor(kind.tensor_type.elem_type, (*shape[:-1], flags_of(node).get("N", 0)))}
         if node.domain == _BLOCKED:
             return self._of_reordered(node)
         if node.op_type not in _LIKE_FIRST or kind is None or shape is None:
@@ -189,6 +198,16 @@ class _Running:
         embedded = _tensor(self.types[node.input[2]].tensor_type.elem_type, (*ids, table[-1]))
         lengths = _tensor(onnx.TensorProto.INT32, ids[:1])
         return {name: kind for name, kind in zip(node.output, (embedded, lengths, embedded), strict=False) if name}
+
+    def _of_packed_table(self, node: onnx.NodeProto) -> Mapping[str, onnx.TypeProto]:
+        """Rows of a table whose numbers are packed: as many features as blocks have together."""
+        indices, scales = self._shape(node.input[1]), self._shape(node.input[2])
+        flags = flags_of(node)
+        if indices is None or scales is None or scales[-1] is None or flags.get("gather_axis", 0) != 0:
+            return {}
+        kind = self.types[node.input[2]].tensor_type.elem_type
+        features = scales[-1] * flags.get("block_size", 128)
+        return {node.output[0]: _tensor(kind, (*indices, *scales[1:-1], features))}
 
     def _of_plain(self, node: onnx.NodeProto, op_type: str) -> Mapping[str, onnx.TypeProto]:
         """The result of one of onnx's operators under another name; what came on top of it is left out."""
@@ -262,15 +281,6 @@ class _Running:
         have, asked = math.prod(shape), math.prod(wanted.reshape(-1).tolist())  # type: ignore[arg-type]
         if have not in (0, asked):
             self.conflicts += [(size, asked * size // have) for size in shape if size and asked * size % have == 0]
-
-
-def _encoded(node: onnx.NodeProto) -> int:
-    """The type of what a LabelEncoder hands out, which its table says."""
-    named = {attribute.name: attribute for attribute in node.attribute}
-    kinds = {"values_strings": onnx.TensorProto.STRING, "values_floats": onnx.TensorProto.FLOAT}
-    if "values_tensor" in named:
-        return int(named["values_tensor"].t.data_type)
-    return next((kind for name, kind in kinds.items() if name in named), onnx.TensorProto.INT64)
 
 
 def _extent(shape: Sizes) -> tuple[int, int, int]:

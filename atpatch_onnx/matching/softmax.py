@@ -5,8 +5,7 @@ attention from class probabilities, routers and token pooling.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 import onnx_ir as ir
@@ -14,27 +13,20 @@ import onnx_ir as ir
 from atpatch_onnx.graph.names import MIN_OPSET
 from atpatch_onnx.graph.parts import LIFT_ADVICE
 from atpatch_onnx.matching import chains
-from atpatch_onnx.matching.contradictions import contradiction
+from atpatch_onnx.matching.contradictions import undecided
+from atpatch_onnx.matching.denials import also_feeds, scores_of, without_values
 from atpatch_onnx.matching.keys import keys_of
 from atpatch_onnx.matching.layout import Layout
 from atpatch_onnx.matching.leading import Axis, Leading, name_leading
+from atpatch_onnx.matching.normalized import ANCHORS, Normalized, read_softmax
+from atpatch_onnx.matching.operands import cut_axes
 from atpatch_onnx.matching.pieces import Pieces, from_layout
 from atpatch_onnx.matching.products import Product, read_product
-from atpatch_onnx.matching.rules import Candidate, Rule, miss, type_reason
+from atpatch_onnx.matching.rules import Candidate, Rule, label, miss, type_reason
 from atpatch_onnx.matching.sites import Form, NearMiss
 from atpatch_onnx.matching.view import View
 
 _PARTS_FIRST = re.compile("w.*b")
-
-
-@dataclass(frozen=True)
-class _Softmax:
-    """A softmax, as one node or written out."""
-
-    node: ir.Node
-    scores: ir.Value
-    weights: ir.Value
-    axis: int
 
 
 def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
@@ -42,24 +34,51 @@ def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
 
     A softmax that feeds two products (differential attention) is two sites: each has values and an output of its own.
     """
-    softmax = _read(node, view)
+    softmax = read_softmax(node, view)
     if softmax is None:
         return ()
+    scores = scores_of(softmax, view)
     meetings = [meeting for meeting in chains.forward(softmax.weights) if meeting.node.op_type != "IsNaN"]
-    products = [meeting for meeting in meetings if _meets_values(meeting, view)]
+    padded = _padded(softmax, meetings, scores, view)
+    products = [meeting for meeting in meetings if _meets_values(meeting, scores, view)]
     if not products:
-        return (_without_values(softmax, meetings, view),)
-    scores = _scores(softmax, view)
+        return (padded or without_values(softmax, meetings, scores, view),)
     if isinstance(scores, NearMiss):
         return (scores,)
     if view.opset < MIN_OPSET:
         nodes = (scores.node, *scores.path, node, *(meeting.node for meeting in products))
         return (miss(nodes, f"attention, but the model has opset {view.opset}: {LIFT_ADVICE}", attention=True),)
-    if any(_is_a_piece(step) for meeting in products for step in meeting.path):
+    pieces = [meeting for meeting in products if any(_is_a_piece(step) for step in meeting.path)]
+    if pieces:
         nodes = (scores.node, *scores.path, node, *(meeting.node for meeting in products))
-        reason = "attention, but its map is cut into pieces that meet values of their own (block-sparse attention)"
-        return (miss(nodes, reason, attention=True),)
-    return tuple(_site(softmax, scores, meeting, view) for meeting in products)
+        return (miss(nodes, f"attention, but {_cut(pieces, products, view)}", attention=True),)
+    beside = also_feeds([meeting for meeting in meetings if meeting not in products], view)
+    return (*(_site(softmax, scores, meeting, view) for meeting in products), *_partly(softmax, products, beside))
+
+
+def _partly(softmax: Normalized, products: Sequence[chains.Meeting], beside: Sequence[ir.Node]) -> Iterator[NearMiss]:
+    """What is said of a map that has other readers than its values."""
+    if beside:
+        reason = (
+            f"attention in part: the map that meets values at {label(products[0].node)} also goes into "
+            f"{', '.join(label(node) for node in beside)}, which is left as it is: a flagged token is neutral in this "
+            "map, but what the map draws through that product is not replaced"
+        )
+        yield miss([softmax.node, *beside], reason, attention=True)
+
+
+def _cut(pieces: Sequence[chains.Meeting], products: Sequence[chains.Meeting], view: View) -> str:
+    """What a map that is cut is for."""
+    if len(pieces) < len(products):
+        return (
+            "a piece of its map, such as one of its heads, meets values of its own "
+            f"({label(pieces[0].node)}) beside the whole map"
+        )
+    steps = [step for meeting in pieces for step in meeting.path if _is_a_piece(step)]
+    axes = {axis for step in steps for axis in cut_axes(step) or ()}
+    if axes and all(axis < -2 or 0 <= axis < (view.rank(step.inputs[0]) or 0) - 2 for step in steps for axis in axes):
+        return "each of several pieces of its map, such as heads, meets values of its own"
+    return "its map is cut into pieces that meet values of their own (block-sparse attention)"
 
 
 def _is_a_piece(step: ir.Node) -> bool:
@@ -70,74 +89,37 @@ def _is_a_piece(step: ir.Node) -> bool:
     return any(user is not step and user.op_type not in ("Shape", "IsNaN") for user in source.consumers())
 
 
-def _read(node: ir.Node, view: View) -> _Softmax | None:
-    """A Softmax, or the Div of one written out, Exp(x) / ReduceSum(Exp(x)), as onnxruntime does in float16."""
-    if node.op_type == "Softmax":
-        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
-        return _Softmax(node, node.inputs[0], node.outputs[0], axis)  # type: ignore[arg-type]
-    exponential, total = (_uncast(value) for value in node.inputs)
-    summed = None if total is None or total.op_type != "ReduceSum" else _uncast(total.inputs[0])
-    if exponential is None or exponential.op_type != "Exp" or summed is not exponential:
-        return None
-    axes = view.constant(total.inputs[1]) if total is not None and len(total.inputs) > 1 else None
-    if axes is None or axes.size != 1:
-        return None
-    return _Softmax(node, exponential.inputs[0], node.outputs[0], int(axes.reshape(-1)[0]))  # type: ignore[arg-type]
+def _meets_values(meeting: chains.Meeting, scores: chains.Product | NearMiss, view: View) -> bool:
+    """Whether the map is multiplied with something that depends on the model's input.
 
-
-def _uncast(value: ir.Value | None) -> ir.Node | None:
-    """The node that computes a value, but for conversions of its type."""
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type == "Cast":
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return node
-
-
-def _meets_values(meeting: chains.Meeting, view: View) -> bool:
-    """Whether the map is multiplied with something that depends on the model's input."""
+    With a matrix for all samples only where its scores are a product as well: probabilities meet matrices, too.
+    """
     if not meeting.is_product:
         return False
-    other = meeting.node.inputs[1 - meeting.index] if len(meeting.node.inputs) > 1 else None
-    if other is None or view.is_static(other):
+    other = meeting.node.inputs[1 - meeting.index] if len(meeting.node.inputs) > 1 and meeting.index < 2 else None
+    if other is None or view.is_weight(other):
         return False
     rank = view.rank(other)
-    return rank is None or rank >= 3
+    return rank is None or rank >= 3 or (rank == 2 and isinstance(scores, chains.Product))
 
 
-def _without_values(softmax: _Softmax, meetings: list[chains.Meeting], view: View) -> NearMiss:
-    met = dict.fromkeys(meeting.node.op_type for meeting in meetings)
-    if not met:
-        found = "is an output of the model" if softmax.weights.is_graph_output() else "is not used"
-    elif any(meeting.is_product for meeting in meetings):
-        found = "is multiplied with weights and not with a value matrix"
-    else:
-        found = f"goes into {', '.join(met)} and does not meet a value matrix"
+def _padded(
+    softmax: Normalized, meetings: Sequence[chains.Meeting], scores: chains.Product | NearMiss, view: View
+) -> NearMiss | None:
     padded = [meeting.node for meeting in meetings if meeting.node.op_type == "Pad"]
-    bands = [meeting for pad in padded for meeting in chains.forward(pad.outputs[0]) if _meets_values(meeting, view)]
-    if bands:
-        reason = "attention, but its map is padded and cut into overlapping windows (banded attention)"
-        return miss([softmax.node, *padded, *(band.node for band in bands)], reason, attention=True)
-    return miss([softmax.node], f"not attention: the result of the softmax {found}", attention=False)
+    reached = [meeting for pad in padded for meeting in chains.forward(pad.outputs[0])]
+    bands = [meeting for meeting in reached if _meets_values(meeting, scores, view)]
+    if not bands:
+        return None
+    reason = "attention, but its map is padded and cut into overlapping windows (banded attention)"
+    return miss([softmax.node, *padded, *(band.node for band in bands)], reason, attention=True)
 
 
-def _scores(softmax: _Softmax, view: View) -> chains.Product | NearMiss:
-    """The product of Q and K that the softmax is taken of, or why there is none."""
-    linear = None
-    for product in chains.back(softmax.scores):
-        second = product.node.inputs[1]
-        if view.is_static(second) and (view.rank(second) or 3) < 3:
-            linear = linear or product
-        else:
-            return product
-    if linear is not None:
-        reason = "not attention: its scores come from a linear layer and not from a product of queries and keys"
-        return miss([linear.node, *linear.path, softmax.node], reason, attention=False)
-    return miss([softmax.node], "not attention: no product of queries and keys leads to the softmax", attention=False)
-
-
-def _site(softmax: _Softmax, scores: chains.Product, meeting: chains.Meeting, view: View) -> Candidate | NearMiss:
+def _site(softmax: Normalized, scores: chains.Product, meeting: chains.Meeting, view: View) -> Candidate | NearMiss:
     nodes = (scores.node, *scores.path, softmax.node, *meeting.path, meeting.node)
     product = read_product(meeting, view)
+    if isinstance(product, Product) and not product.leading:
+        return miss(nodes, "attention, but its map has no axis of samples", attention=True)
     leading = product if isinstance(product, str) else _leading(scores, meeting, product, view)
     reason = leading if isinstance(leading, str) else _refusal(softmax, meeting, product, view)  # type: ignore[arg-type]
     if reason is not None:
@@ -153,8 +135,8 @@ def _site(softmax: _Softmax, scores: chains.Product, meeting: chains.Meeting, vi
     if keys is None or values is None:
         which = "keys" if keys is None else "values"
         reason = f"attention, but it cannot be told which entries of its {which} are of which token"
-        wrong = contradiction(view)
-        return miss(nodes, reason if wrong is None else f"{reason}: {wrong}, so that no input runs", attention=True)
+        wrong = undecided(meeting.value, view)
+        return miss(nodes, reason if wrong is None else f"{reason}: {wrong}", attention=True)
     return Candidate(
         anchor=softmax.node,
         form=Form.SOFTMAX,
@@ -184,12 +166,12 @@ def _values(product: Product, named: Mapping[str, str], leading: Leading, view: 
     if shape is None or of_map is None:
         return None
     sizes = dict(zip(product.map, of_map, strict=True))
-    alone = {label: "" for label, own in zip(product.values, shape, strict=True) if own == 1 < sizes.get(label, 1)}
+    alone = {axis: "" for axis, own in zip(product.values, shape, strict=True) if own == 1 < sizes.get(axis, 1)}
     return from_layout(product.value, _layout(product.values, {**named, **alone}), _folded(leading), view)
 
 
 def _layout(labels: tuple[str, ...], named: Mapping[str, str]) -> str:
-    return str(Layout(tuple(named.get(label, label) for label in labels)))
+    return str(Layout(tuple(named.get(own, own) for own in labels)))
 
 
 def _leading(scores: chains.Product, meeting: chains.Meeting, product: Product, view: View) -> Leading | str:
@@ -198,15 +180,15 @@ def _leading(scores: chains.Product, meeting: chains.Meeting, product: Product, 
     values = view.shape(product.value) or (None,) * len(product.values)
     query = scores.node.inputs[0]
     axes = []
-    for label in product.leading:
-        index = product.map.index(label)
+    for own in product.leading:
+        index = product.map.index(own)
         traces = [(meeting.value, index)]
-        if label in product.values and values[product.values.index(label)] not in (1, None):
-            traces.insert(0, (product.value, product.values.index(label)))
+        if own in product.values and values[product.values.index(own)] not in (1, None):
+            traces.insert(0, (product.value, product.values.index(own)))
         if query is not None and view.rank(query) == len(shape):
             traces.insert(-1, (query, index))
         axes.append(Axis(shape[index], tuple(traces)))
-    extra = [label for label in product.values if label not in product.map and label != "d"]
+    extra = [own for own in product.values if own not in product.map and own != "d"]
     if extra:
         return "its values have more axes than its map: several heads share one map"
     leading = name_leading(axes, view)
@@ -214,8 +196,8 @@ def _leading(scores: chains.Product, meeting: chains.Meeting, product: Product, 
         return leading
     if _PARTS_FIRST.search("".join(leading.letters)):
         return "its parts, such as windows, come before its samples"
-    for label, letters, axis in zip(product.leading, leading.letters, axes, strict=True):
-        size = values[product.values.index(label)] if label in product.values else 1
+    for own, letters, axis in zip(product.leading, leading.letters, axes, strict=True):
+        size = values[product.values.index(own)] if own in product.values else 1
         if size == 1 and axis.size not in (1, None) and set(letters) - {"h", "g"}:
             return "its values are shared by several samples or parts"
         if axis.size == 1 and isinstance(size, int) and size > 1:
@@ -231,15 +213,20 @@ def _zeroes(step: ir.Node) -> bool:
     return condition is None or condition.op_type != "IsNaN"
 
 
-def _refusal(softmax: _Softmax, meeting: chains.Meeting, product: Product, view: View) -> str | None:
+def _refusal(softmax: Normalized, meeting: chains.Meeting, product: Product, view: View) -> str | None:
     """Why the map that meets V cannot be patched as it is; None where it can."""
     position = softmax.axis % (view.rank(softmax.weights) or len(product.map))
     for step in meeting.path:
         following = _followed(step, position, view)
         if following is None:
-            return "it cannot be told where the keys of its map go between the softmax and the values"
+            reason = "it cannot be told where the keys of its map go between the softmax and the values"
+            wrong = undecided(meeting.value, view)
+            return reason if wrong is None else f"{reason}: {wrong}"
         position = following
     if product.map[position] != "k":
+        wrong = undecided(meeting.value, view)
+        if wrong is not None:
+            return f"it cannot be told along which axis its softmax runs: {wrong}"
         return "its softmax does not run over the keys: a row of its map does not share out one query's attention"
     return type_reason(view.dtype(meeting.node.outputs[0]) or view.dtype(meeting.value))
 
@@ -262,4 +249,4 @@ def _followed(step: ir.Node, position: int, view: View) -> int | None:
     return None
 
 
-RULE = Rule(anchors=frozenset({("", "Softmax"), ("", "Div")}), answer=answer)
+RULE = Rule(anchors=ANCHORS, answer=answer)

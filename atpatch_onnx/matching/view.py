@@ -9,6 +9,7 @@ import onnx_ir as ir
 from atpatch_onnx import graph
 from atpatch_onnx.graph.values import graph_values
 from atpatch_onnx.matching import shapes
+from atpatch_onnx.matching.plain import in_plain_operators
 from atpatch_onnx.matching.sites import Dim
 
 _READ_LIMIT = 2**24
@@ -18,7 +19,9 @@ _MOVES = {"Slice", "Split", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Cas
 _MOVED = 6
 """How many of these nodes are looked behind for a weight."""
 
-_TYPED_LIKE = {"Where": 1, "CastLike": 1, "EmbedLayerNormalization": 2}
+_TYPED_LIKE = {
+    "Where": 1, "CastLike": 1, "EmbedLayerNormalization": 2, "DequantizeLinear": 1, "QuantizeLinear": 2,
+}  # fmt: skip
 """Operators whose result has the type of another than the first operand."""
 
 _UNTYPED = {"Shape", "Size", "NonZero", "ArgMax", "ArgMin", "IsNaN", "Equal", "Less", "Greater", "Not", "And", "Or"}
@@ -29,6 +32,11 @@ class View:
     """A model with what was worked out about it once, for all rules."""
 
     model: ir.Model
+    """The model, or a copy of it in plain operators (`matching.plain`)."""
+
+    stands_for: Mapping[str, str]
+    """Values of that copy that the graph does not have, see `Plain.stands_for`."""
+
     values: Mapping[str, ir.Value]
     """The inputs, weights and node outputs of the main graph, by name."""
 
@@ -54,6 +62,10 @@ class View:
     def sizes(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """The shape of a value in numbers; where sizes are symbolic, in those that stand for them in a trial."""
         return None if value is None or value.name is None else self.inferred.sizes.get(value.name)
+
+    def in_graph(self, value: ir.Value) -> str:
+        """The name of a value; of one that the graph does not have, that of the output of the node it is inside of."""
+        return self.stands_for.get(str(value.name), str(value.name))
 
     def rank(self, value: ir.Value | None) -> int | None:
         """The number of axes of a value, if known."""
@@ -109,12 +121,15 @@ class View:
 
 
 def view(model: ir.Model) -> View:
-    """Look at a model: infer its shapes and find what is constant in it; samples are taken for the first axis.
+    """Look at a model: write it in plain operators, infer its shapes and find what is constant in it.
 
-    `matching.batches.look` also finds out on which axis of each input they are.
+    Samples are taken for the first axis: `matching.batches.look` also finds out on which axis of each input they are.
     """
+    plain = in_plain_operators(model)
+    model = plain.model
     seen = View(
         model=model,
+        stands_for=plain.stands_for,
         values={str(value.name): value for value in graph_values(model.graph)},
         inferred=shapes.infer(model),
         static=frozenset(_static_values(model.graph)),
@@ -148,7 +163,7 @@ def given_inputs(seen: View) -> list[str]:
 
 
 def _static_values(main: ir.Graph) -> Iterable[str]:
-    static = {name for name, value in main.initializers.items() if not value.is_graph_input()}
+    static = set(main.initializers)  # of old files these are inputs, too, which may be given, but not for each sample
     for node in main:
         inputs = [value.name for value in node.inputs if value is not None]
         if node.op_type.startswith(("Random", "Multinomial", "Bernoulli")) or any(

@@ -52,7 +52,9 @@ class Replaced:
             fits = False
         if not fits:  # the file was edited
             return False
-        expected = np.where(chosen, self.neutral, before)
+        own = self.place.quantization
+        neutral = self.neutral if own is None else own.quantized(self.neutral, before.dtype)
+        expected = np.where(chosen, neutral, before)
         return expected.dtype == after.dtype and expected.shape == after.shape and expected.tobytes() == after.tobytes()
 
     def _laid_out(self, flags: NDArray[np.bool_], shape: Sequence[int]) -> NDArray[np.bool_]:

@@ -58,7 +58,8 @@ def margins(
     """
     tokens = [axis for axis, letters in enumerate(place.axes) if letters]
     features = [axis for axis, letters in enumerate(place.axes) if not letters]
-    X = np.asarray(keys, np.float64).transpose(tokens + features)
+    floats = keys if place.quantization is None else place.quantization.dequantized(keys)
+    X = np.asarray(floats, np.float64).transpose(tokens + features)
     X = X.reshape(*X.shape[: len(tokens)], -1)
     W = detector.weights.astype(np.float64)
     found, size = X @ W, np.abs(X) @ np.abs(W)
@@ -71,7 +72,7 @@ def margins(
         found, size = found.reshape(sizes), size.reshape(sizes)
     if place.order == "kn":
         found, size = found.T, size.T
-    return found, _ROUNDING[place.dtype] * size
+    return found, _ROUNDING[place.dtype if place.quantization is None else "FLOAT"] * size
 
 
 _ROUNDING = {"FLOAT": 1e-5, "FLOAT16": 2**-10, "BFLOAT16": 2**-7}

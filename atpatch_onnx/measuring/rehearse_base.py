@@ -17,7 +17,7 @@ from atpatch_onnx.running.drawing import draw_inputs, input_shapes
 from atpatch_onnx.running.sessions import Array, Session
 
 LENGTHS = (16, 32, 64, 224, 1024, 8, 4)
-"""Sizes that free axes are tried with, one after the other, until the base runs."""
+"""Sizes that free axes are tried with, one after the other, until the base runs; the last for few learned positions."""
 
 MAX_VALUES = 2**24
 """Larger inputs are not tried."""

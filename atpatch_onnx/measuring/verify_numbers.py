@@ -58,6 +58,9 @@ def numbers(
         yield from tally.checks(f"{side} inputs, {level}")
 
 
+_HALVES = (ir.DataType.FLOAT16.name, ir.DataType.BFLOAT16.name)
+
+
 class _Look:
     """The sessions that are held against each other, at one level of optimization."""
 
@@ -86,7 +89,7 @@ class _Look:
         names += [name for layer in record.layers for name in (layer.value, layer.edited_value)]
         self.exposed = Session(expose(patched, names), **how)
         # In half precision onnxruntime's CPU kernels hand keys on unrounded, which cannot be given to the base.
-        comparable = self.replaced and all(one.place.dtype == ir.DataType.FLOAT.name for one in self.replaced)
+        comparable = self.replaced and not any(one.place.dtype in _HALVES for one in self.replaced)
         self.driven = Driven(reference, self.replaced, where) if comparable and not optimize else None
 
     def read(self, site: PatchedSite) -> str:

@@ -165,6 +165,9 @@ def facts(patch: Patch | PatchRecord) -> list[tuple[str, str]]:
         found.append(("Target class", shown(figures["target"])))
     if read := reading(figures):
         found.append(("Detectors read", read))
+    if left_out := list(_entries(figures, "left_out")):
+        names = ", ".join(shown(str(site.get("site", ""))) for site in left_out)
+        found.append(("Left out", f"{names}: on other token axes, to which no flags are carried"))
     if pairs := _object(figures, "pairs"):
         parts = (part for part in ("fit", "calibration", "validation") if part in pairs)
         found.append(("Pairs", ", ".join(f"{shown(pairs[part])} {part}" for part in parts)))

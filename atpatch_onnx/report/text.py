@@ -53,7 +53,7 @@ def _size(site: AttentionSite) -> str:
 
 
 def _whereabouts(site: AttentionSite, matches: Matches) -> str:
-    kind = "self-attention" if site.self_attention else "cross-attention"
+    kind = {True: "self-attention", False: "cross-attention", None: "self- or cross-attention"}[site.self_attention]
     form = f"{site.form.value}, {_heads(site)} heads, {_size(site)}, depth {site.key.depth}"
     lines = [
         f"{form}, {shown(site.dtype.lower())}, {'masked' if site.masked else 'no mask'}",
