@@ -88,7 +88,7 @@ def run(kind: str, number: int, keep: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = KINDS[kind][0](random.Random(f"{kind} {number}"), Path(folder))
-        except (ValueError, OSError, UnicodeError, OverflowError):  # a change that cannot be written down
+        except (ValueError, OSError, UnicodeError, OverflowError, RuntimeError):  # a change that cannot be written down
             return "unmade"
         whole = outcome(kind, path)
         left = {entry.name for entry in Path(folder).iterdir() if entry.name.startswith(".atpatch-")}
