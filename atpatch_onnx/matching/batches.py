@@ -93,17 +93,18 @@ def _told(name: str, evidence: _Evidence, seen: View) -> int | None:
 
 def _evidence(seen: View) -> _Evidence:
     """What every attention, and whatever else weighs positions by a softmax, says of the inputs."""
-    tokens: set[tuple[str, int]] = set()
-    maps: set[tuple[str, int]] = set()
-    whole = True
-    for node in seen.model.graph:
-        for value, token_axis, map_axes in _looked_at(node, seen):
-            sizes = seen.sizes(value)
-            tokens |= roots(value, token_axis, seen)
-            for axis in map_axes:
-                maps |= roots(value, axis, seen)
-                whole = whole and sizes is not None and (sizes[axis] == 1 or factors(value, axis, seen) is not None)
-    return _Evidence(frozenset(tokens), frozenset(maps), whole)
+    looked_at = [found for node in seen.model.graph for found in _looked_at(node, seen)]
+    maps = [(value, axis) for value, _, axes in looked_at for axis in axes]
+    return _Evidence(
+        tokens=roots(((value, axis) for value, axis, _ in looked_at), seen),
+        maps=roots(maps, seen),
+        whole=all(_is_known(value, axis, seen) for value, axis in maps),
+    )
+
+
+def _is_known(value: ir.Value, axis: int, seen: View) -> bool:
+    sizes = seen.sizes(value)
+    return sizes is not None and (sizes[axis] == 1 or factors(value, axis, seen) is not None)
 
 
 def _looked_at(node: ir.Node, seen: View) -> Iterator[tuple[ir.Value, int, range]]:

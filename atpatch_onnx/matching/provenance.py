@@ -8,7 +8,7 @@ layer (heads), at an Expand (copies, for samples or heads) or elsewhere (parts: 
 Sizes are numbers here; of a graph with symbolic sizes, those of the first trial (`matching.shapes`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
@@ -82,13 +82,13 @@ def factors(value: ir.Value, axis: int, view: View) -> tuple[Factor, ...] | None
     return tuple(merged)
 
 
-def roots(value: ir.Value, axis: int, view: View) -> frozenset[tuple[str, int]]:
-    """The axes of the model's inputs that an axis comes from, along every operand that may carry it."""
-    shape = view.sizes(value)
-    if shape is None:
-        return frozenset()
+def roots(starts: Iterable[tuple[ir.Value, int]], view: View) -> frozenset[tuple[str, int]]:
+    """The axes of the model's inputs that any of these axes comes from, along every operand that may carry it."""
     found: set[tuple[str, int]] = set()
-    pending: list[_Piece | Factor] = [_Piece(value, prod(shape[axis + 1 :]), shape[axis])]
+    shaped = [(value, axis, view.sizes(value)) for value, axis in starts]
+    pending: list[_Piece | Factor] = [
+        _Piece(value, prod(shape[axis + 1 :]), shape[axis]) for value, axis, shape in shaped if shape is not None
+    ]
     seen: set[_Piece | Factor] = set()
     while pending:
         piece = pending.pop()

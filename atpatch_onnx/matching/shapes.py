@@ -33,6 +33,9 @@ class Inferred:
     sizes: dict[str, tuple[int, ...]]
     """The same in numbers, of values whose every size is known once numbers stand for the symbols."""
 
+    declared: Shapes
+    """What onnx's own inference says, and so any runtime's: fewer sizes, none of them from a trial."""
+
 
 def infer(model: ir.Model) -> Inferred:
     """The shapes of the main graph's values."""
@@ -40,6 +43,7 @@ def infer(model: ir.Model) -> Inferred:
     bare = graph.skeleton(model)
     inferred = graph.infer_shapes(model, bare)
     known = {name: tuple(_own(size, symbols) for size in shape) for name, shape in inferred.items()}
+    declared = dict(known)
     numbers = {symbol.name: symbol.first for symbol in symbols}
     if _incomplete(model, known):
         first, second, symbols = _trials(bare, symbols)
@@ -52,7 +56,8 @@ def infer(model: ir.Model) -> Inferred:
     else:
         found = {name: tuple(_number(size, numbers) for size in shape) for name, shape in known.items()}
     sizes = {name: tuple(size for size in shape if size is not None) for name, shape in found.items()}
-    return Inferred(known, {name: shape for name, shape in sizes.items() if len(shape) == len(found[name])})
+    whole = {name: shape for name, shape in sizes.items() if len(shape) == len(found[name])}
+    return Inferred(known, whole, declared)
 
 
 def _number(size: Dim, numbers: Mapping[str, int]) -> int | None:

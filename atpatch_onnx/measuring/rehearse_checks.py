@@ -45,7 +45,8 @@ def fired(
 ) -> tuple[list[Check], list[SiteResult]]:
     """Some tokens fire: they are neutral at every site, and the rest is the base's.
 
-    Samples without a flag keep their bits, but for outputs that mix samples.
+    Samples without a flag keep their bits, but for outputs that mix samples. What stands within is looked at without
+    optimization, which may give a value's name to what it has moved there.
     """
     where = f"{form}, {level}"
     record, replaced = read_record(patched), replaced_in(patched, sites)
@@ -53,7 +54,7 @@ def fired(
     names = list(dict.fromkeys([*(site.margin for site in record.sites), *names]))
     try:
         found = Session(patched, optimize=level.optimize, threads=threads).run(runs.inputs)
-        inner = Session(expose(patched, names), optimize=level.optimize, threads=threads).run(runs.inputs)
+        inner = Session(expose(patched, names), optimize=False, threads=threads).run(runs.inputs)
     except RunError as error:
         return [Check(f"some tokens fire, {where}", False, str(error))], []
     margins = {site.site: inner[site.margin] for site in record.sites}

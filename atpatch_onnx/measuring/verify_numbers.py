@@ -1,4 +1,8 @@
-"""A patched model and its base on the same inputs, at both levels of optimization."""
+"""A patched model and its base on the same inputs, at both levels of optimization.
+
+Outputs are compared at both. Values within are read without optimization only, where each is what its node computes:
+optimizers move and fuse nodes, such as quantization onto the values that it follows, and keep names all the same.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -73,6 +77,7 @@ class _Look:
         files: tuple[ModelOrPath, ModelOrPath],
     ) -> None:
         self.record = record
+        self.within = not optimize
         self.edits = {edit.layer: edit for edit in baked_edits(base, patched, record)}
         reference = edited(base, [edit for edit in self.edits.values() if edit.units.size])
         self.sites = sites_of(base, record.sites)
@@ -87,7 +92,9 @@ class _Look:
         names += [name for one in self.replaced for name in (one.value, one.result)]
         names += [self.read(one) for one in record.sites if one.own is not None]
         names += [name for layer in record.layers for name in (layer.value, layer.edited_value)]
-        self.exposed = Session(expose(patched, names), **how)
+        monitored = {FLAGGED, SCORE} <= set(record.monitors)
+        inner = self.within or not monitored
+        self.exposed = Session(expose(patched, names), **{**how, "optimize": False}) if inner else None
         # In half precision onnxruntime's CPU kernels hand keys on unrounded, which cannot be given to the base.
         comparable = self.replaced and not any(one.place.dtype in _HALVES for one in self.replaced)
         self.driven = Driven(reference, self.replaced, where) if comparable and not optimize else None
@@ -99,7 +106,16 @@ class _Look:
         """
         return next((one.value for one in self.replaced if one.base_name == site.key), site.key)
 
-    def flags(self, inner: Mapping[str, Array], samples: int) -> NDArray[np.bool_]:
+    def run(self, batch: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array], NDArray[np.bool_]]:
+        """The patched model's outputs, its values within, if they are looked at, and which samples have a flag."""
+        found, samples = self.patched.run(batch), len(next(iter(batch.values())))
+        if self.exposed is not None:
+            inner = self.exposed.run(batch)
+            return found, inner, self._flags(inner, samples)
+        reported = (found[FLAGGED] | (found[SCORE] > 0)).reshape(-1)
+        return found, {}, reported if reported.shape == (samples,) else np.zeros(samples, np.bool_)
+
+    def _flags(self, inner: Mapping[str, Array], samples: int) -> NDArray[np.bool_]:
         """Which samples have a flag at any site, `[samples]`."""
         flags = [np.any(inner[site.margin].reshape(samples, -1) > 0, axis=1) for site in self.record.sites]
         return np.asarray(np.any(flags, axis=0)) if flags else np.zeros(samples, np.bool_)
@@ -119,8 +135,8 @@ class _Look:
         same = {name: _rows_equal(array, found.get(name), flagged) | flagged for name, array in expected.items()}
         if flagged.any() and not all(rows.all() for rows in same.values()):
             calm = {name: without_flagged(array, flagged) for name, array in batch.items()}
-            alone, patched = self.base.run(calm), self.patched.run(calm)
-            ignored = flagged | self.flags(self.exposed.run(calm), len(flagged))
+            alone, (patched, _, also) = self.base.run(calm), self.run(calm)
+            ignored = flagged | also
             for name, array in expected.items():
                 if not (_rows_equal(array, alone[name], flagged) | flagged).all():
                     same[name] = _rows_equal(alone[name], patched.get(name), ignored) | ignored
@@ -148,9 +164,7 @@ class _Tally:
             expected: The base's outputs.
         """
         look = self.look
-        found, inner = look.patched.run(batch), look.exposed.run(batch)
-        samples = len(next(iter(batch.values())))
-        whole = look.flags(inner, samples)
+        found, inner, whole = look.run(batch)
         self.inputs += count
         self.flagged += int(whole[:count].sum())
         self.differing += int((~look.same(batch, expected, found, whole))[:count].sum())
@@ -159,6 +173,14 @@ class _Tally:
             reported = [array.reshape(-1) for array in (found[FLAGGED], found[SCORE] > 0)]
             wrong = [array != whole if array.shape == whole.shape else np.ones_like(whole) for array in reported]
             self.misreported += int((wrong[0] | wrong[1])[:count].sum())
+        if look.within:
+            self._add_inner(batch, found, inner, bool(whole.any()))
+
+    def _add_inner(
+        self, batch: Mapping[str, Array], found: Mapping[str, Array], inner: Mapping[str, Array], flagged: bool
+    ) -> None:
+        """Compare what stands within; `flagged`: whether any sample is."""
+        look = self.look
         for layer in look.record.layers:
             self._add_layer(layer, inner)
         for one in look.replaced:
@@ -167,7 +189,7 @@ class _Tally:
                     f"{one.base_name} is not neutral where it is flagged, or not the base's elsewhere"
                 )
         self._add_margins(inner)
-        if look.driven is not None and whole.any():
+        if look.driven is not None and flagged:
             given = look.driven.run(batch, inner)
             unlike = [name for name, array in given.items() if not same_bits(array, found.get(name))]
             self.undriven += bool(unlike)
@@ -211,7 +233,7 @@ class _Tally:
     def checks(self, where: str) -> Iterator[Check]:
         """The verdicts."""
         unflagged = self.inputs - self.flagged
-        base = "the base with the neuron edits" if self.edited else "the base"
+        base = "the base with the neuron edits" if self.look.record.layers else "the base"
         yield Check(
             f"unflagged {where}",
             self.differing == 0,
@@ -223,6 +245,8 @@ class _Tally:
                 self.misreported == 0,
                 f"{self.inputs - self.misreported} of {self.inputs} reported as their tokens are flagged",
             )
+        if not self.look.within:
+            return
         for layer, fault in self.edited.items():
             said = fault or "edited units agree with the numpy reference, the others bit for bit with the base"
             yield Check(f"hidden layer {layer}, {where}", not fault, said)

@@ -38,7 +38,8 @@ def draw_inputs(
     """Inputs of the sizes and types that the model declares.
 
     Tokens are indices into the smallest table that they look up, and end with what the graph looks for in them (end of
-    text); masks are ones, but for some padding at the end of the last sample; other numbers are normal.
+    text); texts are what the graph encodes; masks are ones, but for some padding at the end of the last sample; other
+    numbers are normal.
 
     Args:
         model: The model.
@@ -90,7 +91,7 @@ def _shapes(
             drawn = samples
         elif slot.is_cache:
             drawn = earlier if axis < 3 else slot.depth or PAST
-        elif slot.is_wave:
+        elif slot.is_wave and batching.axis(slot.name) == 0:
             drawn = WAVE * length
         elif slot.is_mask and axis == len(slot.sizes) - 1:
             drawn = earlier + tokens
@@ -108,6 +109,8 @@ def _draw(slot: Slot, shapes: Mapping[str, tuple[int, ...]], cached: int, rng: n
         return np.zeros(shape, slot.dtype) if additive else _mask(shape, slot.dtype)
     if kind == "b":
         return np.zeros(shape, slot.dtype)
+    if kind == "O":
+        return rng.choice(_texts(slot.value), shape).astype(object)
     if kind not in "iu":
         return rng.normal(size=shape).astype(slot.dtype)
     if "position" in name:
@@ -120,6 +123,14 @@ def _draw(slot: Slot, shapes: Mapping[str, tuple[int, ...]], cached: int, rng: n
         patches = max((other[-1] for key, other in shapes.items() if "mask" in key.lower()), default=1)
         return np.full(shape, int(patches**0.5), slot.dtype)
     return _draw_ids(slot.value, shape, rng).astype(slot.dtype)
+
+
+def _texts(value: ir.Value) -> list[str]:
+    """Texts that the graph has a number for, else some words."""
+    for node, _ in value.uses():
+        if node.op_type == "LabelEncoder" and "keys_strings" in node.attributes:
+            return list(node.attributes["keys_strings"].as_strings())
+    return ["one", "two words", "three words here"]
 
 
 def _mask(shape: tuple[int, ...], dtype: np.dtype) -> Array:

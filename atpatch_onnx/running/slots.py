@@ -50,7 +50,7 @@ class Slot:
     @property
     def is_wave(self) -> bool:
         """A waveform `[samples, points]`."""
-        return self.dtype.kind not in "biu" and len(self.sizes) == 2 and not self.is_mask
+        return self.dtype.kind not in "biuO" and len(self.sizes) == 2 and not self.is_mask
 
     @property
     def is_position(self) -> bool:
