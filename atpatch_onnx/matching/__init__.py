@@ -12,8 +12,10 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes, tokens_of
 from atpatch_onnx.matching.naming import site_names
+from atpatch_onnx.matching.pieces import steps_back
 from atpatch_onnx.matching.places import first_place, key_place, value_place, without_cache
 from atpatch_onnx.matching.provenance import Source, factors
+from atpatch_onnx.matching.quantized import has_other_scales
 from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
 from atpatch_onnx.matching.shapes import told
 from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss, Place
@@ -149,6 +151,8 @@ def _without_place(candidate: Candidate, key: Place | None, seen: View) -> str:
     """Why there is no place for keys, or, where `key` is one, for values."""
     which, pieces = ("keys", candidate.keys) if key is None else ("values", candidate.values)
     other = first_place(pieces, seen)
+    if other is None and any(has_other_scales(at.value, seen) for at, _ in steps_back(pieces, seen)):
+        return f"attention, but its {which} are whole numbers with several scales, or one that is no weight of float32"
     if other is None:
         where = "of the graph"
     elif key is None:
