@@ -1,7 +1,7 @@
 """A softmax, whatever writes it: one node, or exponentials divided by their sum, as exporters and optimizers write it.
 
     Softmax(x)
-    Exp(x) / sum Exp(x)              both masked or not; the sum kept, reshaped, converted, guarded; times its reciprocal
+    Exp(x) / sum Exp(x)              both masked or not; the sum kept, reshaped, converted, guarded; times a reciprocal
     Exp(LogSoftmax(x))
     Exp(x - ReduceLogSumExp(x)),  Exp(x - Log(sum Exp(x)))
 
