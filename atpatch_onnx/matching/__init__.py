@@ -19,7 +19,7 @@ from atpatch_onnx.matching.quantized import has_other_scales
 from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
 from atpatch_onnx.matching.shapes import told
 from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss, Place
-from atpatch_onnx.matching.unmapped import unmapped
+from atpatch_onnx.matching.unmapped import unknown_operators, unmapped
 from atpatch_onnx.matching.view import View, view
 
 WIDEST = 2**20
@@ -104,7 +104,10 @@ def explain(model: ir.Model) -> Matches:
         for index, ((candidate, (key, value)), name, axis) in enumerate(zip(found, names, axes, strict=True))
     )
     known = {name for nodes in (*(s.nodes for s in sites), *(m.nodes for m in misses)) for name in nodes}
-    return Matches(sites, (*misses, *unmapped(list(seen.model.graph), known)))
+    nodes = list(seen.model.graph)
+    strange = [*unknown_operators(nodes, known, model.functions)]
+    known |= {name for one in strange for name in one.nodes}
+    return Matches(sites, (*misses, *strange, *unmapped(nodes, known)))
 
 
 def _name_in_graph(map_: ir.Value | None, seen: View) -> str | None:
