@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 import pytest
-from form_nets import DEPTH, HEADS, TOKENS, WIDTH, Form, Layer, Sketch, heads_apart, heads_together
+from form_nets import DEPTH, HEADS, MICROSOFT, TOKENS, WIDTH, Form, Layer, Sketch, heads_apart, heads_together
 from onnx import TensorProto, helper
 
 from atpatch_onnx.matching import explain
@@ -100,6 +100,33 @@ def test_an_operator_between_scores_and_softmax_is_named(op_type: str) -> None:
     misses = found(layer).near_misses
     assert [miss.attention for miss in misses] == [True, True]
     assert all(f"{op_type} stands between the softmax and the product" in miss.reason for miss in misses)
+
+
+@pytest.mark.parametrize("operator", ["MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul"])
+def test_a_map_that_meets_its_values_as_whole_numbers_is_attention(operator: str) -> None:
+    """As dynamic quantization of every product writes it, before and after onnxruntime's optimizer."""
+
+    def numbers(s: Sketch, x: str) -> list[str]:
+        names = [f"{x}_{part}" for part in ("numbers", "scale", "zero")]
+        s.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], names))
+        return names
+
+    def layer(s: Sketch, x: str) -> str:
+        p, v = map_and_values(s, x)
+        value, scale, zero = numbers(s, v)
+        if operator == "DynamicQuantizeMatMul":
+            return heads_together(s, s.op(operator, p, value, scale, zero, domain="com.microsoft"))
+        maps, own, offset = numbers(s, p)
+        if operator == "MatMulIntegerToFloat":
+            y = s.op(operator, maps, value, own, scale, offset, zero, domain="com.microsoft")
+        else:
+            whole = s.op("Cast", s.op(operator, maps, value, offset, zero), to=TensorProto.FLOAT)
+            y = s.op("Mul", whole, s.op("Mul", own, scale))
+        return heads_together(s, y)
+
+    misses = explain(Form(layer, opsets=MICROSOFT).model()).near_misses
+    assert [miss.attention for miss in misses] == [True, True]
+    assert all("quantize only products with weights (MatMulConstBOnly)" in miss.reason for miss in misses)
 
 
 @pytest.mark.parametrize(("tokens", "width"), [("seq", 5), (9, 16)])

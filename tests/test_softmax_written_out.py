@@ -82,6 +82,16 @@ def less_the_logarithm_written_out(s: Sketch, x: str) -> str:
     return s.op("Exp", s.op("Sub", y, s.op("Log", summed(s, s.op("Exp", y)))))
 
 
+def masked(s: Sketch, x: str) -> str:
+    kept = s.op("Mul", s.op("Exp", shifted(s, x)), s.weight(np.tri(16, dtype=np.float32)))
+    return s.op("Div", kept, s.op("Add", summed(s, kept), s.number(1e-9)))
+
+
+def masked_by_a_choice(s: Sketch, x: str) -> str:
+    kept = s.op("Where", s.weight(np.tri(16) > 0), s.op("Exp", x), s.number(0))
+    return s.op("Mul", kept, s.op("Reciprocal", summed(s, kept)))
+
+
 def with_a_bias(s: Sketch, x: str) -> str:
     """One operator of onnxruntime's own."""
     return s.op("BiasSoftmax", x, s.normal(1, 1, 16, 16), domain="com.microsoft", axis=3, is_inner_broadcast=0)
@@ -102,6 +112,8 @@ WAYS: tuple[Callable[[Sketch, str], str], ...] = (
     less_the_logarithm_of_the_sum,
     less_the_logarithm_written_out,
     with_a_bias,
+    masked,
+    masked_by_a_choice,
 )
 
 
@@ -122,14 +134,31 @@ def test_its_attention_is_found(way: Callable[[Sketch, str], str]) -> None:
     matches = explain(net(way).model())
     assert [miss.reason for miss in matches.near_misses] == []
     assert [(site.map_layout, site.self_attention, site.keys) for site in matches.sites] == [("nhqk", True, 16)] * 2
-    assert not any(site.masked for site in matches.sites)
+    assert [site.masked for site in matches.sites] == [way.__name__.startswith("masked")] * 2
     assert len({site.token_axis for site in matches.sites}) == 1
 
 
-@pytest.mark.parametrize("way", [by_a_sum_that_is_reshaped_and_expanded, times_the_reciprocal, of_its_logarithm])
+@pytest.mark.parametrize(
+    "way", [by_a_sum_that_is_reshaped_and_expanded, times_the_reciprocal, of_its_logarithm, masked]
+)
 def test_a_patch_of_it_is_exact(way: Callable[[Sketch, str], str]) -> None:
     result = rehearse(net(way).model(), net(way).feed(), threads=1)
     assert result.passed, result.failures
+
+
+@pytest.mark.parametrize("divide", ["Div", "Reciprocal"])
+def test_a_division_behind_the_values_is_attention(divide: str) -> None:
+    def layer(s: Sketch, x: str) -> str:
+        q, k, v = (heads_apart(s, y) for y in s.qkv(x))
+        e = s.op("Exp", shifted(s, s.scores(q, s.transpose(k, 0, 1, 3, 2))))
+        y, total = s.op("MatMul", e, v), summed(s, e)
+        y = s.op("Div", y, total) if divide == "Div" else s.op("Mul", y, s.op("Reciprocal", total))
+        return heads_together(s, y)
+
+    matches = explain(Form(layer).model())
+    assert matches.sites == ()
+    assert [miss.attention for miss in matches.near_misses] == [True, True]
+    assert all("divided by its sum behind the product" in miss.reason for miss in matches.near_misses)
 
 
 def not_by_its_own_sum(s: Sketch, x: str) -> str:

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from form_nets import FORMS, Form, Sketch
+from form_nets import DEPTH, FORMS, HEADS, TOKENS, WIDTH, Form, Sketch, heads_apart, heads_together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import draw_patch, fire_on_some, run
@@ -65,9 +65,32 @@ class Reader(CalibrationDataReader):
 def quantized(net: str, way: str) -> onnx.ModelProto:
     with TemporaryDirectory() as folder:
         before, after = (Path(folder) / name for name in ("float.onnx", "int8.onnx"))
-        onnx.save(FORMS[net].proto(), before)
-        quantize_static(before, after, Reader(FORMS[net]), **{"quant_format": PAIRS, **WAYS[way]})
+        onnx.save(ALL[net].proto(), before)
+        quantize_static(before, after, Reader(ALL[net]), **{"quant_format": PAIRS, **WAYS[way]})
         return onnx.load(after)
+
+
+def packed(s: Sketch, x: str, cut: str) -> str:
+    """Queries, keys and values of one projection without a bias, as a Slice, a Split or a Gather takes them apart."""
+    qkv = s.op("MatMul", x, s.normal(WIDTH, 3 * WIDTH))
+    if cut == "Gather":
+        apart = s.transpose(s.reshape(qkv, -1, TOKENS, 3, HEADS, DEPTH), 2, 0, 3, 1, 4)
+        q, k, v = (s.op("Gather", apart, s.weight(np.array(at, np.int64)), axis=0) for at in range(3))
+    elif cut == "Slice":
+        ends = [s.sizes(WIDTH * at) for at in range(4)]
+        q, k, v = (heads_apart(s, s.op("Slice", qkv, *ends[at : at + 2], s.sizes(2))) for at in range(3))
+    else:
+        names = [f"{qkv}_{name}" for name in "qkv"]
+        s.nodes.append(helper.make_node("Split", [qkv, s.sizes(WIDTH, WIDTH, WIDTH)], names, axis=2))
+        q, k, v = (heads_apart(s, name) for name in names)
+    return heads_together(s, s.attend(q, s.transpose(k, 0, 1, 3, 2), v))
+
+
+PACKED = {
+    f"packed, {cut}": Form(lambda s, x, cut=cut: packed(s, x, cut))  # type: ignore[misc]
+    for cut in ("Slice", "Split", "Gather")
+}
+ALL = {**FORMS, **PACKED}
 
 
 def model(net: str, way: str) -> ir.Model:
@@ -94,6 +117,15 @@ def test_its_sites_are_those_of_the_float_model(net: str, way: str) -> None:
 @ways
 def test_a_patch_of_it_is_exact(net: str, way: str) -> None:
     result = rehearse(model(net, way), FORMS[net].feed(), threads=1)
+    assert result.passed, result.failures
+
+
+@pytest.mark.parametrize("net", PACKED)
+@pytest.mark.parametrize("way", ["defaults", "linear layers only", "operators, linear layers only"])
+def test_a_patch_of_a_packed_projection_is_exact(net: str, way: str) -> None:
+    base = model(net, way)
+    assert len(explain(base).sites) == 2
+    result = rehearse(base, PACKED[net].feed(), threads=1)
     assert result.passed, result.failures
 
 
@@ -171,6 +203,63 @@ def test_numbers_of_several_scales_are_not_replaced() -> None:
     (site,) = explain(base).sites
     assert site.key.quantization is None, "it is patched in front of them"
     assert find_value(base.graph, site.key.value).producer().op_type == "Add"
+
+
+@pytest.mark.parametrize("kind", ["computed", "float16"])
+def test_scales_that_no_number_comes_back_from_are_refused_with_the_reason(kind: str) -> None:
+    """Everything runs on whole numbers, so there is no place in front of them."""
+    s = Sketch(half=kind == "float16")
+    dtype = TensorProto.FLOAT16 if kind == "float16" else TensorProto.FLOAT
+    scale = s.number(0.1) if kind == "float16" else s.op("Abs", "scale")
+    one = s.op("Squeeze", scale, s.sizes(0))
+    fixed = s.op("Identity", one) if kind == "computed" else s.weight(np.array(0.1, np.float16))
+    zero = s.weight(np.array(128, np.uint8))
+
+    def projected(x: str) -> str:
+        y = s.op("MatMul", s.op("DequantizeLinear", x, fixed, zero), s.normal(12, 12))
+        y = s.op("DequantizeLinear", s.op("QuantizeLinear", y, fixed, zero), fixed, zero)
+        return s.transpose(s.reshape(y, -1, 16, 4, 3), 0, 2, 1, 3)
+
+    x = s.op("QuantizeLinear", "x", fixed, zero)
+    q, k, v = (projected(x) for _ in range(3))
+    y = s.op("Identity", s.attend(q, s.transpose(k, 0, 1, 3, 2), v))
+    inputs = [helper.make_tensor_value_info("x", dtype, ["batch", 16, 12])]
+    inputs += [helper.make_tensor_value_info("scale", dtype, [1])] if kind == "computed" else []
+    made = helper.make_graph(
+        s.nodes, "scales", inputs, [helper.make_tensor_value_info(y, dtype, ["batch", 4, 16, 3])], s.weights
+    )
+    matches = explain(ir.from_proto(helper.make_model(made, opset_imports=[helper.make_opsetid("", 19)])))
+    assert matches.sites == ()
+    (miss,) = matches.near_misses
+    assert miss.attention
+    assert "whole numbers with several scales, or one that is no weight of float32" in miss.reason
+
+
+def test_attention_of_quantized_operators_in_a_branch_is_said() -> None:
+    branch = model("plain", "operators").graph
+    nodes, outputs = list(branch), list(branch.outputs)
+    outer_input, weights = branch.inputs[0], list(branch.initializers.values())
+    branch.remove(nodes)
+    for held in (branch.outputs, branch.inputs, branch.initializers):
+        held.clear()
+    inner = ir.Graph([], outputs, nodes=nodes, name="branch")
+    condition = ir.Value(name="c", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL))
+    other = ir.Node("", "Identity", [outer_input])
+    other.outputs[0].name = "other"
+    branches = [ir.AttrGraph("then_branch", inner)]
+    branches.append(ir.AttrGraph("else_branch", ir.Graph([], other.outputs, nodes=[other], name="else")))
+    chosen = ir.Node("", "If", [condition], branches)
+    chosen.outputs[0].name = "y"
+    main = ir.Graph(
+        [condition, outer_input],
+        chosen.outputs,
+        nodes=[chosen],
+        initializers=weights,
+        opset_imports=dict(branch.opset_imports),
+    )
+    matches = explain(ir.Model(main, ir_version=8))
+    assert matches.sites == ()
+    assert [(miss.attention, "inside a branch" in miss.reason) for miss in matches.near_misses] == [(True, True)] * 2
 
 
 @settings(max_examples=40, deadline=None)

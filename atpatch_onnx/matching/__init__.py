@@ -13,12 +13,14 @@ from atpatch_onnx.matching import attention_op, fused, softmax
 from atpatch_onnx.matching.axes import token_axes, tokens_of
 from atpatch_onnx.matching.batches import batching, look
 from atpatch_onnx.matching.naming import site_names
+from atpatch_onnx.matching.pieces import steps_back
 from atpatch_onnx.matching.places import first_place, key_place, value_place, without_cache
 from atpatch_onnx.matching.provenance import Source, factors
+from atpatch_onnx.matching.quantized import has_other_scales
 from atpatch_onnx.matching.rules import Candidate, Rule, label, miss
 from atpatch_onnx.matching.shapes import told
 from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, NearMiss, Place
-from atpatch_onnx.matching.unmapped import unmapped
+from atpatch_onnx.matching.unmapped import unknown_operators, unmapped
 from atpatch_onnx.matching.view import View
 
 WIDEST = 2**20
@@ -104,7 +106,10 @@ def explain(model: ir.Model) -> Matches:
         for index, ((candidate, (key, value)), name, axis) in enumerate(zip(found, names, axes, strict=True))
     )
     known = {name for nodes in (*(s.nodes for s in sites), *(m.nodes for m in misses)) for name in nodes}
-    return Matches(sites, (*misses, *unmapped(list(seen.model.graph), known)))
+    nodes = list(seen.model.graph)
+    strange = [*unknown_operators(nodes, known, model.functions)]
+    known |= {name for one in strange for name in one.nodes}
+    return Matches(sites, (*misses, *strange, *unmapped(nodes, known)))
 
 
 def _name_in_graph(map_: ir.Value | None, seen: View) -> str | None:
@@ -158,6 +163,8 @@ def _without_place(candidate: Candidate, key: Place | None, seen: View) -> str:
     """Why there is no place for keys, or, where `key` is one, for values."""
     which, pieces = ("keys", candidate.keys) if key is None else ("values", candidate.values)
     other = first_place(pieces, seen)
+    if other is None and any(has_other_scales(at.value, seen) for at, _ in steps_back(pieces, seen)):
+        return f"attention, but its {which} are whole numbers with several scales, or one that is no weight of float32"
     if other is None:
         where = "of the graph"
     elif key is None:

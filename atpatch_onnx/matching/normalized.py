@@ -1,7 +1,7 @@
 """A softmax, whatever writes it: one node, or exponentials divided by their sum, as exporters and optimizers write it.
 
     Softmax(x)
-    Exp(x) / sum Exp(x)              the sum kept, reshaped, converted, guarded; as a product with the reciprocal, too
+    Exp(x) / sum Exp(x)              both masked or not; the sum kept, reshaped, converted, guarded; times a reciprocal
     Exp(LogSoftmax(x))
     Exp(x - ReduceLogSumExp(x)),  Exp(x - Log(sum Exp(x)))
 
@@ -38,6 +38,8 @@ class Normalized:
     scores: ir.Value
     weights: ir.Value
     axis: int
+    masked: bool = False
+    """Whether exponentials are taken away before they are summed."""
 
 
 def read_softmax(node: ir.Node, view: View) -> Normalized | None:
@@ -46,11 +48,13 @@ def read_softmax(node: ir.Node, view: View) -> Normalized | None:
         found: _Found = node.inputs[0], node.attributes["axis"].as_int() if "axis" in node.attributes else -1
     else:
         found = _of_logarithm(node, view) if node.op_type == "Exp" else _of_quotient(node, view)
-    scores, axis = found
-    return None if scores is None or axis is None else Normalized(node, scores, node.outputs[0], axis)
+    scores, axis, *masked = found
+    return None if scores is None or axis is None else Normalized(node, scores, node.outputs[0], axis, bool(masked))
 
 
-_Found = tuple[ir.Value | None, int | None]
+_Found = tuple[ir.Value | None, int | None] | tuple[ir.Value | None, int | None, bool]
+"""The scores and the axis; a third where exponentials are masked."""
+
 _NONE: _Found = (None, None)
 
 
@@ -59,12 +63,38 @@ def _of_quotient(node: ir.Node, view: View) -> _Found:
     first, second = node.inputs
     pairs = [(first, second)] if node.op_type == "Div" else [(first, _inverted(second)), (second, _inverted(first))]
     for above, below in pairs:
-        exponential = _behind(above)
-        if exponential is not None and exponential.op_type == "Exp":
-            axis = _summed_along(below, exponential, view)
+        shares = _behind(above)
+        exponential = None if shares is None else _masked(shares)
+        if shares is not None and exponential is not None:
+            axis = _summed_along(below, shares, view)
             if axis is not None:
-                return exponential.inputs[0], axis
+                scores = exponential.inputs[0]
+                return (scores, axis) if exponential is shares else (scores, axis, True)
     return _NONE
+
+
+def divided_behind(node: ir.Node, view: View) -> ir.Node | None:
+    """The product of exponentials with values that a node divides by their sum; None where it does not."""
+    if node.op_type not in ("Div", "Mul"):
+        return None
+    first, second = node.inputs
+    pairs = [(first, second)] if node.op_type == "Div" else [(first, _inverted(second)), (second, _inverted(first))]
+    for above, below in pairs:
+        product = _behind(above)
+        for operand in product.inputs if product is not None and product.op_type in ("MatMul", "Einsum") else ():
+            shares = _behind(operand)
+            if shares is not None and _masked(shares) and _summed_along(below, shares, view) is not None:
+                return product
+    return None
+
+
+def _masked(node: ir.Node) -> ir.Node | None:
+    """The exponential that a node is, or that it takes entries away from."""
+    if node.op_type == "Exp":
+        return node
+    candidates = {"Mul": node.inputs[:2], "Where": node.inputs[1:3]}.get(node.op_type, ())
+    found = (_behind(value) for value in candidates)
+    return next((inner for inner in found if inner is not None and inner.op_type == "Exp"), None)
 
 
 def _inverted(value: ir.Value | None) -> ir.Value | None:

@@ -72,11 +72,11 @@ _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 
 def in_plain_operators(model: ir.Model) -> Plain:
     """The model, or a copy of it in which no operator is one of these of onnxruntime's own. Weights are shared."""
-    if not any(_is_read(node) for node in model.graph):
+    if not any(_is_read(node) for node in model.graph.all_nodes()):
         return Plain(model, {})
     copy, names = graphs.copy(model), graphs.all_names(model)
     stands_for: dict[str, str] = {}
-    for number, node in enumerate([node for node in copy.graph if _is_read(node)]):
+    for number, node in enumerate([node for node in copy.graph.all_nodes() if _is_read(node)]):
         if node.op_type in _CONVERSIONS:
             node.domain = ""
             continue
@@ -86,7 +86,8 @@ def in_plain_operators(model: ir.Model) -> Plain:
             wanted = f"plain/{number}/{place}"
             one.outputs[0].name = wanted if wanted not in names else f"{wanted}/{len(''.join(names))}"
             stands_for[str(one.outputs[0].name)] = base
-        ir.convenience.replace_nodes_and_values(copy.graph, node, [node], written, node.outputs, last.outputs)
+        assert node.graph is not None, "it is a node of a graph"
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], written, node.outputs, last.outputs)
     return Plain(copy, stands_for)
 
 

@@ -43,6 +43,11 @@ def quantization_of(value: ir.Value, view: View) -> Quantization | None:
     return Quantization(number, int(zero_point.reshape(-1)[0]), "com.microsoft" if own else "")
 
 
+def has_other_scales(value: ir.Value, view: View) -> bool:
+    """Whether a tensor holds whole numbers that stand for floats in a way that `quantization_of` does not read."""
+    return _quantizer(value) is not None and quantization_of(value, view) is None
+
+
 def _quantizer(value: ir.Value) -> ir.Node | None:
     """The QuantizeLinear that a tensor of whole numbers comes from."""
     for _ in range(_MOVED):
@@ -60,16 +65,31 @@ def _quantizer(value: ir.Value) -> ir.Node | None:
 def is_closed(value: ir.Value) -> bool:
     """Whether nothing may be put behind a tensor as it is: floats in the midst of what runs on whole numbers, or these.
 
-    The floats between DequantizeLinear and what reads it, or between an operator of dequantized tensors and its
-    QuantizeLinear.
+    The floats between DequantizeLinear and what reads them, moved or not, or between an operator of dequantized tensors
+    and its QuantizeLinear.
     """
-    if _quantizer(value) is not None:
+    if _quantizer(value) is not None or _dequantized(value):
         return True
     node = value.producer()
-    if node is None:
+    if node is None or not any(user.op_type == "QuantizeLinear" for user in value.consumers()):
         return False
-    if node.op_type == "DequantizeLinear":
-        return node.inputs[0] is not None and _quantizer(node.inputs[0]) is not None
-    quantized = any(user.op_type == "QuantizeLinear" for user in value.consumers())
     read = (None if source is None else source.producer() for source in node.inputs)
-    return quantized and any(one is not None and one.op_type == "DequantizeLinear" for one in read)
+    return any(one is not None and one.op_type == "DequantizeLinear" for one in read)
+
+
+_PASSED = _MOVES - {"Split", "Gather"}
+"""onnxruntime moves a DequantizeLinear behind these, and crashes where an If is what follows (seen with 1.31)."""
+
+
+def _dequantized(value: ir.Value) -> bool:
+    """Whether a tensor is what a DequantizeLinear gives, moved at most."""
+    for _ in range(_MOVED):
+        node = value.producer()
+        if node is None or node.domain != "" or not node.inputs or node.inputs[0] is None:
+            return False
+        if node.op_type == "DequantizeLinear":
+            return _quantizer(node.inputs[0]) is not None
+        if node.op_type not in _PASSED:
+            return False
+        value = node.inputs[0]
+    return False

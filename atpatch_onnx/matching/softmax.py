@@ -18,7 +18,7 @@ from atpatch_onnx.matching.denials import also_feeds, scores_of, without_values
 from atpatch_onnx.matching.keys import keys_of
 from atpatch_onnx.matching.layout import Layout
 from atpatch_onnx.matching.leading import Axis, Leading, name_leading
-from atpatch_onnx.matching.normalized import ANCHORS, Normalized, read_softmax
+from atpatch_onnx.matching.normalized import ANCHORS, Normalized, divided_behind, read_softmax
 from atpatch_onnx.matching.operands import cut_axes
 from atpatch_onnx.matching.pieces import Pieces, from_layout
 from atpatch_onnx.matching.products import Product, read_product
@@ -36,7 +36,9 @@ def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
     """
     softmax = read_softmax(node, view)
     if softmax is None:
-        return ()
+        product = divided_behind(node, view)
+        reason = "attention, but its map is divided by its sum behind the product with the values"
+        return () if product is None else (miss([product, node], reason, attention=True),)
     scores = scores_of(softmax, view)
     meetings = [meeting for meeting in chains.forward(softmax.weights) if meeting.node.op_type != "IsNaN"]
     padded = _padded(softmax, meetings, scores, view)
@@ -150,7 +152,7 @@ def _site(softmax: Normalized, scores: chains.Product, meeting: chains.Meeting, 
         parts=leading.parts,
         heads=leading.heads,
         queries=of_map["q"],
-        masked=chains.can_hide(scores.path, view) or any(_zeroes(step) for step in meeting.path),
+        masked=softmax.masked or chains.can_hide(scores.path, view) or any(_zeroes(step) for step in meeting.path),
         nodes=nodes,
     )
 

@@ -1,6 +1,7 @@
-"""Modules that are called attention and compute no map: linear attention, Fourier mixing, convolutions, recurrences.
+"""What is called attention and has no map in the graph: modules without a softmax, and operators that nobody knows.
 
-There is no softmax to be anchored at, so the only trace is the module's name, where the export kept it.
+There is nothing to be anchored at, so the only trace is a name: the module's, where the export kept it, or the
+operator's.
 """
 
 import re
@@ -20,6 +21,22 @@ _BESIDE = re.compile(r"norm|dropout|mask|bias|gate|embed|pos", re.IGNORECASE)
 _MIXING = PRODUCTS | {"Conv", "DFT", "STFT", "Scan", "Loop"}
 
 
+_OPERATOR = re.compile(r"attention|attn|\bmha\b|fmha", re.IGNORECASE)
+_OWN = ("", "ai.onnx", "ai.onnx.ml")
+
+
+def unknown_operators(
+    nodes: Collection[ir.Node], known: Collection[str], functions: Collection[tuple[str, str, str]]
+) -> Iterator[NearMiss]:
+    """A near miss for each operator of another domain that is attention by its name, and no function of the model."""
+    for node in nodes:
+        named = _OPERATOR.search(node.op_type) and not _BESIDE.search(node.op_type)
+        if named and node.domain not in _OWN and label(node) not in known and node.op_identifier() not in functions:
+            kind = f"{node.domain}::{node.op_type}"
+            reason = f"attention by its name, but in the operator {kind}, which is not known; export the model without"
+            yield miss([node], reason, attention=True)
+
+
 def unmapped(nodes: Collection[ir.Node], known: Collection[str]) -> Iterator[NearMiss]:
     """A near miss for each such module; `known` are the labels of the nodes that sites and near misses have."""
     modules: dict[str, list[ir.Node]] = {}
@@ -31,8 +48,10 @@ def unmapped(nodes: Collection[ir.Node], known: Collection[str]) -> Iterator[Nea
     for path, members in modules.items():
         mixing = [node for node in members if node.op_type in _MIXING]
         if len(mixing) > 1 and not any(label(node) in known for node in members):
+            foreign = sorted({f"{node.domain}::{node.op_type}" for node in members if node.domain not in _OWN})
+            beside = f"; what is in {', '.join(foreign)} was not looked into" if foreign else ""
             reason = (
                 f"attention without a map: the module {path} has no softmax over keys (linear attention, a Fourier "
-                "transform, a convolution or a recurrence)"
+                f"transform, a convolution or a recurrence){beside}"
             )
             yield miss(mixing, reason, attention=False)
