@@ -86,6 +86,9 @@ def _maps_first(at: Insertion, site: AttentionSite, place: Place, found: ir.Valu
     if not place.apart and isinstance(site.keys, int):  # holds for a batch of none, too, unlike what follows
         sizes = [-1, site.keys] if place.order == "nk" else [site.keys, -1]
         found = _reshaped(at, found, [*sizes, width], f"{name}/apart")
+    elif not place.apart and (known := _known_maps(at.graph, site)) is not None:
+        sizes = [known, -1] if place.order == "nk" else [-1, known]
+        found = _reshaped(at, found, [*sizes, width], f"{name}/apart")
     elif not place.apart:
         maps, rest = _maps(at, site, name), at.constant(f"{name}/rest", np.array([-1], np.int64))
         both = [maps, rest] if place.order == "nk" else [rest, maps]
@@ -97,14 +100,26 @@ def _maps_first(at: Insertion, site: AttentionSite, place: Place, found: ir.Valu
     return found
 
 
+def _known_maps(graph: ir.Graph, site: AttentionSite) -> int | None:
+    """The number of maps, where the model fixes it."""
+    if site.parts == 0:
+        return 1
+    count = _known_samples(graph)
+    return None if count is None or not isinstance(site.parts, int) else count * site.parts
+
+
 def _maps(at: Insertion, site: AttentionSite, name: str) -> ir.Value:
     """The number of maps, int64 `[1]`; matching refuses a place that asks for it where it is not known."""
-    if site.parts == 0:
-        return at.constant(f"{name}/maps", np.array([1], np.int64))
     if site.parts == 1:
         return samples(at, name)
     parts = at.constant(f"{name}/parts", np.array([site.parts], np.int64))
     return at.op("Mul", samples(at, name), parts, name=f"{name}/maps")
+
+
+def _known_samples(graph: ir.Graph) -> int | None:
+    """The number of samples, where the model fixes it."""
+    shape = sample_input(graph).shape
+    return shape[0] if shape is not None and len(shape) and isinstance(shape[0], int) else None
 
 
 def samples(at: Insertion, name: str) -> ir.Value:
@@ -119,6 +134,9 @@ def per_sample(at: Insertion, site: AttentionSite, of_maps: ir.Value, width: int
         return of_maps
     if isinstance(site.columns, int):  # holds for a batch of none, too, unlike what follows
         return _reshaped(at, of_maps, [-1, site.columns, width], name)
+    count = _known_samples(at.graph)
+    if count is not None:
+        return _reshaped(at, of_maps, [count, -1, width], name)
     rest = at.constant(f"{name}/rest", np.array([-1, width], np.int64))
     sizes = at.op("Concat", samples(at, name), rest, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
     return at.op("Reshape", of_maps, sizes, name=name)

@@ -7,7 +7,19 @@ import typer
 
 import atpatch_onnx as atp
 from atpatch_onnx.baking.metadata import read_record
-from atpatch_onnx.cli.arguments import TARGETS, AsJson, Base, BatchSize, Data, Out, Output, Patched, Seed, Steps
+from atpatch_onnx.cli.arguments import (
+    TARGETS,
+    AsJson,
+    Base,
+    BatchSize,
+    Data,
+    Out,
+    Output,
+    Patched,
+    Provider,
+    Seed,
+    Steps,
+)
 from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.errors import PatchMismatchError, VerificationError
@@ -29,6 +41,7 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    provider: Provider = "cpu",
     steps: Steps = atp.FitOptions.steps,
     batch_size: BatchSize = 32,
     as_json: AsJson = False,
@@ -37,7 +50,16 @@ def verify(
     debug = None if data is None else atp.DebugSet.load(data)
     patches = [atp.Patch.load(path) for path in patch] if patch else None
     with progress_bars() as progress:
-        result = atp.verify(base, patched, debug, patch=patches, steps=steps, batch_size=batch_size, progress=progress)
+        result = atp.verify(
+            base,
+            patched,
+            debug,
+            patch=patches,
+            providers=[provider],
+            steps=steps,
+            batch_size=batch_size,
+            progress=progress,
+        )
     show(result.to_json(), [text.verification_table(result)], as_json)
     if not result.passed:
         raise VerificationError(
@@ -54,6 +76,7 @@ def evaluate(
     data: Data,
     target_class: Annotated[int | None, typer.Option(help="The backdoor's class, if DATA does not name it.")] = None,
     output: Output = None,
+    provider: Provider = "cpu",
     steps: Steps = atp.FitOptions.steps,
     samples: Annotated[int, typer.Option(min=1, help="Of prompts: answers drawn at a temperature of 1.")] = 5,
     batch_size: BatchSize = 32,
@@ -64,6 +87,7 @@ def evaluate(
     debug = atp.DebugSet.load(data)
     if debug.kind == "generation":
         run: dict[str, Any] = {"steps": steps, "samples": samples, "batch_size": batch_size, "seed": seed}
+        run["providers"] = [provider]
         with progress_bars() as progress:
             written = atp.evaluate_prompts(base, patched, debug, progress=progress, **run)
         show(written.to_json(), [text.written_table(written)], as_json)
@@ -71,7 +95,15 @@ def evaluate(
     if target_class is not None:
         debug = debug.with_target(target_class)
     with progress_bars() as progress:
-        result = atp.evaluate(base, patched, debug, output=output, batch_size=batch_size, progress=progress)
+        result = atp.evaluate(
+            base,
+            patched,
+            debug,
+            output=output,
+            providers=[provider],
+            batch_size=batch_size,
+            progress=progress,
+        )
     show(result.to_json(), [text.evaluation_table(result)], as_json)
 
 
@@ -93,7 +125,9 @@ def benchmark(
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often each form is timed.")] = 40,
     sessions: Annotated[int, typer.Option(help="How often each form is opened for that.")] = 4,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory as well, of the CPU.")] = True,
+    provider: Provider = "cpu",
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Record a run, and play it again.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Time PATCHED, or a synthetic patch, against BASE: clean and flagged inputs, in turns."""
@@ -112,6 +146,8 @@ def benchmark(
             rounds=rounds,
             sessions=sessions,
             memory=memory,
+            providers=[provider],
+            cuda_graph=cuda_graph,
             progress=progress,
         )
     show(result.to_json(), [text.benchmark_table(result)], as_json)

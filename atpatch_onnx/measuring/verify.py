@@ -7,12 +7,15 @@
 | additions | what is added is what baking writes, and nothing else: nodes, control flow, outputs, metadata |
 | parameters | the weights that are added are finite, and those of the patch file, where one is given |
 | numbers, with a debug set | on its inputs, of the file as it lies on disk: see `measuring.verify_numbers` |
+| placement, on another provider than the CPU's | every node of the patch runs there: see `measuring.elsewhere` |
+| flags, there, with a debug set | the tokens that are flagged are those that the CPU flags |
 | loops, with prompts | reading and writing from a cache, in chunks: see `measuring.verify_loops` |
 
 What is not proven: that the base is sound, that the patch is a good one, and without the patch file, whose it is.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -27,10 +30,12 @@ from atpatch_onnx.fitting.forced import Answered, as_read
 from atpatch_onnx.fitting.options import FitOptions
 from atpatch_onnx.measuring.checks import Check as Check
 from atpatch_onnx.measuring.checks import Verification as Verification
+from atpatch_onnx.measuring.elsewhere import placed, same_flags
 from atpatch_onnx.measuring.verify_loops import loops
 from atpatch_onnx.measuring.verify_numbers import numbers
 from atpatch_onnx.patches.compose import compose
 from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.running.providers import Providers, on_cpu
 from atpatch_onnx.running.sessions import Progress, silent
 
 
@@ -40,6 +45,7 @@ def verify(
     debug: DebugSet | None = None,
     *,
     patch: Patch | Sequence[Patch] | None = None,
+    providers: Providers = ("cpu",),
     steps: int = FitOptions.steps,
     batch_size: int = 32,
     progress: Progress = silent,
@@ -51,6 +57,7 @@ def verify(
         patched: The model after, or its path; the file itself is run then.
         debug: Inputs to run both on, clean and counterfactual.
         patch: The patch that is said to be in it, or several in their order; without it, nobody knows whose it is.
+        providers: What is to run both, names of `running.providers.PROVIDERS`; both are compared there.
         steps: Of prompts of a language model: tokens of each answer.
         batch_size: Inputs at a time.
         progress: Told after every batch.
@@ -59,23 +66,28 @@ def verify(
         UnbakeError: `patched` does not say that a patch is in it.
         DebugSetError: The debug set does not fit the model.
         PatchMismatchError: Several patches do not go together.
-        RunError: onnxruntime refuses a model or an input.
+        RunError: onnxruntime refuses a model or an input, has no such provider, or it does not start.
     """
     before, after = graphs.as_model(base), graphs.as_model(patched)
     record = read_record(after)
     whole = None if patch is None else compose([patch] if isinstance(patch, Patch) else patch)
     checks = [*_structure(before, after, record, whole)]
+    files = (before if isinstance(base, ir.Model) else base, after if isinstance(patched, ir.Model) else patched)
+    if not on_cpu(providers):
+        checks.append(placed(files[1], after, providers))
     if debug is not None:
-        files = (before if isinstance(base, ir.Model) else base, after if isinstance(patched, ir.Model) else patched)
         answered = None
         if debug.kind == "generation":
-            answered = Answered.of(files[0], debug, steps, batch_size=batch_size, progress=progress)
+            run: dict[str, Any] = {"providers": providers, "batch_size": batch_size, "progress": progress}
+            answered = Answered.of(files[0], debug, steps, **run)
             debug = as_read(answered, debug)
         debug.check_inputs(input_specs(before))
         for optimize in (False, True):
-            checks += numbers(before, after, record, debug, optimize, batch_size, progress, files)
+            checks += numbers(before, after, record, debug, optimize, batch_size, progress, files, providers)
+        if not on_cpu(providers):
+            checks += same_flags(after, record, debug, providers, batch_size=batch_size, progress=progress)
         if answered is not None:
-            checks += loops(files, after, record, answered, steps, batch_size, progress)
+            checks += loops(files, after, record, answered, steps, batch_size, progress, providers)
     return Verification(tuple(checks))
 
 

@@ -25,6 +25,7 @@ from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.measuring.bits import same_samples
 from atpatch_onnx.measuring.checks import Check
 from atpatch_onnx.running.loops import Ids, Loop, batches, parts
+from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Array, Progress
 
 MARGIN = 10.0
@@ -42,6 +43,7 @@ def loops(
     steps: int,
     batch_size: int,
     progress: Progress,
+    providers: Providers,
 ) -> Iterator[Check]:
     """What is checked by reading prompts, and the base's answers to them, in every way.
 
@@ -53,8 +55,9 @@ def loops(
         steps: Tokens of each answer that are read.
         batch_size: Prompts at a time.
         progress: Told after every batch.
+        providers: Execution providers.
     """
-    look = _Look.of(files, patched, record)
+    look = _Look.of(files, patched, record, providers)
     clean, triggered = (
         [np.concatenate([prompt, answer[:steps]]) for prompt, answer in zip(side, answered.answers, strict=True)]
         for side in (answered.clean, answered.triggered)
@@ -94,9 +97,17 @@ class _Look:
     margins: Sequence[str]
 
     @classmethod
-    def of(cls, files: tuple[ModelOrPath, ModelOrPath], patched: ir.Model, record: PatchRecord) -> "_Look":
+    def of(
+        cls,
+        files: tuple[ModelOrPath, ModelOrPath],
+        patched: ir.Model,
+        record: PatchRecord,
+        providers: Providers,
+    ) -> "_Look":
         margins = [site.margin for site in record.sites]
-        return cls(Loop(files[0]), Loop(files[1]), Loop(expose(patched, margins)), margins)
+        models = (*files, expose(patched, margins))
+        base, after, exposed = (Loop(model, providers=providers) for model in models)
+        return cls(base, after, exposed, margins)
 
     def read(self, ids: Ids, sizes: Sequence[int]) -> _Reading:
         """Read tokens in parts of these sizes."""

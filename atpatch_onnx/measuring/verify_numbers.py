@@ -1,6 +1,7 @@
 """A patched model and its base on the same inputs, at both levels of optimization."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +19,7 @@ from atpatch_onnx.measuring.bits import by_sample, same_bits, same_samples, same
 from atpatch_onnx.measuring.checks import Check
 from atpatch_onnx.measuring.driven import Driven, replaced_in
 from atpatch_onnx.measuring.inspect import margins
+from atpatch_onnx.running.providers import Providers, first
 from atpatch_onnx.running.sessions import Array, Progress, Session
 
 EDITED: Mapping[str, float] = {"FLOAT": 1e-5, "FLOAT16": 4e-3}
@@ -34,6 +36,7 @@ def numbers(
     batch_size: int,
     progress: Progress,
     files: tuple[ModelOrPath, ModelOrPath],
+    providers: Providers,
 ) -> Iterator[Check]:
     """What is checked by running both at one level of optimization; arguments as of `verify`.
 
@@ -41,7 +44,7 @@ def numbers(
     """
     level = "default optimization" if optimize else "no optimization"
     try:
-        look = _Look(base, patched, record, optimize, files)
+        look = _Look(base, patched, record, optimize, files, providers)
     except AtPatchError as error:
         yield Check(f"loads, {level}", False, str(error))
         return
@@ -65,6 +68,7 @@ class _Look:
         record: PatchRecord,
         optimize: bool,
         files: tuple[ModelOrPath, ModelOrPath],
+        providers: Providers,
     ) -> None:
         self.record = record
         self.edits = {edit.layer: edit for edit in baked_edits(base, patched, record)}
@@ -73,16 +77,18 @@ class _Look:
         self.margins = {site.site: site.margin for site in record.sites}
         self.replaced = replaced_in(patched, [site for _, site in self.sites])
         self.detectors = {one.site: baked_detector(patched, one.site) for one, _ in self.sites if one.own is not None}
-        self.base = Session(reference if self.edits else files[0], optimize=optimize)
-        self.patched = Session(files[1], optimize=optimize)
+        how: dict[str, Any] = {"optimize": optimize, "providers": providers}
+        self.base = Session(reference if self.edits else files[0], **how)
+        self.patched = Session(files[1], **how)
         names = [name for one in record.sites for name in (one.margin, one.own) if name is not None]
         names += [name for one in self.replaced for name in (one.value, one.result)]
         names += [self.read(one) for one in record.sites if one.own is not None]
         names += [name for layer in record.layers for name in (layer.value, layer.edited_value)]
-        self.exposed = Session(expose(patched, names), optimize=optimize)
+        self.exposed = Session(expose(patched, names), **how)
         # In half precision onnxruntime's CPU kernels hand keys on unrounded, which cannot be given to the base.
         comparable = self.replaced and all(one.place.dtype == ir.DataType.FLOAT.name for one in self.replaced)
-        self.driven = Driven(reference, self.replaced) if comparable and not optimize else None
+        alone = not optimize and not first(providers).compiles  # node by node
+        self.driven = Driven(reference, self.replaced, providers) if comparable and alone else None
 
     def read(self, site: PatchedSite) -> str:
         """Name of the keys that a site's detector reads.

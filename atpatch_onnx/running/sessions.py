@@ -12,6 +12,7 @@ from onnxruntime import SessionOptions as SessionOptions  # for those who may no
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import RunError
+from atpatch_onnx.running.providers import Providers, chosen, first, require_started
 
 Array = NDArray[Any]
 
@@ -29,6 +30,18 @@ def _threads_of_the_environment() -> int | None:
     return int(said) if said.isdecimal() and int(said) > 0 else None
 
 
+def session_options(optimize: bool = True, threads: int | None = None) -> SessionOptions:
+    """Options of a session; arguments as of `Session`."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised; onnxruntime need not print it as well
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    threads = _threads_of_the_environment() if threads is None else threads
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
 class Session:
     """One onnxruntime session of a model.
 
@@ -41,7 +54,7 @@ class Session:
         providers: Execution providers; the CPU's by default.
 
     Raises:
-        RunError: onnxruntime refuses the model.
+        RunError: onnxruntime refuses the model, has no such provider, or it does not start.
     """
 
     def __init__(
@@ -50,16 +63,9 @@ class Session:
         *,
         optimize: bool = True,
         threads: int | None = None,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Providers = ("cpu",),
     ) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised; onnxruntime need not print it as well
-        if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        threads = _threads_of_the_environment() if threads is None else threads
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        self._session = _opened(model, options, providers)
+        self._session = opened(model, session_options(optimize, threads), providers)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self._batches = {value.name: value.shape[0] for value in self._session.get_inputs() if value.shape}
@@ -156,6 +162,7 @@ class FileSession:
         weights: The other values, by name.
         providers: Execution providers.
         options: Options of the session.
+        recorded: Whether its first run is recorded, and played again from then on: see `BoundRun`.
 
     Raises:
         RunError: onnxruntime refuses it.
@@ -166,26 +173,37 @@ class FileSession:
         model: graphs.ModelOrPath,
         weights: Mapping[str, Array],
         *,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Providers = ("cpu",),
         options: SessionOptions,
+        recorded: bool = False,
     ) -> None:
-        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
+        device = first(providers).device  # where its kernels look for them
+        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in weights.items()}
         for name, value in self._weights.items():  # which must outlive the session
             options.add_initializer(name, value)
-        self.session = _opened(model, options, providers)
+        self.session = opened(model, options, providers, recorded=recorded)
 
 
-def _opened(model: graphs.ModelOrPath, options: SessionOptions, providers: Sequence[str]) -> ort.InferenceSession:
-    """A session; a model in memory has its external data where it lies."""
+def opened(
+    model: graphs.ModelOrPath, options: SessionOptions, providers: Providers, *, recorded: bool = False
+) -> ort.InferenceSession:
+    """A session; a model in memory has its external data where it lies.
+
+    Raises:
+        RunError: As of `Session`.
+    """
     where = "the model" if isinstance(model, ir.Model) else os.fspath(model)
     folder = graphs.external_folder(model) if isinstance(model, ir.Model) else None
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
     source = graphs.to_bytes(model) if isinstance(model, ir.Model) else os.fspath(model)
+    wanted = chosen(providers, recorded=recorded)
     try:
-        return ort.InferenceSession(source, options, providers=list(providers))
+        session = ort.InferenceSession(source, options, providers=wanted, enable_fallback=0)
     except Exception as error:  # onnxruntime raises a dozen types without a common base
         raise _refused(where, "one that onnxruntime loads", error) from error
+    require_started(session, wanted, where)
+    return session
 
 
 def tensors(output: object) -> tuple[Array, ...]:

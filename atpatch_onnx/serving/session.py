@@ -28,6 +28,7 @@ from atpatch_onnx.errors import PatchMismatchError, ServingError
 from atpatch_onnx.graph.names import FLAGGED, PREFIX, SCORE, SITE_KEY, flags_name, own_name
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.drawing import draw_inputs
+from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
 from atpatch_onnx.serving.counters import Counters, Stats
 from atpatch_onnx.serving.held import HeldData
@@ -67,7 +68,7 @@ class PatchedSession:
         path: str | os.PathLike[str],
         patch: Patch | None = None,
         *,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Providers = ("cpu",),
         options: Callable[[], SessionOptions] = SessionOptions,
         probe: Mapping[str, Array] | None = None,
     ) -> None:
