@@ -5,12 +5,16 @@ Only the operators that patches are written with were looked up, with the types 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from jinja2 import Environment, StrictUndefined
 
 from atpatch_onnx.baking.kernels import sizes_of
 from atpatch_onnx.graph.names import SITE_KEY
+
+PAGE = Path(__file__).parent / "documented.md.j2"
 
 _ALL = frozenset({"BFLOAT16", "BOOL", "FLOAT", "FLOAT16", "INT64"})
 _FLOATS = frozenset({"BFLOAT16", "FLOAT", "FLOAT16"})
@@ -59,6 +63,22 @@ LISTS = (
         {name: types for name, types in _HALF.items() if name not in ("And", "Max")},
     ),
 )
+
+
+def section() -> str:
+    """The part of `docs/runtimes.md` on runtimes that are not at hand."""
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    rows = [
+        {
+            "listed": listed,
+            "missing": sorted(set(_CUDA) - set(listed.types)),
+            "bfloat16": "BFLOAT16" in listed.types["Where"],
+        }
+        for listed in LISTS
+    ]
+    return environment.from_string(PAGE.read_text()).render(rows=rows, operators=sorted(_CUDA))
 
 
 def unlisted(model: ir.Model, listed: Listed) -> tuple[str, ...]:
