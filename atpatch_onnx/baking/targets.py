@@ -48,7 +48,7 @@ TARGETS: Mapping[str, Target] = {
     "cuda": _of_onnxruntime(
         conditional=False,
         why="reading the condition of an If makes the device wait, and CUDA graphs cannot capture one",
-        evidence="microsoft/onnxruntime#9978",
+        evidence="microsoft/onnxruntime#9978; tests/test_kernels.py",
     ),
     "tensorrt": Target(
         conditional=False,
@@ -70,7 +70,7 @@ TARGETS: Mapping[str, Target] = {
     "web": _of_onnxruntime(
         conditional=False,
         why="WebNN has no If, and in WebGPU reading its condition makes the device wait",
-        evidence=f"{_RUNTIMES} (WebAssembly); onnxruntime-web, docs/webnn-operators.md",
+        evidence=f"{_RUNTIMES} (WebAssembly); tests/test_webgpu.py (WebGPU); onnxruntime-web, docs/webnn-operators.md",
     ),
     "openvino": Target(
         conditional=False, why="what comes out of an If is not always what its branch computed", evidence=_RUNTIMES
