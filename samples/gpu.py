@@ -196,6 +196,12 @@ def nothing() -> dict[str, Any]:
     return {"machine": None, "kernels": [], "rows": {}, "checks": {}, "hooks": {}, "lacking": [], "failed": {}}
 
 
+def kept(file: Path) -> dict[str, Any]:
+    """The figures of an earlier run, or none."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else nothing()
+    return found
+
+
 def machine(provider: str) -> dict[str, Any]:
     """The device, the versions and the commit that figures are of."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -247,8 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--counts", action="store_true", help="count kernels anew, and keep the timings that there are")
     options = parser.parse_args(arguments)
     quiet()
-    kept = json.loads(options.out.read_text()) if options.out.is_file() else nothing()
-    figures = kept if options.counts else {**nothing(), "kernels": kept["kernels"]}
+    earlier = kept(options.out)
+    figures = earlier if options.counts else {**nothing(), "kernels": earlier["kernels"]}
 
     def keep() -> None:
         write_whole(options.out, (json.dumps(figures, indent=1) + "\n").encode())

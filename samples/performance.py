@@ -34,7 +34,7 @@ from atpatch_onnx.measuring.benchmark import opens, synthetic_patch
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array
 from atpatch_onnx.running.timing import in_turns, ratio
-from samples.gpu import nothing as nothing_of_a_gpu
+from samples.gpu import kept as kept_of_a_gpu
 from samples.kernels import kernels
 from samples.speed_models import EAGER, FUSED, OFFLINE, export, hooked, quiet, torch_model
 from samples.tasks import prepare
@@ -321,9 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
         measure(figures, options.out, keep, fast=options.fast, seconds=options.seconds)
     figures = json.loads(kept.read_text())
     plot(figures, options.docs / "performance.png")
-    of_gpu = options.docs / "gpu.json"
-    gpu = json.loads(of_gpu.read_text()) if of_gpu.is_file() else nothing_of_a_gpu()
-    (options.docs / "performance.md").write_text(page(figures, gpu))
+    (options.docs / "performance.md").write_text(page(figures, kept_of_a_gpu(options.docs / "gpu.json")))
     print(f"wrote {options.docs / 'performance.md'}")
     return 0
 

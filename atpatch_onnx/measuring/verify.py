@@ -35,7 +35,7 @@ from atpatch_onnx.measuring.verify_loops import loops
 from atpatch_onnx.measuring.verify_numbers import numbers
 from atpatch_onnx.patches.compose import compose
 from atpatch_onnx.patches.patch import Patch
-from atpatch_onnx.running.providers import Providers, on_cpu
+from atpatch_onnx.running.providers import Providers, exact, on_cpu
 from atpatch_onnx.running.sessions import Progress, silent
 
 
@@ -57,7 +57,8 @@ def verify(
         patched: The model after, or its path; the file itself is run then.
         debug: Inputs to run both on, clean and counterfactual.
         patch: The patch that is said to be in it, or several in their order; without it, nobody knows whose it is.
-        providers: What is to run both, names of `running.providers.PROVIDERS`; both are compared there.
+        providers: What is to run both, names of `running.providers.PROVIDERS`; with CUDA in
+            float32 (`use_tf32=0`), of which the tolerance of scores is.
         steps: Of prompts of a language model: tokens of each answer.
         batch_size: Inputs at a time.
         progress: Told after every batch.
@@ -68,6 +69,7 @@ def verify(
         PatchMismatchError: Several patches do not go together.
         RunError: onnxruntime refuses a model or an input, has no such provider, or it does not start.
     """
+    providers = exact(providers)
     before, after = graphs.as_model(base), graphs.as_model(patched)
     record = read_record(after)
     whole = None if patch is None else compose([patch] if isinstance(patch, Patch) else patch)

@@ -32,8 +32,8 @@ class Provider:
     device: str = "cpu"
     """Where its tensors lie, as `OrtValue` calls it."""
 
-    options: Mapping[str, str] = field(default_factory=dict)
-    """Without which it is not as exact as a type says."""
+    exact: Mapping[str, str] = field(default_factory=dict)
+    """Options without which it is not as exact as a type says."""
 
     compiles: bool = False
     """Whether it makes one program of many nodes: what these compute in between depends on those around them."""
@@ -50,7 +50,7 @@ PROVIDERS: Mapping[str, Provider] = {
         "CUDAExecutionProvider",
         "pip install onnxruntime-gpu, with the CUDA and cuDNN that it names",
         device="cuda",
-        options={"use_tf32": "0"},  # by default products of float32 keep ten bits of their factors
+        exact={"use_tf32": "0"},  # by default products of float32 keep ten bits of their factors
         recording={"enable_cuda_graph": "1"},
     ),
     "tensorrt": Provider(
@@ -89,6 +89,11 @@ def on_cpu(providers: Providers) -> bool:
     return all(name == CPU for name, _ in chosen(providers))
 
 
+def exact(providers: Providers) -> Providers:
+    """The same, each with the options without which it computes less exactly than a type says; given ones stay."""
+    return [(name, {**known(name).exact, **given}) for name, given in chosen(providers)]
+
+
 def chosen(providers: Providers, *, recorded: bool = False) -> Chosen:
     """Providers and their options, in onnxruntime's own words.
 
@@ -114,7 +119,7 @@ def chosen(providers: Providers, *, recorded: bool = False) -> Chosen:
                 if name in (*PROVIDERS, *_BY_OWN_NAME)
                 else f"Choose one of these; known are {', '.join(PROVIDERS)}, and onnxruntime's own names.",
             )
-        found.append((provider.name, {**provider.options, **(provider.recording if recorded else {}), **given}))
+        found.append((provider.name, {**(provider.recording if recorded else {}), **given}))
     if not found:
         raise RunError("the providers", expected="at least one", found="none", advice="Name one, such as cpu.")
     if recorded and not known(found[0][0]).recording:

@@ -322,10 +322,9 @@ def _roles(record: PatchRecord) -> str:
 
 
 def _close(expected: Array, found: Array) -> bool:
-    if expected.shape != found.shape or expected.dtype != found.dtype:
-        return False
-    if expected.dtype.kind != "f":
-        return bool(np.array_equal(expected, found))
+    alike = (expected.shape, expected.dtype) == (found.shape, found.dtype)
+    if not alike or expected.dtype.kind != "f":
+        return alike and bool(np.array_equal(expected, found))
     finite = np.isfinite(expected)
     scale = float(np.abs(expected[finite]).max(initial=0.0))
     return bool(np.allclose(expected, found, rtol=0, atol=TOLERANCE * scale, equal_nan=True))
