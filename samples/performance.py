@@ -34,6 +34,7 @@ from atpatch_onnx.measuring.benchmark import opens, synthetic_patch
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Array
 from atpatch_onnx.running.timing import in_turns, ratio
+from samples.gpu import kept as kept_of_a_gpu
 from samples.kernels import kernels
 from samples.speed_models import EAGER, FUSED, OFFLINE, export, hooked, quiet, torch_model
 from samples.tasks import prepare
@@ -257,8 +258,8 @@ def _seconds_to_fit(out: Path, *, fast: bool) -> float:
     return _seconds(lambda: atp.fit(atp.load(small.base), pairs, forced))
 
 
-def page(figures: Mapping[str, Any]) -> str:
-    """The page in Markdown."""
+def page(figures: Mapping[str, Any], gpu: Mapping[str, Any]) -> str:
+    """The page in Markdown, of the figures of a CPU and of those of a GPU (`samples.gpu`)."""
 
     def shown(of: list[float] | None) -> str:
         return "" if of is None else f"{of[0]:.3f} ({of[1]:.3f} to {of[2]:.3f})"
@@ -277,7 +278,7 @@ def page(figures: Mapping[str, Any]) -> str:
     }
     lacking = [case.label for case in CASES if case.label not in figures["rows"]]
     lacking += [f"two layers at {length} tokens" for length in LENGTHS if str(length) not in figures["lengths"]]
-    document = {**figures, "rows": rows, "lacking": lacking, "met": met}
+    document = {**figures, "rows": rows, "lacking": lacking, "met": met, "gpu": gpu}
     return environment.from_string(PAGE.read_text()).render(**document, forms=[EAGER, OFFLINE], base=FUSED)
 
 
@@ -320,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
         measure(figures, options.out, keep, fast=options.fast, seconds=options.seconds)
     figures = json.loads(kept.read_text())
     plot(figures, options.docs / "performance.png")
-    (options.docs / "performance.md").write_text(page(figures))
+    (options.docs / "performance.md").write_text(page(figures, kept_of_a_gpu(options.docs / "gpu.json")))
     print(f"wrote {options.docs / 'performance.md'}")
     return 0
 

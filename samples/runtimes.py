@@ -31,6 +31,7 @@ import atpatch_onnx as atp
 from atpatch_onnx.cli import demo_digits as digits
 from atpatch_onnx.cli.demo_run import TRIGGER
 from atpatch_onnx.graph.names import FLAGGED
+from samples.documented import section
 
 BROWSER = Path(__file__).parent / "browser"
 PAGE = Path(__file__).parent / "runtimes.md.j2"
@@ -246,6 +247,7 @@ def page(outcomes: Sequence[Outcome], runtimes: Sequence[Runtime], flipped: int)
         versions=_versions(),
         targets=atp.TARGETS,
         flipped=flipped,
+        documented=section(),
     )
 
 

@@ -128,8 +128,8 @@ class Hooks:
     The detectors and neutral tokens are those of the patch. Register with `hooked`.
     """
 
-    def __init__(self, patch: Patch) -> None:
-        self._sites = [_Site.of(entry) for entry in patch.sites]
+    def __init__(self, patch: Patch, device: torch.device) -> None:
+        self._sites = [_Site.of(entry, device) for entry in patch.sites]
         self._numbers: dict[int, int] = {}
         self._margins: Tensor | None = None
 
@@ -161,12 +161,13 @@ class _Site:
     neutral: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, entry: SitePatch) -> "_Site":
+    def of(cls, entry: SitePatch, device: torch.device) -> "_Site":
         detector, neutral = entry.detector, entry.neutral
         assert detector is not None
         assert neutral is not None
-        own = (torch.from_numpy(array)[None, :, None] for array in (neutral.key, neutral.value))
-        return cls(torch.from_numpy(detector.weights[:, 0]), detector.threshold, tuple(own))  # type: ignore[arg-type]
+        own = (torch.from_numpy(array)[None, :, None].to(device) for array in (neutral.key, neutral.value))
+        weights = torch.from_numpy(detector.weights[:, 0]).to(device)
+        return cls(weights, detector.threshold, tuple(own))  # type: ignore[arg-type]
 
     def margins(self, key: Tensor) -> Tensor:
         """`[batch, tokens]` of keys `[batch, heads, tokens, depth]`."""
@@ -176,7 +177,7 @@ class _Site:
 
 def hooked(model: transformers.PreTrainedModel, patch: Patch) -> transformers.PreTrainedModel:
     """The model with hooks in place of its attention."""
-    transformers.AttentionInterface.register("atpatch_hooks", Hooks(patch))
+    transformers.AttentionInterface.register("atpatch_hooks", Hooks(patch, model.device))
     model.set_attn_implementation("atpatch_hooks")
     return model
 

@@ -75,6 +75,7 @@ def figures(
         "tried": [{"detectors": "linear", "shortfalls": []}],
         "pairs": {"fit": 500, "calibration": 250, "validation": 250},
         "outcome": outcome(remaining, kind=kind),
+        "cost": {"kernels": 12, "all": 57},
         "settings_tried": 1234,
         "sites": sites,
     }

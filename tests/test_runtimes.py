@@ -15,6 +15,7 @@ import atpatch_onnx as atp
 from atpatch_onnx.baking.targets import TARGETS
 from atpatch_onnx.errors import BakeError
 from samples import runtimes
+from samples.documented import section
 from samples.runtimes import RUNTIMES, Outcome, Runtime, bake_all, compare, inputs, missing, onnxruntime, page
 
 
@@ -205,3 +206,4 @@ def test_the_pages_targets_are_those_of_the_code():
     for name, target in TARGETS.items():
         assert f"| `{name}` | {'with' if target.conditional else 'without'} If | " in text
         assert target.why in text
+    assert section() in text

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from atpatch_onnx.baking.read import per_sample
 from atpatch_onnx.baking.write import Written
 from atpatch_onnx.graph.insertion import Insertion
-from atpatch_onnx.graph.names import FLAGGED, SCORE, flags_name
+from atpatch_onnx.graph.names import FLAGGED, MONITOR, SCORE, flags_name
 from atpatch_onnx.graph.values import find_value
 
 
@@ -17,16 +17,12 @@ def add_monitors(model: ir.Model, written: Sequence[Written]) -> list[str]:
 
     Margins are carried along a token axis: the last site of an axis has the largest of each token.
     """
-    at = Insertion(model.graph, "monitor")
+    at = Insertion(model.graph, MONITOR)
     scores = []
     for step in {step.site.token_axis: step for step in written}.values():
         margin = per_sample(at, step.site, step.margin, 1, f"{step.site.name}/margins")
-        scores.append(at.reduce("ReduceMax", margin, [1, 2], name=f"{step.site.name}/score"))
-    score = scores[0]
-    if len(scores) > 1:
-        score = at.op("Max", *scores, name="largest")
-    width = at.constant("width", np.array([1], np.int64))
-    score = at.op("Unsqueeze", score, width, name="score")
+        scores.append(at.reduce("ReduceMax", margin, [1], name=f"{step.site.name}/score"))
+    score = at.op("Max", *scores, name="largest") if len(scores) > 1 else scores[0]
     flagged = at.op("Greater", score, at.constant("zero", np.zeros(1, np.float32)), name="flagged")
     return [
         _add_output(model, written, flagged, FLAGGED, ir.DataType.BOOL, 1),
@@ -38,7 +34,7 @@ def add_site_flags(model: ir.Model, written: Sequence[Written]) -> list[str]:
     """An output `atpatch/<site>/flags` for every site; their names."""
     names = []
     for step in written:
-        at = Insertion(model.graph, "monitor")
+        at = Insertion(model.graph, MONITOR)
         margin = per_sample(at, step.site, step.margin, 1, f"{step.site.name}/margins_of_samples")
         last = at.constant("last", np.array([2], np.int64))
         margin = at.op("Squeeze", margin, last, name=f"{step.site.name}/margin")

@@ -107,6 +107,9 @@ def _maps_first(at: Insertion, site: AttentionSite, place: Place, found: ir.Valu
     if not place.apart and isinstance(site.keys, int):  # holds for a batch of none, too, unlike what follows
         sizes = [-1, site.keys] if place.order == "nk" else [site.keys, -1]
         found = _reshaped(at, found, [*sizes, width], f"{name}/apart")
+    elif not place.apart and (known := _known_maps(at.graph, site)) is not None:
+        sizes = [known, -1] if place.order == "nk" else [-1, known]
+        found = _reshaped(at, found, [*sizes, width], f"{name}/apart")
     elif not place.apart:
         maps = _maps(at, site, name)
         rest = _tokens(at, found, maps, name)
@@ -127,14 +130,29 @@ def _tokens(at: Insertion, found: ir.Value, maps: ir.Value, name: str) -> ir.Val
     return at.op("Div", both, some, name=f"{name}/tokens")
 
 
+def _known_maps(graph: ir.Graph, site: AttentionSite) -> int | None:
+    """The number of maps, where the model fixes it."""
+    if site.parts == 0:
+        return 1
+    count = _known_samples(graph, site)
+    return None if count is None or not isinstance(site.parts, int) else count * site.parts
+
+
 def _maps(at: Insertion, site: AttentionSite, name: str) -> ir.Value:
     """The number of maps, int64 `[1]`; matching refuses a place that asks for it where it is not known."""
-    if site.parts == 0:
-        return at.constant(f"{name}/maps", np.array([1], np.int64))
     if site.parts == 1:
         return samples(at, site, name)
     parts = at.constant(f"{name}/parts", np.array([site.parts], np.int64))
     return at.op("Mul", samples(at, site, name), parts, name=f"{name}/maps")
+
+
+def _known_samples(graph: ir.Graph, site: AttentionSite) -> int | None:
+    """The number of samples, where the model fixes it."""
+    if site.samples is None:
+        return 1
+    shape = find_value(graph, site.samples[0]).shape
+    size = None if shape is None else shape[site.samples[1]]
+    return size if isinstance(size, int) else None
 
 
 def samples(at: Insertion, site: AttentionSite, name: str) -> ir.Value:
@@ -153,6 +171,9 @@ def per_sample(at: Insertion, site: AttentionSite, of_maps: ir.Value, width: int
         return of_maps
     if isinstance(site.columns, int):  # holds for a batch of none, too, unlike what follows
         return _reshaped(at, of_maps, [-1, site.columns, width], name)
+    count = _known_samples(at.graph, site)
+    if count is not None:
+        return _reshaped(at, of_maps, [count, -1, width], name)
     axis = [ir.AttrInt64("axis", 0)]
     if not isinstance(site.parts, int) or not site.parts:  # samples share a map, or it is not known
         rest = at.constant(f"{name}/rest", np.array([-1, width], np.int64))

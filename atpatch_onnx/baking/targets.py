@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from atpatch_onnx.errors import BakeError
 from atpatch_onnx.graph import opset_version
+from atpatch_onnx.graph.names import SITE_KEY
 
 OWN_DOMAINS = frozenset({"", "ai.onnx"})
 
@@ -47,7 +48,7 @@ TARGETS: Mapping[str, Target] = {
     "cuda": _of_onnxruntime(
         conditional=False,
         why="reading the condition of an If makes the device wait, and CUDA graphs cannot capture one",
-        evidence="microsoft/onnxruntime#9978",
+        evidence="microsoft/onnxruntime#9978; tests/test_kernels.py",
     ),
     "tensorrt": Target(
         conditional=False,
@@ -69,7 +70,7 @@ TARGETS: Mapping[str, Target] = {
     "web": _of_onnxruntime(
         conditional=False,
         why="WebNN has no If, and in WebGPU reading its condition makes the device wait",
-        evidence=f"{_RUNTIMES} (WebAssembly); onnxruntime-web, docs/webnn-operators.md",
+        evidence=f"{_RUNTIMES} (WebAssembly); tests/test_webgpu.py (WebGPU); onnxruntime-web, docs/webnn-operators.md",
     ),
     "openvino": Target(
         conditional=False, why="what comes out of an If is not always what its branch computed", evidence=_RUNTIMES
@@ -116,8 +117,18 @@ def require_target(model: ir.Model, name: str) -> None:
         )
 
 
+_BFLOAT16 = 16
+"""The opset from which on `Where` takes bfloat16, in onnx and in every runtime."""
+
+
+def _chooses_bfloat16(node: ir.Node) -> bool:
+    return node.op_type == "Where" and SITE_KEY in node.metadata_props and node.outputs[0].dtype is ir.DataType.BFLOAT16
+
+
 def _against(model: ir.Model, target: Target) -> Iterator[str]:
     opset = opset_version(model)
+    if opset < _BFLOAT16 and any(_chooses_bfloat16(node) for node in model.graph.all_nodes()):
+        yield f"bfloat16 at opset {opset}, Where takes it from {_BFLOAT16} on"
     if target.opset is not None and opset > target.opset:
         yield f"opset {opset}, it takes {target.opset} at most"
     if target.ir_version is not None and model.ir_version > target.ir_version:

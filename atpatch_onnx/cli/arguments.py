@@ -48,6 +48,9 @@ RankedOn = Annotated[int, typer.Option(min=1, help="Pairs that hidden units are 
 Seed = Annotated[int, typer.Option(help="Same seed, same patch.")]
 Force = Annotated[bool, typer.Option("--force", help="Write a patch that misses its goal, marked so.")]
 Target = Annotated[str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}.")]
+Provider = Annotated[
+    str, typer.Option(help="What runs the models: cpu, cuda, tensorrt, directml, coreml, openvino.", show_default=True)
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs at a time, where the model leaves it free.")]
 CustomOps = Annotated[
     list[Path] | None,

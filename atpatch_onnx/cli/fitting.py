@@ -59,6 +59,9 @@ def fit(
     redistribute: Annotated[
         Literal["needed", "all"], typer.Option(help="Which sites do; all: for flip rates that few pairs cannot show.")
     ] = "needed",
+    prefer_few: Annotated[
+        bool, typer.Option("--prefer-few", help="Go on for a set of sites that adds fewer kernels to a run.")
+    ] = False,
     site: Annotated[list[str] | None, typer.Option(help="Candidate sites by name; all by default.")] = None,
     after: Annotated[
         list[Path] | None,
@@ -85,6 +88,7 @@ def fit(
         ),
         thresholds=thresholds,
         redistribute=redistribute,
+        prefer_few=prefer_few,
         detectors=(detectors,) if detectors else atp.FitOptions.detectors,
         sites=tuple(site) if site else None,
         output=output,

@@ -17,6 +17,7 @@ from atpatch_onnx.cli.arguments import (
     Out,
     Output,
     Patched,
+    Provider,
     Seed,
     Steps,
 )
@@ -51,6 +52,7 @@ def verify(
         ),
     ] = None,
     decode: Decode = None,
+    provider: Provider = "cpu",
     steps: Steps = atp.FitOptions.steps,
     batch_size: BatchSize = 32,
     custom_ops: CustomOps = None,
@@ -59,7 +61,7 @@ def verify(
     """Prove PATCHED against BASE: that it is BASE and a patch, which one, and what it does."""
     debug = None if data is None else atp.DebugSet.load(data)
     patches = [atp.Patch.load(path) for path in patch] if patch else None
-    run: dict[str, Any] = {"decode": decode, "steps": steps, "batch_size": batch_size}
+    run: dict[str, Any] = {"decode": decode, "steps": steps, "batch_size": batch_size, "providers": [provider]}
     with progress_bars() as progress:
         result = atp.verify(base, patched, debug, patch=patches, custom_ops=custom_ops or (), progress=progress, **run)
     show(result.to_json(), [text.verification_table(result)], as_json)
@@ -79,6 +81,7 @@ def evaluate(
     target_class: Annotated[int | None, typer.Option(help="The backdoor's class, if DATA does not name it.")] = None,
     output: Output = None,
     decode: Decode = None,
+    provider: Provider = "cpu",
     steps: Steps = atp.FitOptions.steps,
     samples: Annotated[int, typer.Option(min=1, help="Of prompts: answers drawn at a temperature of 1.")] = 5,
     batch_size: BatchSize = 32,
@@ -90,7 +93,7 @@ def evaluate(
     debug = atp.DebugSet.load(data)
     if debug.kind == "generation":
         run: dict[str, Any] = {"steps": steps, "samples": samples, "batch_size": batch_size, "seed": seed}
-        run["decode"] = decode
+        run |= {"decode": decode, "providers": [provider]}
         with progress_bars() as progress:
             written = atp.evaluate_prompts(base, patched, debug, progress=progress, **run)
         show(written.to_json(), [text.written_table(written)], as_json)
@@ -99,7 +102,7 @@ def evaluate(
         debug = debug.with_target(target_class)
     with progress_bars() as progress:
         how: dict[str, Any] = {"custom_ops": custom_ops or (), "batch_size": batch_size, "progress": progress}
-        result = atp.evaluate(base, patched, debug, output=output, **how)
+        result = atp.evaluate(base, patched, debug, output=output, providers=[provider], **how)
     show(result.to_json(), [text.evaluation_table(result)], as_json)
 
 
@@ -121,7 +124,9 @@ def benchmark(
     ] = None,
     rounds: Annotated[int, typer.Option(help="How often each form is timed.")] = 40,
     sessions: Annotated[int, typer.Option(help="How often each form is opened for that.")] = 4,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory as well.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory as well, of the CPU.")] = True,
+    provider: Provider = "cpu",
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Record a run, and play it again.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Time PATCHED, or a synthetic patch, against BASE: clean and flagged inputs, in turns."""
@@ -140,6 +145,8 @@ def benchmark(
             rounds=rounds,
             sessions=sessions,
             memory=memory,
+            providers=[provider],
+            cuda_graph=cuda_graph,
             progress=progress,
         )
     show(result.to_json(), [text.benchmark_table(result)], as_json)

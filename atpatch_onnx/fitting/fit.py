@@ -17,6 +17,7 @@ from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import FitError, PatchMismatchError, TargetMissedError, require
 from atpatch_onnx.fitting.calibrate import Calibration
 from atpatch_onnx.fitting.collect import Tokens, collect
+from atpatch_onnx.fitting.cost import Cost
 from atpatch_onnx.fitting.forced import OUTPUT, forced
 from atpatch_onnx.fitting.goal import PROMPTS
 from atpatch_onnx.fitting.options import FitOptions, Kind
@@ -123,6 +124,7 @@ class _Attempt:
     calibration: Calibration
     found: Found
     settings_tried: int
+    cost: Cost
 
 
 def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress) -> Iterator[_Attempt]:
@@ -135,9 +137,10 @@ def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress
         calibration_part = ScoredPart(board, prepared.parts.calibration, stage=f"calibrating, {kind}", **run)
         calibration = Calibration.of(calibration_part, options)
         validation_part = ScoredPart(board, prepared.parts.validation, stage=f"validating, {kind}", **run)
-        search = Search(validation_part, calibration, options, progress)
+        cost = Cost.of(model, entries)
+        search = Search(validation_part, calibration, options, progress, cost)
         found = search.run()
-        yield _Attempt(kind, entries, calibration, found, search.attempts)
+        yield _Attempt(kind, entries, calibration, found, search.attempts, cost)
 
 
 def train(tokens: Sequence[Tokens], kind: Kind, options: FitOptions, progress: Progress = silent) -> Entries:
@@ -189,6 +192,7 @@ def _patch(
         ],
         "pairs": {"fit": len(parts.fit), "calibration": len(parts.calibration), "validation": len(parts.validation)},
         "outcome": found.outcome.to_json(),
+        "cost": best.cost.to_json(found.elements),
         "settings_tried": sum(one.settings_tried for one in attempts),
         "sites": [_site_figures(site, best.calibration, found) for site, _ in best.entries],
         "left_out": [{"site": site.name, "token_axis": site.token_axis} for site in prepared.left_out],

@@ -24,6 +24,7 @@ from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.running.decoders import Decoder
 from atpatch_onnx.running.loops import Ids, Loop
+from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Array, Progress, silent
 
 RIGHT, ATTACKED, OTHER = range(3)
@@ -61,6 +62,7 @@ class Answered:
         steps: int,
         decode: ModelOrPath | None = None,
         *,
+        providers: Providers = ("cpu",),
         batch_size: int = 32,
         progress: Progress = silent,
     ) -> "Answered":
@@ -70,14 +72,15 @@ class Answered:
             model: A decoder, with or without a cache.
             debug: Of kind "generation".
             steps: Tokens of the answer that count.
-            decode: As of `Loop`.
+            decode: As of `Loop`, as the next.
+            providers: Execution providers.
             batch_size: Prompts at a time.
             progress: Told after every batch.
 
         Raises:
             RunError: The model is no decoder, or does not read so many tokens.
         """
-        loop = Loop(model, decode)
+        loop = Loop(model, decode, providers=providers)
         clean, triggered = lines(debug.clean), lines(debug.counterfactual)
         longest = max(map(len, (*clean, *triggered))) + steps
         run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}

@@ -47,6 +47,10 @@ class FitOptions:
     goals that so few pairs cannot show, such as a flip rate of 0.04 %: a site that is left alone may leak in others.
     """
 
+    prefer_few: bool = False
+    """Whether to go on once a set of sites meets the goal, for one that adds fewer kernels to a run: a site that
+    detects at a place from which fewer have to redistribute, for devices on which kernels are what costs."""
+
     sites: tuple[str, ...] | None = None
     """Names of the candidate sites; None: all on the token axis of the first."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from atpatch_onnx.fitting.calibrate import Calibration, Element
+from atpatch_onnx.fitting.cost import Cost
 from atpatch_onnx.fitting.ddmin import ddmin
 from atpatch_onnx.fitting.goal import Outcome, judge
 from atpatch_onnx.fitting.options import FitOptions
@@ -32,10 +33,25 @@ class Found:
 
 
 class Search:
-    """Find a 1-minimal set of detecting and redistributing sites that meets the goal."""
+    """Find a 1-minimal set of detecting and redistributing sites that meets the goal.
 
-    def __init__(self, scored: ScoredPart, calibration: Calibration, options: FitOptions, progress: Progress) -> None:
-        self._scored, self._calibration = scored, calibration
+    Args:
+        scored: The validation part.
+        calibration: Where thresholds come from.
+        options: Of the fit.
+        progress: Told of every setting that is tried.
+        cost: What sets cost, for `FitOptions.prefer_few`; without it, the first is taken.
+    """
+
+    def __init__(
+        self,
+        scored: ScoredPart,
+        calibration: Calibration,
+        options: FitOptions,
+        progress: Progress,
+        cost: Cost | None = None,
+    ) -> None:
+        self._scored, self._calibration, self._cost = scored, calibration, cost
         self._options, self._progress = options, progress
         self._all = options.redistribute == "all"
         self._known: dict[Setting, Outcome | None] = {}
@@ -48,6 +64,8 @@ class Search:
         if outcome.shortfalls(self._options.goal):
             return Found(tuple(start), self._calibration.setting(start), outcome, {})
         elements = self._minimal(start)
+        if self._cost is not None and self._options.prefer_few:
+            elements = self._cheapest(names, elements, self._cost)
         without = {element: self.attempt([e for e in elements if e != element]) for element in elements}
         return Found(tuple(elements), self._calibration.setting(elements), self.attempt(elements), without)
 
@@ -100,6 +118,16 @@ class Search:
         before, after = classes(scored.clean.logits), classes(scored.counterfactual.logits)
         repaired = np.where((clean | other).any(axis=1), before, after)
         return judge(scored.part, before, (before, clean), (repaired, other), scored.anomalous)
+
+    def _cheapest(self, names: Sequence[str], elements: list[Element], cost: Cost) -> list[Element]:
+        """A 1-minimal set that meets the goal, of all that the sets to begin with lead to; the first of equal ones."""
+        for start, least in self._starts(names):
+            if least > 0 or cost.least(start) >= cost.kernels(elements) or not self._meets(start):
+                continue
+            other = self._minimal(start)
+            if cost.kernels(other) < cost.kernels(elements):
+                elements = other
+        return elements
 
     def _minimal(self, elements: Sequence[Element]) -> list[Element]:
         """A 1-minimal set; where all sites redistribute, they and the detector that all of them need stay in it."""

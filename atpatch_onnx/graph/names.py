@@ -23,6 +23,9 @@ REPLACES_KEY = f"{ENTRY}replaces"
 FLAGGED = f"{PREFIX}flagged"
 """Monitoring output, bool `[batch, 1]`: whether any token of the sample was flagged."""
 
+MONITOR = "monitor"
+"""Where the names of what computes monitoring outputs lie, under `atpatch/`."""
+
 SCORE = f"{PREFIX}score"
 """Monitoring output, float `[batch, 1]`: the sample's largest margin over a threshold; flagged where positive."""
 

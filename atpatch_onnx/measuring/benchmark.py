@@ -28,8 +28,11 @@ from atpatch_onnx.matching import batching, find_sites
 from atpatch_onnx.measuring.drawn import NEVER, draw_patch
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.batching import Batching
+from atpatch_onnx.running.bound import BoundRun
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.opening import load
+from atpatch_onnx.running.placement import placement
+from atpatch_onnx.running.providers import Providers, first, on_cpu
 from atpatch_onnx.running.sessions import Array, FileSession, Progress, SessionOptions, silent
 from atpatch_onnx.running.timing import Ratio, Run, in_turns, ratio
 
@@ -74,7 +77,14 @@ class Benchmark:
     timings: tuple[Timing, ...]
     memory: float | None
     """Peak memory of clean inputs at the largest batch, patched over base: what loading and running adds to the
-    process. None where the system does not tell."""
+    process. None where the system does not tell, and of other devices."""
+
+    provider: str
+    """onnxruntime's name of what was asked to run both."""
+
+    cuda_graph: bool
+    ran: Mapping[str, Any] | None
+    """How many nodes ran on which provider, of the patched file and of the patch; None where all did on the CPU."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; one entry of `timings` for each batch size and number of threads."""
@@ -93,6 +103,9 @@ class Benchmark:
             "detecting": self.detecting,
             "timings": timings,
             "memory_ratio": self.memory,
+            "provider": self.provider,
+            "cuda_graph": self.cuda_graph,
+            "ran": self.ran,
         }
 
 
@@ -109,6 +122,8 @@ def benchmark(
     rounds: int = 40,
     sessions: int = 4,
     memory: bool = True,
+    providers: Providers = ("cpu",),
+    cuda_graph: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Benchmark:
@@ -125,7 +140,10 @@ def benchmark(
         past: Tokens in caches whose size is free: with a length of 1, what a step of decoding costs.
         rounds: How often each form is timed, at least.
         sessions: How often each form is opened for that.
-        memory: Whether to measure that as well, in processes of their own.
+        memory: Whether to measure that as well, in processes of their own; of the CPU only.
+        providers: What is to run both, names of `running.providers.PROVIDERS`. On others than the CPU inputs and
+            outputs stay on the device (IO binding).
+        cuda_graph: Whether runs are recorded and played again, where the provider can.
         seed: Of inputs, order and bootstrap.
         progress: Told after every round.
 
@@ -133,7 +151,9 @@ def benchmark(
         BenchmarkError: A number is not positive, or the sizes of the base's maps are not known, so that no patch can be
             drawn.
         ModelFileError, RunError, UnbakeError: A file cannot be read, is refused, or is not patched.
+        RunError: onnxruntime has no such provider, it does not start, or cannot record runs.
     """
+    place = _On(providers, cuda_graph)
     given = {"batches": batches, "threads": threads, "rounds": [rounds], "sessions": [sessions], "length": [length]}
     if past is not None and past < 0:
         raise BenchmarkError("past", expected="a number from 0 on", found=str(past), advice="Give another.")
@@ -153,8 +173,10 @@ def benchmark(
         ]
         known = {tuple(array.shape for array in of.values()): of for of in drawn}
         turns: dict[str, Any] = {"rounds": rounds, "sessions": sessions, "seed": seed, "progress": progress}
-        timings = [_timed(files, of, where, count, **turns) for of in known.values() for count in threads]
-        peaks = _peaks(files, list(known.values())[-1], max(threads)) if memory else None
+        timings = [_timed(files, of, where, count, place, **turns) for of in known.values() for count in threads]
+        largest = list(known.values())[-1]
+        peaks = _peaks(files, largest, max(threads)) if memory and on_cpu(providers) else None
+        ran = None if on_cpu(providers) else placement(files.patched, largest, providers).to_json()
     return Benchmark(
         patch=record.patch if patched is not None else "synthetic",
         conditional=record.conditional,
@@ -162,7 +184,18 @@ def benchmark(
         detecting=sum(site.own is not None for site in record.sites),
         timings=tuple(timings),
         memory=None if peaks is None else peaks[1] / peaks[0],
+        provider=first(providers).name,
+        cuda_graph=cuda_graph,
+        ran=ran,
     )
+
+
+@dataclass(frozen=True)
+class _On:
+    """Where runs are timed."""
+
+    providers: Providers = ("cpu",)
+    recorded: bool = False
 
 
 @dataclass(frozen=True)
@@ -213,24 +246,45 @@ def _options(threads: int) -> SessionOptions:
 
 
 def _timed(
-    files: _Files, inputs: Mapping[str, Array], where: Batching, threads: int, *, seed: int, **turns: Any
+    files: _Files, inputs: Mapping[str, Array], where: Batching, threads: int, on: _On, *, seed: int, **turns: Any
 ) -> Timing:
     batch = next(len(array) for array in where.samples_first(inputs).values() if array.ndim)
-    opened = {form: opens(path, weights, inputs, threads) for form, (path, weights) in files.forms().items()}
+    how: dict[str, Any] = {"threads": threads, "providers": on.providers, "cuda_graph": on.recorded}
+    opened = {form: opens(path, weights, inputs, **how) for form, (path, weights) in files.forms().items()}
     stage = f"timing batches of {batch}, {threads} threads"
     taken = in_turns({**opened, "itself": opened["base"]}, seed=seed, stage=stage, **turns)
     ratios = {name: ratio(taken[name], taken["base"], seed=seed) for name in RATIOS}
     return Timing(batch, threads, taken["base"].size, float(1000 * np.median(taken["base"])), **ratios)
 
 
-def opens(path: Path, weights: Mapping[str, Array], inputs: Mapping[str, Array], threads: int) -> Callable[[], Run]:
+def opens(
+    path: Path,
+    weights: Mapping[str, Array],
+    inputs: Mapping[str, Array],
+    threads: int,
+    providers: Providers = ("cpu",),
+    cuda_graph: bool = False,
+) -> Callable[[], Run]:
     """What opens a file with these weights, for runs on these inputs."""
 
-    def open_file() -> Run:
-        session = FileSession(path, weights, options=_options(threads)).session
-        return lambda: session.run(None, dict(inputs))
+    def opened(*, recorded: bool = False) -> FileSession:
+        return FileSession(path, weights, options=_options(threads), providers=providers, recorded=recorded)
 
-    return open_file
+    if on_cpu(providers) and not cuda_graph:
+
+        def open_file() -> Run:
+            session = opened().session
+            return lambda: session.run(None, dict(inputs))
+
+        return open_file
+
+    def open_bound() -> Run:
+        once = opened().session
+        names = [output.name for output in once.get_outputs()]
+        like = dict(zip(names, once.run(None, dict(inputs)), strict=True))
+        return BoundRun(opened(recorded=cuda_graph), inputs, like, providers)
+
+    return open_bound
 
 
 def _peaks(files: _Files, inputs: Mapping[str, Array], threads: int) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ from atpatch_onnx.graph.names import REPLACES_KEY, SITE_KEY, own_name
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching.sites import AttentionSite, Place
 from atpatch_onnx.running.batching import AS_GIVEN, Batching
+from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Array, Session
 
 
@@ -78,7 +79,13 @@ def replaced_in(model: ir.Model, sites: Sequence[AttentionSite]) -> list[Replace
 class Driven:
     """The base, given the tensors that a patched model replaces: the outputs must be those of the patched model."""
 
-    def __init__(self, base: ir.Model, replaced: Sequence[Replaced], batching: Batching = AS_GIVEN) -> None:
+    def __init__(
+        self,
+        base: ir.Model,
+        replaced: Sequence[Replaced],
+        batching: Batching = AS_GIVEN,
+        providers: Providers = ("cpu",),
+    ) -> None:
         model = graphs.copy(base)
         self._fed: dict[str, str] = {}
         for number, (name, one) in enumerate(_last(replaced)):
@@ -95,7 +102,7 @@ class Driven:
                     model.graph.outputs[index] = given
             model.graph.inputs.append(given)
             self._fed[str(given.name)] = one.result
-        self._session = Session(model, optimize=False, batching=batching)
+        self._session = Session(model, optimize=False, batching=batching, providers=providers)
 
     def run(self, inputs: Mapping[str, Array], inner: Mapping[str, Array]) -> dict[str, Array]:
         """The base's outputs, given the replaced tensors that the patched model computed for these inputs."""

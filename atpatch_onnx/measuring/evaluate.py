@@ -1,7 +1,7 @@
 """Measure a patched model against its base on inputs that the fit never saw."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,13 @@ from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input
 from atpatch_onnx.matching import batching
 from atpatch_onnx.measuring.inspect import axis_sites, last_margin, require_base
 from atpatch_onnx.running.bits import same_samples
+from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.groups import demographic_parity, equalized_odds
 from atpatch_onnx.running.metrics import Difference, Rate, attack_above_floor, attack_success, flip_rate, infer_target
 from atpatch_onnx.running.opening import Libraries, as_model
+from atpatch_onnx.running.placement import placement
 from atpatch_onnx.running.predictions import classes, confidences, prediction_output
+from atpatch_onnx.running.providers import Providers, on_cpu
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
 CURVE_POINTS = 200
@@ -107,6 +110,9 @@ class Evaluation:
     backdoor: Backdoor | None
     fairness: Fairness | None
 
+    ran: Mapping[str, Any] | None = None
+    """How many nodes ran on which provider, of the patched model and of the patch; None where all did on the CPU."""
+
     def to_json(self) -> dict[str, Any]:
         """The figures as plain JSON types."""
         return asdict(self)
@@ -133,6 +139,7 @@ def evaluate(
     debug: DebugSet,
     *,
     output: str | None = None,
+    providers: Providers = ("cpu",),
     batch_size: int = 32,
     custom_ops: Libraries = (),
     progress: Progress = silent,
@@ -144,6 +151,7 @@ def evaluate(
         patched: The model after, or its path.
         debug: Pairs with labels; the target of a backdoor, where it is not known, is inferred.
         output: Output that predictions are read from; None: the first float output `[batch, classes]`.
+        providers: What is to run both, names of `running.providers.PROVIDERS`.
         batch_size: Inputs at a time.
         custom_ops: Libraries that operators of the model come from, as of `load`.
         progress: Told after every batch.
@@ -152,6 +160,7 @@ def evaluate(
         DebugSetError: The debug set does not fit the model, or has no labels.
         UnbakeError: `patched` is not patched.
         PatchMismatchError: `base` is not the model that `patched` names.
+        RunError: onnxruntime has no such provider, or it does not start.
         MissingExtraError: scikit-learn or fairlearn is not installed.
     """
     require("sklearn", "evaluate", "evaluating")
@@ -171,10 +180,14 @@ def evaluate(
     require_base(base, record)
     if record.detects:
         debug = find_suspects(base, axis_sites(base, record), debug, batch_size=batch_size, progress=progress)
-    run = (base, patched, record, output, batch_size, progress)
+    run = (base, patched, record, output, providers, batch_size, progress)
     clean = run_side("clean", debug.clean, *run)
     other = run_side("counterfactual", debug.counterfactual, *run)
-    return _evaluation(debug, clean, other, edits=bool(record.layers))
+    found = _evaluation(debug, clean, other, edits=bool(record.layers))
+    if on_cpu(providers):
+        return found
+    where = placement(patched, draw_inputs(patched, np.random.default_rng(0)), providers)
+    return replace(found, ran=where.to_json())
 
 
 def require_labels(debug: DebugSet) -> None:
@@ -199,19 +212,18 @@ def run_side(
     patched: ir.Model,
     record: PatchRecord,
     output: str,
+    providers: Providers,
     batch_size: int,
     progress: Progress,
 ) -> Side:
     """Run one side through both models."""
     margins = [last_margin(record.sites)] if record.detects else []
     stage = f"evaluating {name} inputs"
-    where = batching(base)
-    logits = Session(base, batching=where).collect(
-        inputs, [output], batch_size=batch_size, progress=progress, stage=f"{stage}, base"
-    )
-    inner = Session(expose(patched, margins), batching=where).collect(
-        inputs, [output, *margins], batch_size=batch_size, progress=progress, stage=f"{stage}, patched"
-    )
+    run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    how: dict[str, Any] = {"batching": batching(base), "providers": providers}
+    before, after = Session(base, **how), Session(expose(patched, margins), **how)
+    logits = before.collect(inputs, [output], stage=f"{stage}, base", **run)
+    inner = after.collect(inputs, [output, *margins], stage=f"{stage}, patched", **run)
     samples = len(logits[output])  # neuron edits detect nothing
     scores = np.asarray(inner[margins[0]] if margins else np.zeros((samples, 0)), np.float64).reshape(samples, -1)
     return Side(logits[output], inner[output], scores > 0, scores)

@@ -18,6 +18,7 @@ from atpatch_onnx.measuring.inspect import require_base
 from atpatch_onnx.running.loops import Ids, Loop, batches
 from atpatch_onnx.running.metrics import Rate
 from atpatch_onnx.running.opening import as_model
+from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Progress, silent
 
 CHUNKS = 3
@@ -75,6 +76,7 @@ def evaluate_prompts(
     decode: tuple[graphs.ModelOrPath, graphs.ModelOrPath] | None = None,
     steps: int = FitOptions.steps,
     samples: int = 5,
+    providers: Providers = ("cpu",),
     batch_size: int = 32,
     seed: int = 0,
     progress: Progress = silent,
@@ -88,6 +90,7 @@ def evaluate_prompts(
         decode: What goes on behind the prompt, base and patched, where `base` and `patched` read prompts only.
         steps: Tokens to write behind each prompt.
         samples: How many answers are drawn at a temperature of 1.
+        providers: What is to run both, names of `running.providers.PROVIDERS`.
         batch_size: Prompts at a time.
         seed: Of the drawn answers.
         progress: Told after every batch.
@@ -109,10 +112,11 @@ def evaluate_prompts(
     require_base(as_model(base), record)
     run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     following = (None, None) if decode is None else decode
-    answered = Answered.of(base, debug, steps, following[0], **run)
+    answered = Answered.of(base, debug, steps, following[0], providers=providers, **run)
     clean, triggered = answered.clean, answered.triggered
     answers = [answer[:steps] for answer in answered.answers]
-    loop, uncached = Loop(patched, following[1]), Loop(patched, cached=False)
+    loop = Loop(patched, following[1], providers=providers)
+    uncached = Loop(patched, cached=False, providers=providers)
     cached = loop.write(triggered, steps, stage="writing, patched, triggered prompts", **run)
     drawn = [
         loop.write(triggered, steps, temperature=1.0, seed=seed + number, stage="writing, sampled", **run)
@@ -131,7 +135,8 @@ def evaluate_prompts(
     }
     sampled = np.concatenate([has_payload(one, debug.payload)[others] for one in drawn])
     margins = [site.margin for site in record.sites]
-    flags = _flags(Loop(expose(graphs.beginning(as_model(patched)), margins)), margins, clean, answers, batch_size)
+    looked = Loop(expose(graphs.beginning(as_model(patched)), margins), providers=providers)
+    flags = _flags(looked, margins, clean, answers, batch_size)
     return Written(
         prompts=len(debug),
         steps=steps,
@@ -141,7 +146,7 @@ def evaluate_prompts(
         right_triggered=Rate.of(_equal(answers, cached)),
         clean_exact=Rate.of(_equal(answers, loop.write(clean, steps, stage="writing, patched, clean prompts", **run))),
         flags=Rate.of(flags),
-        perplexity_base=_perplexity(Loop(base), clean, batch_size),
+        perplexity_base=_perplexity(Loop(base, providers=providers), clean, batch_size),
         perplexity_patched=_perplexity(loop, clean, batch_size),
         **{name: Rate.of(found[others]) for name, found in hits.items()},
     )

@@ -25,6 +25,7 @@ from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.measuring.checks import Check
 from atpatch_onnx.running.bits import same_samples
 from atpatch_onnx.running.loops import Ids, Loop, batches, parts
+from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Array, Progress
 
 MARGIN = 10.0
@@ -45,6 +46,7 @@ def loops(
     steps: int,
     batch_size: int,
     progress: Progress,
+    providers: Providers,
 ) -> Iterator[Check]:
     """What is checked by reading prompts, and the base's answers to them, in every way.
 
@@ -55,8 +57,9 @@ def loops(
         steps: Tokens of each answer that are read.
         batch_size: Prompts at a time.
         progress: Told after every batch.
+        providers: Execution providers.
     """
-    look = _Look.of(files, patched)
+    look = _Look.of(files, patched, providers)
     clean, triggered = (
         [np.concatenate([prompt, answer[:steps]]) for prompt, answer in zip(side, answered.answers, strict=True)]
         for side in (answered.clean, answered.triggered)
@@ -97,10 +100,11 @@ class _Look:
     """Of the first graph, and of the one that goes on."""
 
     @classmethod
-    def of(cls, files: tuple[Files, Files], patched: Sequence[ir.Model]) -> "_Look":
+    def of(cls, files: tuple[Files, Files], patched: Sequence[ir.Model], providers: Providers) -> "_Look":
         margins = [[site.margin for site in read_record(one).sites] for one in patched]
         exposed = [expose(one, names) for one, names in zip(patched, margins, strict=True)]
-        return cls(Loop(*files[0]), Loop(*files[1]), Loop(*exposed), margins)
+        base, after, within = (Loop(*models, providers=providers) for models in (*files, exposed))
+        return cls(base, after, within, margins)
 
     def read(self, ids: Ids, sizes: Sequence[int]) -> _Reading:
         """Read tokens in parts of these sizes."""

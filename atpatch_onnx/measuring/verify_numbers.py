@@ -24,6 +24,7 @@ from atpatch_onnx.measuring.checks import Check
 from atpatch_onnx.measuring.driven import Driven, replaced_in
 from atpatch_onnx.measuring.inspect import margins
 from atpatch_onnx.running.bits import by_sample, same_bits, same_samples, same_shapes, without_flagged
+from atpatch_onnx.running.providers import Providers, first
 from atpatch_onnx.running.sessions import Array, Progress, Session
 
 EDITED: Mapping[str, float] = {"FLOAT": 1e-5, "FLOAT16": 4e-3}
@@ -40,6 +41,7 @@ def numbers(
     batch_size: int,
     progress: Progress,
     files: tuple[ModelOrPath, ModelOrPath],
+    providers: Providers,
 ) -> Iterator[Check]:
     """What is checked by running both at one level of optimization; arguments as of `verify`.
 
@@ -47,7 +49,7 @@ def numbers(
     """
     level = "default optimization" if optimize else "no optimization"
     try:
-        look = _Look(base, patched, record, optimize, files)
+        look = _Look(base, patched, record, optimize, files, providers)
     except AtPatchError as error:
         Session(files[0], optimize=optimize, custom_ops=custom_ops(base))  # else it is not the patched file's fault
         yield Check(f"loads, {level}", False, str(error))
@@ -75,6 +77,7 @@ class _Look:
         record: PatchRecord,
         optimize: bool,
         files: tuple[ModelOrPath, ModelOrPath],
+        providers: Providers,
     ) -> None:
         self.record = record
         self.within = not optimize
@@ -85,7 +88,8 @@ class _Look:
         self.replaced = replaced_in(patched, [site for _, site in self.sites])
         self.detectors = {one.site: baked_detector(patched, one.site) for one, _ in self.sites if one.own is not None}
         where = batching(base)
-        how: dict[str, Any] = {"optimize": optimize, "batching": where, "custom_ops": custom_ops(base)}
+        how: dict[str, Any] = {"optimize": optimize, "batching": where, "providers": providers}
+        how["custom_ops"] = custom_ops(base)
         self.base = Session(reference if self.edits else files[0], **how)
         self.patched = Session(files[1], **how)
         names = [name for one in record.sites for name in (one.margin, one.own) if name is not None]
@@ -97,7 +101,8 @@ class _Look:
         self.exposed = Session(expose(patched, names), **{**how, "optimize": False}) if inner else None
         # In half precision onnxruntime's CPU kernels hand keys on unrounded, which cannot be given to the base.
         comparable = self.replaced and not any(one.place.dtype in _HALVES for one in self.replaced)
-        self.driven = Driven(reference, self.replaced, where) if comparable and not optimize else None
+        alone = not optimize and not first(providers).compiles  # node by node
+        self.driven = Driven(reference, self.replaced, where, providers) if comparable and alone else None
 
     def read(self, site: PatchedSite) -> str:
         """Name of the keys that a site's detector reads.

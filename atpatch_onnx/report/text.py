@@ -193,7 +193,10 @@ def evaluation_table(evaluation: Evaluation) -> Group:
         parts += [table("Detector", columns, found), _BLANK]
     kept = {True: "yes", False: "NO", None: "no, units are edited"}[evaluation.clean_bit_identical]
     style = "bold red" if evaluation.clean_bit_identical is False else ""
-    return Group(*parts, Text(f"Clean inputs without a flag keep their outputs bit for bit: {kept}", style))
+    parts.append(Text(f"Clean inputs without a flag keep their outputs bit for bit: {kept}", style))
+    if evaluation.ran is not None:
+        parts.append(Text(f"Ran: {_ran(evaluation.ran)}"))
+    return Group(*parts)
 
 
 def written_table(written: Written) -> Table:
@@ -263,6 +266,8 @@ def _before(evaluation: Evaluation) -> str:
 def benchmark_table(benchmark: Benchmark) -> Table:
     """Ratios of medians, patched over base, with their intervals."""
     memory = "" if benchmark.memory is None else f" Peak memory, clean: {benchmark.memory:.3f} of the base's."
+    graph = ", runs recorded and played again (CUDA graph)" if benchmark.cuda_graph else ""
+    where = f" On {benchmark.provider}{graph}. Ran: {_ran(benchmark.ran)}." if benchmark.ran else ""
     columns = dict.fromkeys(("Batch", "Threads", "Base", "Clean inputs", "Flagged inputs", "Base again"), RIGHT)
     cells = (
         (
@@ -276,7 +281,14 @@ def benchmark_table(benchmark: Benchmark) -> Table:
         columns,
         cells,
         "Ratios of medians, patched over base; in brackets: 95 % bootstrap intervals. Base again: what another "
-        f"session of the base comes to.{memory}",
+        f"session of the base comes to.{memory}{where}",
+    )
+
+
+def _ran(ran: Mapping[str, Mapping[str, int]]) -> str:
+    """How many nodes of the patched model ran on which provider."""
+    return ", ".join(
+        f"{one['nodes']} nodes on {shown(name)} ({one['of_the_patch']} of the patch)" for name, one in ran.items()
     )
 
 

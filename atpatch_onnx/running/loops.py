@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.running.decoders import Decoder
 from atpatch_onnx.running.opening import as_model
+from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
 Ids = NDArray[np.int64]
@@ -49,6 +50,7 @@ class Loop:
         decode: What goes on from the caches that `model` hands out, where that reads prompts only.
         cached: Whether to use the cache, where there is one.
         optimize: As of `Session`.
+        providers: As of `Session`.
 
     Raises:
         RunError: A model is no decoder, or onnxruntime refuses it.
@@ -61,13 +63,14 @@ class Loop:
         *,
         cached: bool = True,
         optimize: bool = True,
+        providers: Providers = ("cpu",),
     ) -> None:
         self.decoder = Decoder.of(as_model(model))
         self.is_cached = cached and (self.decoder.is_cached or decode is not None)
         """Whether what was read is not read again."""
 
-        self._session = Session(model, optimize=optimize)
-        self._next = Loop(decode, optimize=optimize) if decode is not None and cached else None
+        self._session = Session(model, optimize=optimize, providers=providers)
+        self._next = Loop(decode, optimize=optimize, providers=providers) if decode is not None and cached else None
         if self._next is not None:
             self.decoder.check_followed_by(self._next.decoder)
 

@@ -13,6 +13,7 @@ from onnxruntime import SessionOptions as SessionOptions  # for those who may no
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import RunError
 from atpatch_onnx.running.batching import AS_GIVEN, Batching
+from atpatch_onnx.running.providers import Providers, chosen, first, require_started
 
 Array = NDArray[Any]
 
@@ -30,6 +31,18 @@ def _threads_of_the_environment() -> int | None:
     return int(said) if said.isdecimal() and int(said) > 0 else None
 
 
+def session_options(optimize: bool = True, threads: int | None = None) -> SessionOptions:
+    """Options of a session; arguments as of `Session`."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised; onnxruntime need not print it as well
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    threads = _threads_of_the_environment() if threads is None else threads
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
 class Session:
     """One onnxruntime session of a model.
 
@@ -44,7 +57,7 @@ class Session:
         custom_ops: Libraries with operators of a file; a model in memory knows its own.
 
     Raises:
-        RunError: onnxruntime refuses the model.
+        RunError: onnxruntime refuses the model, has no such provider, or it does not start.
     """
 
     def __init__(
@@ -53,18 +66,11 @@ class Session:
         *,
         optimize: bool = True,
         threads: int | None = None,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Providers = ("cpu",),
         batching: Batching = AS_GIVEN,
         custom_ops: Sequence[str] = (),
     ) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised; onnxruntime need not print it as well
-        if not optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        threads = _threads_of_the_environment() if threads is None else threads
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        self._session = _opened(model, options, providers, custom_ops)
+        self._session = opened(model, session_options(optimize, threads), providers, custom_ops)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self._batching = batching
@@ -170,6 +176,7 @@ class FileSession:
         providers: Execution providers.
         options: Options of the session.
         custom_ops: As of `Session`.
+        recorded: Whether its first run is recorded, and played again from then on: see `BoundRun`.
 
     Raises:
         RunError: onnxruntime refuses it.
@@ -180,20 +187,31 @@ class FileSession:
         model: graphs.ModelOrPath,
         weights: Mapping[str, Array],
         *,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Providers = ("cpu",),
         options: SessionOptions,
         custom_ops: Sequence[str] = (),
+        recorded: bool = False,
     ) -> None:
-        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in weights.items()}
+        device = first(providers).device  # where its kernels look for them
+        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in weights.items()}
         for name, value in self._weights.items():  # which must outlive the session
             options.add_initializer(name, value)
-        self.session = _opened(model, options, providers, custom_ops)
+        self.session = opened(model, options, providers, custom_ops, recorded=recorded)
 
 
-def _opened(
-    model: graphs.ModelOrPath, options: SessionOptions, providers: Sequence[str], custom_ops: Sequence[str] = ()
+def opened(
+    model: graphs.ModelOrPath,
+    options: SessionOptions,
+    providers: Providers,
+    custom_ops: Sequence[str] = (),
+    *,
+    recorded: bool = False,
 ) -> ort.InferenceSession:
-    """A session; a model in memory has its external data where it lies."""
+    """A session; a model in memory has its external data where it lies.
+
+    Raises:
+        RunError: As of `Session`.
+    """
     where = "the model" if isinstance(model, ir.Model) else os.fspath(model)
     folder = graphs.external_folder(model) if isinstance(model, ir.Model) else None
     if folder is not None:
@@ -201,10 +219,13 @@ def _opened(
     for library in graphs.custom_ops(model) if isinstance(model, ir.Model) else custom_ops:
         _register(library, options)
     source = graphs.to_bytes(model) if isinstance(model, ir.Model) else os.fspath(model)
+    wanted = chosen(providers, recorded=recorded)
     try:
-        return ort.InferenceSession(source, options, providers=list(providers))
+        session = ort.InferenceSession(source, options, providers=wanted, enable_fallback=0)
     except Exception as error:  # onnxruntime raises a dozen types without a common base
         raise _refused(where, "one that onnxruntime loads", error) from error
+    require_started(session, wanted, where)
+    return session
 
 
 def _register(library: str, options: SessionOptions) -> None:

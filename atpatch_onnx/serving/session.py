@@ -30,6 +30,7 @@ from atpatch_onnx.matching.batches import drawn_inputs
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.bits import close
 from atpatch_onnx.running.opening import Libraries, load
+from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Array, FileSession, Session, SessionOptions
 from atpatch_onnx.serving.counters import Counters, Stats
 from atpatch_onnx.serving.held import HeldData
@@ -71,7 +72,7 @@ class PatchedSession:
         path: str | os.PathLike[str],
         patch: Patch | None = None,
         *,
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        providers: Providers = ("cpu",),
         options: Callable[[], SessionOptions] = SessionOptions,
         probe: Mapping[str, Array] | None = None,
         custom_ops: Libraries = (),
