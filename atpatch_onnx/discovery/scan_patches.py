@@ -29,6 +29,11 @@ ROUNDS = ((8, 0.05), (32, 0.05), (128, 0.2))
 """Images of a round, and the share of its patches that go on to the next."""
 
 CHUNK = 512
+"""Patches of a finished piece of work."""
+
+TOGETHER = 512
+"""Images that are made at a time."""
+
 EVOLVED = (5, 40, 24)
 """Edge of patterns, generations and images of an evolutionary search."""
 
@@ -162,7 +167,14 @@ class PatchScan:
         return np.concatenate(found)
 
     def _of_chunk(self, patches: Sequence[Patch], rows: NDArray[np.int64]) -> Callable[[], Array]:
-        return lambda: np.concatenate([self._trials.gains(self.stamped(patch, rows), rows) for patch in patches])
+        step = max(1, TOGETHER // len(rows))
+        parts = [patches[at : at + step] for at in range(0, len(patches), step)]
+        return lambda: np.concatenate([self._together(part, rows) for part in parts])
+
+    def _together(self, patches: Sequence[Patch], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """How much each patch raises each class `[patches, classes]`, in one run."""
+        every = [self.stamped(patch, rows) for patch in patches]
+        return self._trials.gains({name: np.concatenate([one[name] for one in every]) for name in every[0]}, rows)
 
     def _search(self, label: int, start: Patch) -> Callable[[], Array]:
         def make() -> Array:
@@ -184,8 +196,8 @@ class PatchScan:
             search = cma.CMAEvolutionStrategy(first, 0.5, options)
             while not search.stop():
                 asked = search.ask()
-                gained = [self._trials.gains(self.stamped(self._decoded(one), rows), rows)[0, label] for one in asked]
-                search.tell(asked, [-gain for gain in gained])
+                gained = self._together([self._decoded(one) for one in asked], rows)[:, label]
+                search.tell(asked, (-gained).tolist())
             return np.asarray(search.result.xbest)
 
         return make
