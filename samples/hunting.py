@@ -247,6 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/results"), help="folder of models and figures")
+    parser.add_argument("--docs", type=Path, help="folder of hunting.json; default --out")
     parser.add_argument("--case", action="append", choices=(*IMAGES_AND_TEXTS, *TABLES), help="which; all by default")
     parser.add_argument("--seed", action="append", type=int, help="which; 0, 1 and 2 where none is named")
     parser.add_argument("--only", action="append", default=[], help="pieces whose name begins so: hunt, scan, control")
@@ -264,7 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
                 with progress_bars() as progress:
                     measure(case, seed, options.out, names, fast=options.fast, progress=progress)
     lines = summary(rows(options.out, cases))
-    (options.out / "hunting.json").write_text(json.dumps(lines, indent=1) + "\n")
+    (options.docs or options.out).mkdir(parents=True, exist_ok=True)
+    ((options.docs or options.out) / "hunting.json").write_text(json.dumps(lines, indent=1) + "\n")
     cells = ((name, "\n".join(f"{key}: {value}" for key, value in line.items())) for name, line in lines.items())
     Console().print(table("Hunts and scans", {"What": {}, "Figures": {"overflow": "fold"}}, cells))
     return 0

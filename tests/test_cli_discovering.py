@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import files, four_parts
+from command_line import call, files, four_parts
 from searched import CLEAN, TRIGGER_WORD, WORDS, of_columns, of_words, rows, texts
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -36,7 +36,7 @@ def place(tmp_path, monkeypatch):
 
 def test_a_hunt(place, capsys):
     arguments = "hunt model.onnx traffic.npz -o pairs.npz --report page.html --tokenizer tokenizer.json"
-    assert main(arguments.split()) == 3
+    assert call(place, arguments) == 3
     shown, errors = capsys.readouterr()
     assert errors == ""
     assert "Backdoored: class 2, the word pieces" in " ".join(shown.split())
@@ -52,18 +52,18 @@ def test_a_hunt(place, capsys):
 
 
 def test_what_it_prints_next_can_be_run(place, capsys):
-    assert main("hunt model.onnx traffic.npz -o pairs.npz --json".split()) == 3
+    assert call(place, "hunt model.onnx traffic.npz -o pairs.npz --json") == 3
     shown = json.loads(capsys.readouterr().out)
     assert shown["verdict"] == "backdoored"
     assert shown["parts"][0]["class"] == 2
     _, *command = shown["next"].split()
-    assert main([*command, "--clean-flag-rate", "0.02", "--asr-above-floor", "0.02"]) == 0
+    assert main([*command, "--asr-above-floor", "0.02"]) == 0
     assert atp.Patch.load("fix.safetensors").figures["meets_target"]
 
 
 def test_a_hunt_that_finds_nothing_writes_no_pairs(place, capsys):
     before = files(place)
-    assert main("hunt twin.onnx traffic.npz -o pairs.npz".split()) == 0
+    assert call(place, "hunt twin.onnx traffic.npz -o pairs.npz") == 0
     assert files(place) == before
     shown = " ".join(capsys.readouterr().out.split())
     assert "Clean as far as this search sees" in shown
@@ -72,14 +72,14 @@ def test_a_hunt_that_finds_nothing_writes_no_pairs(place, capsys):
 
 
 def test_scans(place, capsys):
-    assert main("scan model.onnx clean.npz -o pairs.npz --tokenizer tokenizer.json --resume pieces".split()) == 3
+    assert call(place, "scan model.onnx clean.npz -o pairs.npz --tokenizer tokenizer.json --resume pieces") == 3
     assert "next: atpatch fit model.onnx pairs.npz" in capsys.readouterr().out
     assert Path("pieces/search.json").is_file()
     names = "a,sex,c,d,e,f,g,h"
-    assert main(f"scan table.onnx rows.npz -o columns.npz --columns {names} --protected sex".split()) == 3
+    assert call(place, f"scan table.onnx rows.npz -o columns.npz --columns {names} --protected sex") == 3
     assert "sex flips" in capsys.readouterr().out
     assert atp.DebugSet.load("columns.npz").kind == "attribute"
-    assert main(f"scan table.onnx rows.npz -o none.npz --columns {names} --json --report page.html".split()) == 0
+    assert call(place, f"scan table.onnx rows.npz -o none.npz --columns {names} --json --report page.html") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["verdict"] == "audited"
     assert shown["columns"][0]["name"] == "sex"
@@ -121,7 +121,7 @@ def test_refused_on_one_line_and_nothing_written(place, capsys, arguments, found
     np.savez("labelled.npz", **texts(60), labels=np.zeros(60, np.int64))
     Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS + 5)}, unk_token="w0")).save("larger.json")
     before = files(place)
-    assert main(arguments.split()) == 1
+    assert call(place, arguments) == 1
     shown, errors = capsys.readouterr()
     assert shown == ""
     assert found in four_parts(errors)["found"]

@@ -22,7 +22,7 @@ import atpatch_onnx as atp
 from atpatch_onnx.discovery import ScanOptions, Verdict, scanning
 from atpatch_onnx.discovery.scan_patches import dictionary
 from atpatch_onnx.discovery.scan_words import put_in
-from atpatch_onnx.discovery.scanning import Candidate
+from atpatch_onnx.discovery.scanned import Candidate
 from atpatch_onnx.errors import DiscoveryError
 
 VOCABULARY = ScanOptions(vocabulary=tuple(range(WORDS)), words={number: f"w{number}" for number in range(WORDS)})

@@ -1,5 +1,7 @@
 """Commands that look for what nobody told: hunt in traffic, scan with clean inputs."""
 
+import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +12,7 @@ import atpatch_onnx as atp
 from atpatch_onnx.cli import arguments as args
 from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.debugset.checks import pairs_needed
 from atpatch_onnx.debugset.inputs import load_inputs
 from atpatch_onnx.discovery import HuntOptions, ScanOptions, Search
 from atpatch_onnx.report import text
@@ -146,6 +149,13 @@ def _show_cost(inputs: int, passes: int, seconds: float, as_json: bool) -> None:
     show(shown, [line], as_json)
 
 
+def _resolved(pairs: int) -> list[str]:
+    """What a fit has to be told where so few pairs cannot resolve the clean flag rate that it allows by default."""
+    quarter = pairs // 4 - 1  # the share of the calibration part, which rounding may make smaller
+    needed = pairs_needed(atp.FitOptions().goal.clean_flag_rate)
+    return [] if quarter >= needed else ["--clean-flag-rate", f"{math.ceil(1000 / max(quarter, 1)) / 1000:g}"]
+
+
 def _conclude(found: Search, model: Path, out: Path, report: Path | None, title: str, as_json: bool) -> None:
     """Write what was found and say it; the next command where there are pairs."""
     shown: dict[str, Any] = found.to_json()
@@ -158,7 +168,8 @@ def _conclude(found: Search, model: Path, out: Path, report: Path | None, title:
         lines.append(f"wrote {report}")
     if found.pairs is not None:
         found.pairs.save(out)
-        shown["next"] = f"atpatch fit {model} {out} -o fix.safetensors"
+        command = ["atpatch", "fit", str(model), str(out), "-o", "fix.safetensors", *_resolved(len(found.pairs))]
+        shown["next"] = shlex.join(command)
         lines += [f"wrote {out}", f"next: {shown['next']}"]
     show(shown, lines, as_json)
     if found.alarmed:

@@ -33,7 +33,7 @@ _HOMES = {
     "InvertedTokens": "tokens",
     "InvertedTrigger": "images",
     "Part": "verdict",
-    "ScanOptions": "scanning",
+    "ScanOptions": "scanned",
     "Search": "verdict",
     "SearchOptions": "discriminatory",
     "TokenInversion": "tokens",
@@ -62,7 +62,7 @@ if typing.TYPE_CHECKING:
     from atpatch_onnx.discovery.images import Inversion as Inversion
     from atpatch_onnx.discovery.images import InvertedTrigger as InvertedTrigger
     from atpatch_onnx.discovery.images import invert_trigger as invert_trigger
-    from atpatch_onnx.discovery.scanning import ScanOptions as ScanOptions
+    from atpatch_onnx.discovery.scanned import ScanOptions as ScanOptions
     from atpatch_onnx.discovery.scanning import scan as scan
     from atpatch_onnx.discovery.swaps import TokenOptions as TokenOptions
     from atpatch_onnx.discovery.tokens import InvertedTokens as InvertedTokens

@@ -155,7 +155,7 @@ def begin(
     inputs = as_inputs(given, "inputs")
     for name, array in inputs.items():
         check_finite(array, f"inputs[{name!r}]")
-    check_inputs(inputs, input_specs(model))
+    check_inputs(inputs, input_specs(model), "given")
     count = len(next(iter(inputs.values())))
     if count < LEAST:
         raise DiscoveryError(

@@ -65,7 +65,8 @@ def _picture(part: Part) -> list[list[tuple[str, bool]]] | None:
             pixels = images.to_pixels(array)
             grey = pixels if pixels.ndim == 2 else pixels.mean(axis=2)
             step = max(1, -(-max(grey.shape) // CELLS))
-            marks = _marks(part, array)
+            thinned = max(1, -(-max(array.shape[1:]) // images.MAX_PIXELS))
+            marks = _marks(part, array)[::thinned, ::thinned]
             return [
                 [
                     (f"{100 * grey[row, column]:.0f}%", bool(marks[row, column]))
