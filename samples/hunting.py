@@ -23,7 +23,7 @@ from rich.console import Console
 import atpatch_onnx as atp
 from atpatch_onnx.cli.printing import progress_bars
 from atpatch_onnx.discovery import HuntOptions, ScanOptions, Search
-from atpatch_onnx.discovery.vocabulary import read_words
+from atpatch_onnx.discovery.vocabulary import read_vocabulary
 from atpatch_onnx.report.tables import table
 from atpatch_onnx.running.metrics import Rate
 from atpatch_onnx.running.sessions import Array, Progress, silent
@@ -116,8 +116,8 @@ def _scan(case: Case, model: Path, folder: Path, progress: Progress) -> Search:
     clean = {name: array[:CLEAN] for name, array in debug.clean.items()}
     options = ScanOptions(seed=case.seed)
     if case.name.startswith("minilm"):
-        words = read_words(folder / "tokenizer.json")
-        options = replace(options, vocabulary=tuple(words), words=words)
+        vocabulary = read_vocabulary(folder / "tokenizer.json")
+        options = replace(options, vocabulary=vocabulary.plain, words=vocabulary.words)
     return atp.scan(model, clean, options, progress=progress)
 
 

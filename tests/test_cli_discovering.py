@@ -112,6 +112,8 @@ def test_a_dry_run_says_what_it_costs(place, capsys, arguments):
         ("scan model.onnx clean.npz -o pairs.npz", "none"),
         ("scan model.onnx clean.npz -o pairs.npz --tokenizer model.onnx", "utf-8"),
         ("scan model.onnx clean.npz -o pairs.npz --tokenizer larger.json", "on which it fails"),
+        ("scan model.onnx clean.npz -o pairs.npz --tokenizer smaller.json", "none for"),
+        ("hunt model.onnx traffic.npz -o pairs.npz --tokenizer smaller.json", "none for"),
         ("scan table.onnx rows.npz -o pairs.npz --protected race", "race"),
     ],
 )
@@ -119,7 +121,8 @@ def test_refused_on_one_line_and_nothing_written(place, capsys, arguments, found
     np.savez("one.npz", **texts(1))
     np.savez("same.npz", ids=np.repeat(texts(1)["ids"], 60, axis=0))
     np.savez("labelled.npz", **texts(60), labels=np.zeros(60, np.int64))
-    Tokenizer(WordLevel({f"w{number}": number for number in range(WORDS + 5)}, unk_token="w0")).save("larger.json")
+    for name, words in (("larger", WORDS + 5), ("smaller", 20)):
+        Tokenizer(WordLevel({f"w{number}": number for number in range(words)}, unk_token="w0")).save(f"{name}.json")
     before = files(place)
     assert call(place, arguments) == 1
     shown, errors = capsys.readouterr()

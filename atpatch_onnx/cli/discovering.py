@@ -15,6 +15,7 @@ from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.debugset.checks import pairs_needed
 from atpatch_onnx.debugset.inputs import load_inputs
 from atpatch_onnx.discovery import HuntOptions, ScanOptions, Search
+from atpatch_onnx.discovery.vocabulary import read_vocabulary
 from atpatch_onnx.report import text
 
 ALARM = 3
@@ -61,9 +62,8 @@ def hunt(
     _require_places([out, report], [model, traffic])
     options = HuntOptions(false_alarms, pairs, kind, output=output, batch_size=batch_size, seed=seed)
     if tokenizer is not None:
-        words = _words(tokenizer)
-        blank = next((number for number, word in words.items() if word in ("[MASK]", "<mask>")), None)
-        options = replace(options, words=words, blank=blank)
+        vocabulary = read_vocabulary(tokenizer)
+        options = replace(options, words=vocabulary.words, blank=vocabulary.blank)
     inputs = load_inputs(traffic)
     if dry_run:
         _show_cost(*hunting.cost(model, inputs, options), as_json)
@@ -107,10 +107,10 @@ def scan(
     from atpatch_onnx.discovery import scanning
 
     _require_places([out, report], [model, clean])
-    words = None if tokenizer is None else _words(tokenizer)
+    vocabulary = None if tokenizer is None else read_vocabulary(tokenizer)
     options = ScanOptions(
-        vocabulary=None if words is None else tuple(words),
-        words=words,
+        vocabulary=None if vocabulary is None else vocabulary.plain,
+        words=None if vocabulary is None else vocabulary.words,
         columns=None if columns is None else tuple(columns.split(",")),
         protected=tuple(protected or ()),
         evolve=evolve,
@@ -134,13 +134,6 @@ def _require_places(written: list[Path | None], read: list[Path]) -> None:
     for place in written:
         if place is not None:
             require_place(place, *read)
-
-
-def _words(path: Path) -> dict[int, str]:
-    """What the ids of a tokenizer stand for, without special tokens."""
-    from atpatch_onnx.discovery.vocabulary import read_words
-
-    return read_words(path)
 
 
 def _show_cost(inputs: int, passes: int, seconds: float, as_json: bool) -> None:

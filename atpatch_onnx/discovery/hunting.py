@@ -24,6 +24,7 @@ from atpatch_onnx.discovery.evidence import corrected
 from atpatch_onnx.discovery.finished import Finished
 from atpatch_onnx.discovery.transplant import DECIDES, Surgery, Transplant
 from atpatch_onnx.discovery.verdict import Search
+from atpatch_onnx.discovery.vocabulary import check_words
 from atpatch_onnx.errors import DiscoveryError, check_options, require
 from atpatch_onnx.fitting.collect import input_specs
 from atpatch_onnx.graph import ModelOrPath, as_model, fingerprint
@@ -106,6 +107,8 @@ def hunt(
     content = read_content(
         model, sites[0], inputs, kind=options.kind, blank=options.blank, seed=options.seed, progress=progress
     )
+    if content.kind == "texts":
+        check_words(options.words, inputs[content.name])
     parts = content.parts(inputs)
     looked = look(model, sites, inputs, parts, output, batch_size=options.batch_size, progress=progress)
     check_classes(looked.predicted)

@@ -23,6 +23,7 @@ from atpatch_onnx.discovery.scanned import Candidate, Scan, ScanOptions, conclud
 from atpatch_onnx.discovery.transplant import CONFIRMED
 from atpatch_onnx.discovery.trials import Trials
 from atpatch_onnx.discovery.verdict import Search, Verdict
+from atpatch_onnx.discovery.vocabulary import check_words
 from atpatch_onnx.errors import DiscoveryError, RunError, require
 from atpatch_onnx.fitting.collect import input_specs
 from atpatch_onnx.graph import ModelOrPath, as_model, fingerprint
@@ -99,6 +100,7 @@ def _begin(
     content = read_content(model, sites[0], inputs, kind=options.kind, seed=options.seed, progress=progress)
     kept = Finished(finished, {"scan": fingerprint(model), "options": asdict(replace(options, words=None))}, inputs)
     if content.kind == "texts":
+        check_words(options.words, inputs[content.name])
         inputs = trimmed(inputs, content, isinstance(input_specs(model)[content.name].shape[1], int))
         content = replace(content, cells=content.cells[: inputs[content.name].shape[1]])
     session = Session(model)
