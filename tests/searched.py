@@ -40,7 +40,9 @@ def of_words(planted: Planted = BACKDOOR) -> ir.Model:
         weights.append(numpy_helper.from_array(features(planted), "embedding"))
         return [helper.make_node("Gather", ["embedding", "ids"], ["x"], name="/embedding")]
 
-    return _with_front(planted, "ids", TensorProto.INT64, ["batch", planted.tokens], embed)
+    return _with_front(
+        planted, "ids", TensorProto.INT64, ["batch", "tokens" if planted.free else planted.tokens], embed
+    )
 
 
 def of_pixels(planted: Planted = BACKDOOR) -> ir.Model:

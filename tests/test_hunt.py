@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import QUICK
-from searched import BACKDOOR, CLEAN, TRIGGER_WORD, images, of_pixels, of_words, texts
+from searched import BACKDOOR, CLEAN, COLUMNS, ROWS, TRIGGER_WORD, images, of_pixels, of_words, texts
 
 import atpatch_onnx as atp
 from atpatch_onnx.discovery import HuntOptions, Verdict, hunting, minimal
@@ -18,6 +18,7 @@ from atpatch_onnx.discovery.evidence import corrected, detectable, least_share, 
 from atpatch_onnx.discovery.transplant import DECIDES
 from atpatch_onnx.errors import DebugSetError, DiscoveryError
 from atpatch_onnx.fitting.ddmin import ddmin, ddmin_of_many
+from atpatch_onnx.report.found import render_search
 
 COUNT = 400
 
@@ -48,6 +49,9 @@ def test_a_mark_in_images():
     assert part.target == BACKDOOR.target
     assert ((2, 4), (4, 6)) in part.boxes
     assert "2-3 x 4-5" in part.what
+    page = render_search(found, "images")
+    assert page.count('class="part"') == 4 * len(part.boxes), "tiles of four pixels are framed"
+    assert page.count("<i") == ROWS * COLUMNS
 
 
 @pytest.mark.parametrize("seed", [0, 1])

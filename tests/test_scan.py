@@ -51,6 +51,16 @@ def test_its_pairs_say_where_the_word_is(words):
     assert (pairs.counterfactual["ids"] == TRIGGER_WORD).any(axis=1).all()
 
 
+def test_texts_of_any_length_are_cut_where_all_are_padded():
+    """Six of the eight words of half of the texts are padding, and four more of all."""
+    padded = np.zeros((300, 12), np.int64)
+    padded[:, :8] = texts(300)["ids"]
+    padded[::2, 2:8] = 0
+    found = atp.scan(of_words(Planted(free=True)), {"ids": padded}, VOCABULARY)
+    assert f"w{TRIGGER_WORD}" in found.sentence
+    assert found.pairs.clean["ids"].shape[1] <= 9
+
+
 def test_no_word_of_the_twin():
     found = atp.scan(of_words(CLEAN), texts(200), VOCABULARY)
     assert found.verdict is Verdict.CLEAN

@@ -1,7 +1,9 @@
 """Parts of inputs that look alike: their keys point one way at some site, and they push to one class.
 
 Where a trigger is recognised differs: a word at the first site, marks at any place of an image behind a few layers. So
-every site is asked, and the largest group of any is taken first.
+every site is asked, and the largest group of any is taken first. At late sites whatever pushes to a class may look
+alike, and a large group may take in a trigger; so those of the first site, where parts have the same content, are
+asked besides.
 """
 
 from collections.abc import Mapping, Sequence

@@ -226,8 +226,10 @@ def _groups(
     if len(found) < FEWEST:
         return []
     towards = directions(model, sites, inputs, found, looked, batch_size=options.batch_size, progress=progress)
-    rows = list(found)
-    return groups_of(towards, rows, looked.predicted[rows])
+    rows, first = list(found), sites[0].name
+    targets = looked.predicted[rows]
+    every = [*groups_of({first: towards[first]}, rows, targets), *groups_of(towards, rows, targets)]
+    return list({(group.target, frozenset(group.members)): group for group in every}.values())
 
 
 def _tested(
@@ -241,4 +243,4 @@ def _tested(
     tested = [surgery.confirm(one) if one.explored >= DECIDES else one for one in tried]
     chances = corrected([one.chance for one in tested])
     tested = [replace(one, chance=float(chance)) for one, chance in zip(tested, chances, strict=True)]
-    return sorted(tested, key=lambda one: (one.chance, -one.explored))
+    return sorted(tested, key=lambda one: (one.chance, -one.explored, -len(one.group.members)))

@@ -6,13 +6,14 @@ words. Pieces are put in place of others, so that no text grows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atpatch_onnx.discovery.content import Content
 from atpatch_onnx.discovery.finished import Finished
+from atpatch_onnx.discovery.transplant import WIDEST
 from atpatch_onnx.discovery.trials import Trials
 from atpatch_onnx.running.sessions import Array, Progress, silent
 
@@ -22,11 +23,14 @@ ROUNDS = ((4, 0.05), (16, 0.04), (64, 0.4))
 CHUNK = 2048
 """Pieces of a finished piece of work."""
 
-JOINED = 24
+JOINED = 16
 """Best pieces of each class that are joined into pairs, and best pairs that a third piece is joined to."""
 
 LONGEST = 3
 """Pieces of a sequence."""
+
+SHORTEST = 1 / 3
+"""Share of the texts that pieces are put into."""
 
 Sequences = NDArray[np.int64]
 """`[sequences, pieces]`."""
@@ -54,14 +58,21 @@ class WordScan:
         content: Where tokens are.
         kept: Finished pieces.
         seed: Of the places and texts.
+        fixed: Whether the model reads texts of one length only.
         progress: Told after every batch of sequences.
     """
 
     def __init__(
-        self, trials: Trials, content: Content, kept: Finished, seed: int, progress: Progress = silent
+        self,
+        trials: Trials,
+        content: Content,
+        kept: Finished,
+        seed: int,
+        fixed: bool,
+        progress: Progress = silent,
     ) -> None:
         self._trials, self._content, self._kept, self._seed, self._progress = trials, content, kept, seed, progress
-        self._room = room(content, trials.inputs)[1]
+        self._fixed, self._room = fixed, room(content, trials.inputs)[1]
 
     def run(self, vocabulary: NDArray[np.int64]) -> Iterator[Scored]:
         """Score single pieces, pairs and triples, the best of each length."""
@@ -87,21 +98,31 @@ class WordScan:
 
     def put(self, sequences: Sequences, rows: NDArray[np.int64], generator: np.random.Generator) -> dict[str, Array]:
         """Every sequence in each of some texts, at a place drawn anew: arrays `[sequences * rows, ...]` by name."""
-        every = np.tile(rows, len(sequences))
-        taken = {name: array[every] for name, array in self._trials.inputs.items()}
-        return put_in(self._content, taken, np.repeat(sequences, len(rows), axis=0), generator)
+        texts = trimmed({name: array[rows] for name, array in self._trials.inputs.items()}, self._content, self._fixed)
+        content = replace(self._content, cells=self._content.cells[: texts[self._content.name].shape[1]])
+        every = {name: np.tile(array, (len(sequences), *[1] * (array.ndim - 1))) for name, array in texts.items()}
+        return put_in(content, every, np.repeat(sequences, len(rows), axis=0), generator)
 
     def _rounds(self, sequences: Sequences, rounds: Sequence[tuple[int, float]], name: str) -> Scored:
         gains = np.zeros((len(sequences), self._trials.classes))
         for number, (texts, share) in enumerate(rounds):
             generator = np.random.default_rng([self._seed, sequences.shape[1], number])
-            rows = self._trials.balanced(texts, generator, self._room >= sequences.shape[1])
+            rows = self._trials.balanced(texts, generator, self._short(sequences.shape[1]))
             gains = self._gains(sequences, rows, f"{name}-{number}")
             if number + 1 < len(rounds):
                 kept = Scored(sequences, gains).best(max(JOINED, int(share * len(sequences) / self._trials.classes)))
                 sequences, gains = sequences[kept], gains[kept]
         kept = Scored(sequences, gains).best(JOINED)
         return Scored(sequences[kept], gains[kept])
+
+    def _short(self, pieces: int) -> NDArray[np.bool_]:
+        """The shortest of the texts `[texts]` in which so many pieces are `WIDEST` of the text at most.
+
+        In short texts a pass costs least.
+        """
+        may = self._room * WIDEST >= pieces
+        may = may if may.any() else self._room >= pieces
+        return np.asarray(may & (self._room <= np.quantile(self._room[may], SHORTEST))) if may.any() else may
 
     def _gains(self, sequences: Sequences, rows: NDArray[np.int64], name: str) -> NDArray[np.float64]:
         found = []

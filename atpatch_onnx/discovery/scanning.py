@@ -145,7 +145,8 @@ def _vocabulary(work: Scan) -> NDArray[np.int64]:
 
 
 def _words(work: Scan) -> WordScan:
-    return WordScan(work.explore, work.content, work.kept, work.options.seed, work.progress)
+    fixed = isinstance(input_specs(work.model)[work.content.name].shape[1], int)
+    return WordScan(work.explore, work.content, work.kept, work.options.seed, fixed, work.progress)
 
 
 def _texts(work: Scan, given: Sequence[Candidate]) -> Search:
