@@ -37,10 +37,12 @@ _HOMES = {
     "find_sites": "matching",
     "fingerprint": "graph",
     "fit": "fitting.fit",
+    "hunt": "discovery",
     "invert_trigger": "discovery",
     "load": "running.opening",
     "rehearse": "measuring.rehearse",
     "save": "graph",
+    "scan": "discovery",
     "unbake": "baking.unbake",
     "verify": "measuring.verify",
 }
@@ -53,7 +55,9 @@ if typing.TYPE_CHECKING:  # the same names, for those who read types
     from atpatch_onnx.baking.targets import TARGETS as TARGETS
     from atpatch_onnx.baking.unbake import unbake as unbake
     from atpatch_onnx.debugset import DebugSet as DebugSet
+    from atpatch_onnx.discovery import hunt as hunt
     from atpatch_onnx.discovery import invert_trigger as invert_trigger
+    from atpatch_onnx.discovery import scan as scan
     from atpatch_onnx.errors import AtPatchError as AtPatchError
     from atpatch_onnx.fitting.fit import fit as fit
     from atpatch_onnx.fitting.goal import Goal as Goal

@@ -101,6 +101,10 @@ class InversionError(AtPatchError):
     """No trigger can be searched for, or no class stands out."""
 
 
+class DiscoveryError(AtPatchError):
+    """A model cannot be searched as asked, with these inputs."""
+
+
 class MissingExtraError(AtPatchError):
     """An optional dependency is needed and not installed."""
 

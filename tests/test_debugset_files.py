@@ -311,6 +311,7 @@ def write_entries(path, entries):
         ({"debugset.json": HEADER.replace("null", '"cat"').encode()}, "target 'cat'"),
         ({"debugset.json": HEADER.replace("null", "true").encode()}, "target True"),
         ({"debugset.json": HEADER.replace("null", "-1").encode()}, "target: .*-1"),
+        ({"debugset.json": HEADER.replace("null", 'null, "found": 1').encode()}, "found 1"),
     ],
 )
 def test_damaged_and_foreign_content_is_refused(tmp_path, place, changes, match):
@@ -372,3 +373,14 @@ def test_random_damage_is_refused_or_harmless(whole_files, file, data):
         (Path(folder) / file).write_bytes(content)
         with contextlib.suppress(DebugSetError):
             DebugSet.load(Path(folder) / file.split("/")[0])
+
+
+@pytest.mark.parametrize("name", ["set.npz", "set"])
+def test_pairs_say_that_a_search_found_them(tmp_path, name):
+    sides = {"x": np.zeros((3, 2))}, {"x": np.ones((3, 2))}
+    made = DebugSet.from_pairs(*sides, found=True)
+    assert made.take([0]).found
+    made.save(tmp_path / name)
+    assert DebugSet.load(tmp_path / name).found
+    DebugSet.from_pairs(*sides).save(tmp_path / name)
+    assert not DebugSet.load(tmp_path / name).found

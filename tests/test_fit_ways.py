@@ -266,3 +266,17 @@ def test_progress_is_told_of_every_stage():
     assert {"finding the suspect tokens", "training detectors, linear", "delta debugging, settings tried"} < set(stages)
     for told in stages.values():
         assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+def test_pairs_that_a_search_found_get_the_lowest_thresholds():
+    """The tool chooses: what pairs say of themselves decides, and an option overrules it."""
+    planted = Planted()
+    found = replace(planted.debug(), found=True)
+
+    def thresholds(patch: Patch) -> list[float]:
+        return [site.detector.threshold for site in patch.sites if site.detector]
+
+    lowest = fitted(planted, replace(QUICK, thresholds="lowest"))
+    assert thresholds(fit(planted.model(), found, QUICK)) == thresholds(lowest)
+    balanced = fit(planted.model(), found, replace(QUICK, thresholds="balanced"))
+    assert thresholds(balanced) == thresholds(fitted(planted)) != thresholds(lowest)

@@ -51,7 +51,8 @@ def test_names_here_and_in_onnxruntime_and_options(cuda: None) -> None:
 def test_a_provider_that_this_build_lacks_is_one_line_that_says_what_to_install(name: str, capsys) -> None:
     if PROVIDERS[name].name in known.ort.get_available_providers():
         pytest.skip("this build has it")
-    with pytest.raises(RunError, match=r"this build of onnxruntime .* has: .*cpu.*; found one that it does not have") as e:
+    missing = r"this build of onnxruntime .* has: .*cpu.*; found one that it does not have"
+    with pytest.raises(RunError, match=missing) as e:
         Session(PLANTED.model(), providers=[name])
     assert PROVIDERS[name].install in str(e.value)
 

@@ -18,6 +18,8 @@ VERBS = (
     "find_sites",
     "explain",
     "fit",
+    "hunt",
+    "scan",
     "bake",
     "save",
     "unbake",

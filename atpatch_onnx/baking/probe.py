@@ -35,15 +35,25 @@ def mass_output(site: AttentionSite) -> str | None:
     return own_name(site.name, "probe/mass") if shown else None
 
 
-def probe(model: ir.Model, sites: Sequence[AttentionSite], *, masses: bool = False) -> ir.Model:
+def probe(
+    model: ir.Model, sites: Sequence[AttentionSite], *, masses: bool = False, kept: Sequence[str] = ()
+) -> ir.Model:
     """A copy of `model` whose only outputs are keys and values of these sites; what lies behind them is not computed.
+
+    Args:
+        model: The base.
+        sites: Whose keys and values are asked for.
+        masses: Ask for the attention that tokens draw as well, where the graph tells.
+        kept: Outputs of the base that stay, by name.
 
     Raises:
         BakeError: The model's opset is too old, or a site is not in it.
     """
     require_opset(model)
     probed = graphs.copy(model)
+    remaining = [output for output in probed.graph.outputs if output.name in kept]
     probed.graph.outputs.clear()
+    probed.graph.outputs.extend(remaining)
     for site in sites:
         for place, name in ((site.key, key_output(site)), (site.value, value_output(site))):
             producer = find_value(probed.graph, place.value).producer()

@@ -50,8 +50,9 @@ def fit(
         typer.Option(help="Goal: flags on a million benign tokens; 100 where DATA holds prompts.", show_default=False),
     ] = None,
     thresholds: Annotated[
-        Literal["balanced", "lowest"], typer.Option(help="Where they lie; lowest: for pairs of an inverted trigger.")
-    ] = "balanced",
+        Literal["balanced", "lowest"] | None,
+        typer.Option(help="Where they lie; lowest where a search found the pairs, else balanced.", show_default=False),
+    ] = None,
     detectors: Annotated[
         Literal["linear", "hidden"] | None,
         typer.Option(help="Their kind; with a hidden layer where linear ones miss the goal.", show_default=False),

@@ -10,7 +10,7 @@ from types import FrameType
 
 import typer
 
-from atpatch_onnx.cli import baking, demo, fitting, measuring, serving
+from atpatch_onnx.cli import baking, demo, discovering, fitting, measuring, serving
 from atpatch_onnx.errors import AtPatchError
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 for command in (
     fitting.sites,
+    discovering.hunt,
+    discovering.scan,
     fitting.fit,
     fitting.isolate,
     fitting.repair,
@@ -63,7 +65,7 @@ def quiet_libraries() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit code is 0, 1 after an error, or 2 after wrong usage."""
+    """Run the command line; the exit code is 0, 1 after an error, 2 after wrong usage, or 3 after an alarm."""
     quiet_libraries()
     try:
         with _ended_by_sigterm():

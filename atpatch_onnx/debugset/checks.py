@@ -24,25 +24,31 @@ class InputSpec:
     """The batch axis first; a static size, a symbolic name, or None where unknown."""
 
 
-def check_inputs(arrays: Mapping[str, Array], specs: Mapping[str, InputSpec]) -> None:
-    """Compare arrays `[pairs, ...]` with what the model declares; the batch axis may have any size."""
+def check_inputs(arrays: Mapping[str, Array], specs: Mapping[str, InputSpec], what: str = "debug set") -> None:
+    """Compare arrays `[pairs, ...]` with what the model declares; the batch axis may have any size.
+
+    Args:
+        arrays: By name.
+        specs: What the model declares, by name.
+        what: What the arrays are, for messages.
+    """
     missing, extra = sorted(specs.keys() - arrays.keys()), sorted(arrays.keys() - specs.keys())
     if missing or extra:
         raise DebugSetError(
-            "debug set",
+            what,
             expected=f"the model's inputs, {listed(specs)}",
             found=f"{listed(arrays)} (missing: {listed(missing)}; not the model's: {listed(extra)})",
             advice="Name the arrays as the model's inputs; add the missing ones and leave the others out.",
         )
     for name, spec in specs.items():
-        array, where = arrays[name], f"debug set input {name!r}"
+        array, where = arrays[name], f"{what} input {name!r}"
         text = array.dtype.kind == "U" and spec.dtype.kind in "UOT"
         if array.dtype != spec.dtype and not text:
             raise DebugSetError(
                 where,
                 expected=f"dtype {spec.dtype}",
                 found=f"dtype {array.dtype}",
-                advice=f"Cast both sides before from_pairs: array.astype({str(spec.dtype)!r}).",
+                advice=f"Cast it, in a debug set both sides before from_pairs: array.astype({str(spec.dtype)!r}).",
             )
         fits = len(spec.shape) == array.ndim and all(
             not isinstance(size, int) or size == found
@@ -54,7 +60,7 @@ def check_inputs(arrays: Mapping[str, Array], specs: Mapping[str, InputSpec]) ->
                 where,
                 expected=f"shape [{sizes}]",
                 found=f"shape {list(array.shape)}",
-                advice="The first axis counts the pairs; preprocess the others as for the model in use.",
+                advice="The first axis counts inputs or pairs; preprocess the others as for the model in use.",
             )
 
 

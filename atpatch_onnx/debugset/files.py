@@ -12,7 +12,7 @@
 
 In a `.npz` file a key is an entry, the json a text array without axes. In a folder a key is the file `<key>.npy`, the
 json a file of that name; the arrays are memory-mapped. `kind` is "backdoor", "attribute" or "generation",
-`target` a class or null.
+`target` a class or null. `"found": true` says that the pairs were found by a search, so that they resemble the attack.
 
 Where there is a json, `<input>` is the input's name with every character but letters, digits and `_.-~` written as `%`
 and two hex digits for each UTF-8 byte. Files written by hand may leave the json out and use plain names; they are taken
@@ -60,6 +60,7 @@ class Stored:
 
     kind: str
     target: int | None
+    found: bool = False
 
 
 # Writing
@@ -72,7 +73,8 @@ def write(stored: Stored, path: str | os.PathLike[str]) -> None:
         **{f"{side}/{quote(name, safe='')}": a for side in SIDES for name, a in getattr(stored, side).items()},
         **stored.extras,
     }
-    header = json.dumps({"format": FORMAT, "version": VERSION, "kind": stored.kind, "target": stored.target})
+    said: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": stored.kind, "target": stored.target}
+    header = json.dumps(said | ({"found": True} if stored.found else {}))
     try:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
         raise DebugSetError(
             str(path), expected="a .npz file or a folder of .npy files", found="nothing there", advice="Check the path."
         )
-    kind, target = ("backdoor", None) if header is None else _parsed(header, f"{path}: {HEADER}")
+    kind, target, found = ("backdoor", None, False) if header is None else _parsed(header, f"{path}: {HEADER}")
     sides: dict[str, dict[str, Array]] = {side: {} for side in SIDES}
     extras: dict[str, Array] = {}
     for key, array in arrays.items():
@@ -175,7 +177,7 @@ def read(path: str | os.PathLike[str]) -> Stored:
             found=", ".join(repr(key) for key in arrays) or "no arrays",
             advice="Store both sides under the names of the model's inputs, such as clean/pixel_values.",
         )
-    return Stored(sides["clean"], sides["counterfactual"], extras, kind, target)
+    return Stored(sides["clean"], sides["counterfactual"], extras, kind, target, found)
 
 
 def _placed(key: str, path: Path) -> tuple[str | None, str]:
@@ -234,7 +236,7 @@ def _read_folder(path: Path) -> tuple[str | None, dict[str, Array]]:
         return stream.read(_HEADER_LIMIT).decode("utf-8"), arrays
 
 
-def _parsed(text: str, where: str) -> tuple[str, int | None]:
+def _parsed(text: str, where: str) -> tuple[str, int | None, bool]:
     with _refusing_damage(where):
         header: Any = json.loads(text)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -246,10 +248,10 @@ def _parsed(text: str, where: str) -> tuple[str, int | None]:
             found=f"version {header.get('version')!r}",
             advice="Read it with the release of atpatch-onnx that wrote it, or a later one.",
         )
-    kind, target = header.get("kind"), header.get("target")
-    if kind not in KINDS or not (target is None or type(target) is int):
-        raise _not_a_set(where, f"kind {kind!r} and target {target!r}")
-    return kind, target
+    kind, target, found = header.get("kind"), header.get("target"), header.get("found", False)
+    if kind not in KINDS or not (target is None or type(target) is int) or type(found) is not bool:
+        raise _not_a_set(where, f"kind {kind!r}, target {target!r} and found {found!r}")
+    return kind, target, found
 
 
 @contextmanager

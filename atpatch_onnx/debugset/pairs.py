@@ -66,6 +66,9 @@ class DebugSet:
     payload: NDArray[np.int64] | None = None
     """The tokens that a triggered prompt makes the model write `[pairs, tokens]`, of kind "generation" only."""
 
+    found: bool = False
+    """Whether a search found them: they may only resemble the attack, and a fit lays its thresholds low."""
+
     def __post_init__(self) -> None:
         for side in files.SIDES:
             views = {name: read_only(array.view()) for name, array in getattr(self, side).items()}
@@ -95,6 +98,7 @@ class DebugSet:
         kind: Kind = "backdoor",
         target: int | None = None,
         sensitive: ArrayLike | None = None,
+        found: bool = False,
     ) -> Self:
         """Check and gather pairs.
 
@@ -107,6 +111,7 @@ class DebugSet:
             kind: "backdoor" (a trigger was added) or "attribute" (a protected attribute was changed).
             target: The class that a backdoor sends triggered inputs to, where known.
             sensitive: The protected attribute's values on the clean side `[pairs]`, for fairness metrics.
+            found: Whether a search found what makes the difference.
 
         Raises:
             DebugSetError: Names, shapes or dtypes differ between the sides, there are no pairs, numbers are not finite,
@@ -114,12 +119,12 @@ class DebugSet:
         """
         given = {"labels": labels, "suspects": None if _is_auto(suspects) else suspects, "sensitive": sensitive}
         extras = {name: array for name, array in given.items() if array is not None}
-        return cls._checked(files.Stored(clean, counterfactual, extras, kind, target), "")
+        return cls._checked(files.Stored(clean, counterfactual, extras, kind, target, found), "")
 
     @classmethod
     def _checked(cls, given: files.Stored, where: str) -> Self:
         before, after, target, extras = whole.checked(given, where)
-        return cls(before, after, kind=cast(Kind, given.kind), target=target, **extras)
+        return cls(before, after, kind=cast(Kind, given.kind), target=target, found=given.found, **extras)
 
     @classmethod
     def from_trigger(
@@ -232,7 +237,7 @@ class DebugSet:
 
     def _stored(self) -> files.Stored:
         extras = {name: array for name in files.EXTRAS if (array := getattr(self, name)) is not None}
-        return files.Stored(self.clean, self.counterfactual, extras, self.kind, self.target)
+        return files.Stored(self.clean, self.counterfactual, extras, self.kind, self.target, self.found)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -44,12 +44,13 @@ class Calibration:
         rate, flags = SPENT * options.goal.clean_flag_rate, options.goal.flags_per_million
         if flags is not None:  # an input has this many tokens that may be flagged
             rate = min(rate, flags / 1e6 * on_clean.shape[1])
+        lowest = scored.part.found if options.thresholds is None else options.thresholds == "lowest"
         return cls(
             clean={site: np.where(on_clean, -np.inf, scores).max(axis=1) for site, scores in clean.items()},
             anomalous={site: other[site][on_other] for site in other},
             benign={site: scores[~on_clean] for site, scores in clean.items()},
             rate=rate,
-            lowest=options.thresholds == "lowest",
+            lowest=lowest,
         )
 
     def thresholds(self, sites: Sequence[str]) -> dict[str, float]:

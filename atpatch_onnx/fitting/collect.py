@@ -189,6 +189,32 @@ def collect(
     return tuple(kept[site].tokens() for site in sites)
 
 
+class Means:
+    """Sums of keys and values over the benign tokens of clean inputs, and the neutral token that is their mean."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        self.site = site
+        self.key_sum = np.zeros(site.key.features)
+        self.value_sum = np.zeros(site.value.features)
+        self.count = self.left_out = 0
+
+    def add(self, keys: Array, values: Array, mass: Array | None, benign: NDArray[np.bool_]) -> None:
+        """Add one batch: keys and values `[batch, tokens, features]`, the rest `[batch, tokens]`."""
+        plain = benign if mass is None else benign & _plain(mass)
+        self.key_sum += keys[plain].sum(axis=0, dtype=np.float64)
+        self.value_sum += values[plain].sum(axis=0, dtype=np.float64)
+        self.count += int(plain.sum())
+        self.left_out += int((benign & ~plain).sum())
+
+    def neutral(self) -> Neutral:
+        """The neutral token."""
+        key, value = (
+            (total / max(self.count, 1)).astype(np.float32).reshape(place.heads, place.depth)
+            for total, place in ((self.key_sum, self.site.key), (self.value_sum, self.site.value))
+        )
+        return Neutral(key, value)
+
+
 def _plain(mass: Array) -> NDArray[np.bool_]:
     """Which tokens `[batch, tokens]` are seen, and draw no more than `SINK` times an even share of the attention."""
     seen = mass > 0
@@ -202,9 +228,7 @@ class _Kept:
         self.site = site
         self.rows: dict[str, list[Array]] = {"anomalous": [], "hard": [], "benign": []}
         self.bytes = dict.fromkeys(self.rows, 0)
-        self.key_sum = np.zeros(site.key.features)
-        self.value_sum = np.zeros(site.value.features)
-        self.count = self.left_out = 0
+        self.means = Means(site)
 
     def add(
         self,
@@ -220,11 +244,7 @@ class _Kept:
         """Keep of one batch: keys and values `[batch, tokens, features]`, the rest `[batch, tokens]`."""
         benign = ~anomalous
         if is_clean:
-            plain = benign if mass is None else benign & _plain(mass)
-            self.key_sum += keys[plain].sum(axis=0, dtype=np.float64)
-            self.value_sum += values[plain].sum(axis=0, dtype=np.float64)
-            self.count += int(plain.sum())
-            self.left_out += int((benign & ~plain).sum())
+            self.means.add(keys, values, mass, benign)
         share = 0.5 if is_clean else 1.0  # the clean side comes first, and leaves room for the other
         self._keep("anomalous", keys[anomalous], share)
         self._keep("hard", keys[suspects & benign], 1.0)  # of the clean side only
@@ -241,8 +261,4 @@ class _Kept:
     def tokens(self) -> Tokens:
         empty = np.zeros((0, self.site.key.features), np.float32)
         kept = {kind: np.concatenate([empty, *rows]) for kind, rows in self.rows.items()}
-        key, value = (
-            (total / max(self.count, 1)).astype(np.float32).reshape(place.heads, place.depth)
-            for total, place in ((self.key_sum, self.site.key), (self.value_sum, self.site.value))
-        )
-        return Tokens(site=self.site, neutral=Neutral(key, value), left_out=self.left_out, **kept)
+        return Tokens(site=self.site, neutral=self.means.neutral(), left_out=self.means.left_out, **kept)

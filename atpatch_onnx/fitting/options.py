@@ -36,10 +36,10 @@ class FitOptions:
     detectors: tuple[Kind, ...] = ("linear", "hidden")
     """Kinds to try in this order, the cheapest first: the first that meets the goal, else the nearest to it."""
 
-    thresholds: Literal["balanced", "lowest"] = "balanced"
+    thresholds: Literal["balanced", "lowest"] | None = None
     """Where thresholds lie: where fewest columns are named wrongly, in the middle between scores that are apart; or as
     low as half of the clean flag rate allows, for a debug set that only resembles the attack, such as of an inverted
-    trigger.
+    trigger. None: lowest where the debug set says that a search found it, else balanced.
     """
 
     redistribute: Literal["needed", "all"] = "needed"
@@ -71,7 +71,7 @@ class FitOptions:
             self,
             FitError,
             detectors=(_some_of(self.detectors, get_args(Kind)), "some of 'linear' and 'hidden', each once"),
-            thresholds=(self.thresholds in ("balanced", "lowest"), "'balanced' or 'lowest'"),
+            thresholds=(self.thresholds in (None, "balanced", "lowest"), "'balanced' or 'lowest'"),
             redistribute=(self.redistribute in ("needed", "all"), "'needed' or 'all'"),
             batch_size=(self.batch_size >= 1, "at least 1"),
             steps=(self.steps >= 1, "at least 1"),

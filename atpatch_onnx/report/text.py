@@ -19,6 +19,7 @@ from atpatch_onnx.report.tables import FOLD, NARROW, RIGHT, WIDE, Columns, measu
 from atpatch_onnx.report.verdict import missed_goal
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
+    from atpatch_onnx.discovery.verdict import Search
     from atpatch_onnx.measuring.benchmark import Benchmark
     from atpatch_onnx.measuring.compare import Fix, Ladder
     from atpatch_onnx.measuring.evaluate import Evaluation
@@ -290,6 +291,32 @@ def _ran(ran: Mapping[str, Mapping[str, int]]) -> str:
     return ", ".join(
         f"{one['nodes']} nodes on {shown(name)} ({one['of_the_patch']} of the patch)" for name, one in ran.items()
     )
+
+
+def search_tables(found: Search) -> list[Table]:
+    """The parts and columns that a search found; none where there are none."""
+    tables = []
+    if found.parts:
+        columns: Columns = {"Part": WIDE, "Class": RIGHT, "Decides": NARROW, "Traffic": NARROW, "p": NARROW}
+        parts = (
+            (
+                shown(part.what),
+                str(part.target),
+                measure(part.success),
+                NONE if part.share is None else percent(part.share),
+                f"{part.chance:.2g}",
+            )
+            for part in found.parts
+        )
+        tables.append(table("Parts that decide", columns, parts))
+    if found.columns:
+        columns = {"Column": WIDE, "Flips": NARROW, "Groups differ": NARROW, "": {}}
+        rows_ = (
+            (shown(one.name), measure(one.flips), measure(one.parity), "protected" if one.protected else "")
+            for one in found.columns
+        )
+        tables.append(table("Columns", columns, rows_))
+    return tables
 
 
 def _names(nodes: Iterable[str]) -> str:

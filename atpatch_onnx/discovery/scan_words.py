@@ -1,0 +1,183 @@
+"""Word pieces that decide texts: every piece of a vocabulary put into a few texts, the best into more, then pairs.
+
+Of the pieces that one round leaves, those that raise a class's confidence most in texts of other classes go on to the
+next, in more texts. What is left is joined into pairs, and pairs with a third piece: a phrase raises a class by its
+words. Pieces are put in place of others, so that no text grows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atpatch_onnx.discovery.content import Content
+from atpatch_onnx.discovery.finished import Finished
+from atpatch_onnx.discovery.transplant import WIDEST
+from atpatch_onnx.discovery.trials import Trials
+from atpatch_onnx.running.sessions import Array, Progress, silent
+
+ROUNDS = ((4, 0.05), (16, 0.04), (64, 0.4))
+"""Texts of a round, and the share of its pieces that go on to the next."""
+
+CHUNK = 2048
+"""Pieces of a finished piece of work."""
+
+JOINED = 16
+"""Best pieces of each class that are joined into pairs, and best pairs that a third piece is joined to."""
+
+LONGEST = 3
+"""Pieces of a sequence."""
+
+SHORTEST = 1 / 3
+"""Share of the texts that pieces are put into."""
+
+Sequences = NDArray[np.int64]
+"""`[sequences, pieces]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Sequences of one length and how much each raises each class."""
+
+    sequences: Sequences
+    gains: NDArray[np.float64]
+    """Mean confidence in each class, over texts of other classes, less that without it `[sequences, classes]`."""
+
+    def best(self, count: int) -> NDArray[np.int64]:
+        """Numbers of the sequences that raise some class most: `count` of each class."""
+        order = np.argsort(-self.gains, axis=0, kind="stable")[:count]
+        return np.unique(order)
+
+
+class WordScan:
+    """Puts sequences of word pieces into texts.
+
+    Args:
+        trials: What predicts, and the texts.
+        content: Where tokens are.
+        kept: Finished pieces.
+        seed: Of the places and texts.
+        fixed: Whether the model reads texts of one length only.
+        progress: Told after every batch of sequences.
+    """
+
+    def __init__(
+        self,
+        trials: Trials,
+        content: Content,
+        kept: Finished,
+        seed: int,
+        fixed: bool,
+        progress: Progress = silent,
+    ) -> None:
+        self._trials, self._content, self._kept, self._seed, self._progress = trials, content, kept, seed, progress
+        self._fixed, self._room = fixed, room(content, trials.inputs)[1]
+
+    def run(self, vocabulary: NDArray[np.int64]) -> Iterator[Scored]:
+        """Score single pieces, pairs and triples, the best of each length."""
+        scored = self._rounds(vocabulary[:, None], ROUNDS, "1")
+        yield scored
+        pieces = scored.sequences[scored.best(JOINED)]
+        for length in range(2, LONGEST + 1):
+            joined = _joined(scored.sequences[scored.best(JOINED)], pieces)
+            scored = self._rounds(joined, ROUNDS[1:], str(length))
+            yield scored
+
+    def cost(self, vocabulary: int) -> int:
+        """Forward passes that a run takes, about."""
+        total, left = 0.0, float(vocabulary)
+        for texts, share in ROUNDS:
+            total += texts * left
+            left *= share
+        joined = (LONGEST - 1) * 2.0 * (self._trials.classes * JOINED) ** 2
+        for texts, share in ROUNDS[1:]:
+            total += texts * joined
+            joined *= share
+        return int(total)
+
+    def put(self, sequences: Sequences, rows: NDArray[np.int64], generator: np.random.Generator) -> dict[str, Array]:
+        """Every sequence in each of some texts, at a place drawn anew: arrays `[sequences * rows, ...]` by name."""
+        texts = trimmed({name: array[rows] for name, array in self._trials.inputs.items()}, self._content, self._fixed)
+        content = replace(self._content, cells=self._content.cells[: texts[self._content.name].shape[1]])
+        every = {name: np.tile(array, (len(sequences), *[1] * (array.ndim - 1))) for name, array in texts.items()}
+        return put_in(content, every, np.repeat(sequences, len(rows), axis=0), generator)
+
+    def _rounds(self, sequences: Sequences, rounds: Sequence[tuple[int, float]], name: str) -> Scored:
+        gains = np.zeros((len(sequences), self._trials.classes))
+        for number, (texts, share) in enumerate(rounds):
+            generator = np.random.default_rng([self._seed, sequences.shape[1], number])
+            rows = self._trials.balanced(texts, generator, self._short(sequences.shape[1]))
+            gains = self._gains(sequences, rows, f"{name}-{number}")
+            if number + 1 < len(rounds):
+                kept = Scored(sequences, gains).best(max(JOINED, int(share * len(sequences) / self._trials.classes)))
+                sequences, gains = sequences[kept], gains[kept]
+        kept = Scored(sequences, gains).best(JOINED)
+        return Scored(sequences[kept], gains[kept])
+
+    def _short(self, pieces: int) -> NDArray[np.bool_]:
+        """The shortest of the texts `[texts]` in which so many pieces are `WIDEST` of the text at most.
+
+        In short texts a pass costs least.
+        """
+        may = self._room * WIDEST >= pieces
+        may = may if may.any() else self._room >= pieces
+        return np.asarray(may & (self._room <= np.quantile(self._room[may], SHORTEST))) if may.any() else may
+
+    def _gains(self, sequences: Sequences, rows: NDArray[np.int64], name: str) -> NDArray[np.float64]:
+        found = []
+        for start in range(0, len(sequences), CHUNK):
+            chunk = sequences[start : start + CHUNK]
+            found.append(self._kept.piece(f"{name}-{start}", self._of_chunk(chunk, rows, start)))
+            self._progress(f"sequences of {sequences.shape[1]}, {len(rows)} texts", start + len(chunk), len(sequences))
+        return np.concatenate(found)
+
+    def _of_chunk(self, chunk: Sequences, rows: NDArray[np.int64], start: int) -> Callable[[], Array]:
+        def make() -> Array:
+            generator = np.random.default_rng([self._seed, len(rows), start, chunk.shape[1]])
+            step = max(1, 4096 // len(rows))
+            parts = [chunk[at : at + step] for at in range(0, len(chunk), step)]
+            return np.concatenate([self._trials.gains(self.put(part, rows, generator), rows) for part in parts])
+
+        return make
+
+
+def room(content: Content, texts: Mapping[str, Array]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first position of texts at which a piece may be put, and how many there are from there on `[texts]` each."""
+    parts = content.parts(texts)
+    first, last = parts.argmax(axis=1), parts.shape[1] - 1 - parts[:, ::-1].argmax(axis=1)
+    return first, np.where(parts.any(axis=1), last - first + 1, 0)
+
+
+def put_in(
+    content: Content, texts: Mapping[str, Array], sequences: Sequences, generator: np.random.Generator
+) -> dict[str, Array]:
+    """Texts `[texts, ...]` with a sequence each `[texts, pieces]` in place of pieces of theirs, at a random place.
+
+    Of texts that are shorter than the sequence, what stands behind their last piece is taken as well.
+    """
+    first, count = room(content, texts)
+    length, ids = sequences.shape[1], texts[content.name].copy()
+    start = first + generator.integers(0, np.maximum(count - length, 0) + 1)
+    start = np.minimum(start, ids.shape[1] - length)
+    ids[np.arange(len(ids))[:, None], start[:, None] + np.arange(length)] = sequences
+    return {**texts, content.name: ids}
+
+
+def _joined(sequences: Sequences, pieces: Sequences) -> Sequences:
+    """Every sequence with every piece before or behind it, each once."""
+    left = np.repeat(sequences, len(pieces), axis=0)
+    right = np.tile(pieces, (len(sequences), 1))
+    both = np.concatenate([np.concatenate([left, right], axis=1), np.concatenate([right, left], axis=1)])
+    return np.unique(both, axis=0)
+
+
+def trimmed(inputs: Mapping[str, Array], content: Content, fixed: bool) -> dict[str, Array]:
+    """Texts without the positions that all of them pad, where the model leaves their number free."""
+    ids = inputs[content.name]
+    last = np.flatnonzero((ids != ids[:, -1:]).any(axis=0))
+    width = ids.shape[1] if fixed or not len(last) else min(ids.shape[1], int(last[-1]) + 2)
+    return {
+        name: array[:, :width] if array.ndim == 2 and array.shape[1] == ids.shape[1] else array
+        for name, array in inputs.items()
+    }

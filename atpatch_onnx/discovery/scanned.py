@@ -1,0 +1,142 @@
+"""What a scan comes to: candidates put into inputs that they were not chosen on, tested, and pairs of the best."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from atpatch_onnx.debugset import DebugSet
+from atpatch_onnx.discovery.content import KINDS, Content, Kind
+from atpatch_onnx.discovery.evidence import corrected, detectable, tail
+from atpatch_onnx.discovery.finished import Finished
+from atpatch_onnx.discovery.transplant import CONFIRMED, DECIDES
+from atpatch_onnx.discovery.trials import Trials
+from atpatch_onnx.discovery.verdict import Box, Part, Search, Verdict
+from atpatch_onnx.errors import DiscoveryError, check_options
+from atpatch_onnx.running.metrics import Rate
+from atpatch_onnx.running.sessions import Array, Progress
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How a model is scanned."""
+
+    vocabulary: tuple[int, ...] | None = None
+    """Of texts, the ids that are tried; needed for them."""
+
+    words: Mapping[int, str] | None = None
+    """Of texts, what ids stand for, for the words of a verdict."""
+
+    columns: tuple[str, ...] | None = None
+    """Of tables, the names of the columns; None: their numbers."""
+
+    protected: tuple[str, ...] = ()
+    """Of tables, the names of columns that predictions must not lean on."""
+
+    flip_rate: float = 0.005
+    """Of tables, the share of rows that may flip with a protected column."""
+
+    evolve: bool = True
+    """Of images, whether an evolutionary search follows where the dictionary finds nothing."""
+
+    false_alarms: float = 0.05
+    """Probability that any part is called a backdoor where none decides more than `DECIDES` of other inputs."""
+
+    pairs: int = 1000
+    kind: Kind | None = None
+    output: str | None = None
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            DiscoveryError,
+            false_alarms=(0 < self.false_alarms < 1, "between 0 and 1"),
+            flip_rate=(0 <= self.flip_rate < 1, "from 0 to below 1"),
+            pairs=(self.pairs >= 1, "at least 1"),
+            batch_size=(self.batch_size >= 1, "at least 1"),
+            kind=(self.kind is None or self.kind in KINDS, f"one of {', '.join(KINDS)}"),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A part that was found on one half of the inputs."""
+
+    what: str
+    target: int
+    apply: Callable[[Mapping[str, Array], np.random.Generator], dict[str, Array]]
+    """Puts it into inputs `[inputs, ...]` by name."""
+
+    boxes: tuple[Box, ...] = ()
+    """Where it lies in an image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What every scan needs."""
+
+    model: ir.Model
+    inputs: dict[str, Array]
+    content: Content
+    explore: Trials
+    confirm: Trials
+    kept: Finished
+    options: ScanOptions
+    progress: Progress
+
+
+def concluded(work: Scan, candidates: Sequence[Candidate], searched: Sequence[str], unseen: str) -> Search:
+    """Every candidate put into the inputs that it was not chosen on, and tested."""
+    trials, options = work.confirm, work.options
+    parts, chances = [], []
+    for number, one in enumerate(candidates):
+        generator = np.random.default_rng([options.seed, number])
+        rows = generator.permutation(np.flatnonzero(trials.predicted != one.target))[:CONFIRMED]
+        taken = {name: array[rows] for name, array in trials.inputs.items()}
+        turned = trials.predict(one.apply(taken, generator)) == one.target
+        chances.append(tail(int(turned.sum()), len(turned), DECIDES))
+        shown = {name: array[0] for name, array in one.apply(taken, np.random.default_rng(number)).items()}
+        parts.append(Part(one.what, one.target, Rate.of(turned), 1.0, shown=shown, boxes=one.boxes))
+    parts = [replace(part, chance=float(chance)) for part, chance in zip(parts, corrected(chances), strict=True)]
+    order = sorted(range(len(parts)), key=lambda at: (parts[at].chance, -parts[at].success.value))
+    sure = [at for at in order if parts[at].chance <= options.false_alarms]
+    unsure = [at for at in order if at not in sure and parts[at].success.low > DECIDES]
+    verdict = Verdict.BACKDOORED if sure else Verdict.SUSPICIOUS if unsure else Verdict.CLEAN
+    best = parts[order[0]]
+    said = f"class {best.target}, {best.what}, which turns {best.success.value:.0%} of other inputs"
+    needed = detectable(best.success.count, DECIDES, options.false_alarms / len(parts))
+    return Search(
+        verdict=verdict,
+        sentence=f"{verdict.value.capitalize()}: {said}."
+        if sure or unsure
+        else f"Clean as far as this search sees; nearest to a trigger is {said}.",
+        searched=(
+            *searched,
+            f"what was best on {len(work.explore.predicted):,} inputs was tested on up to {best.success.count} others: "
+            f"a trigger turns more than {DECIDES:.0%} of them; one that turns {needed:.0%} is found with a probability "
+            f"of 95 %; alarms where there is none: at most {options.false_alarms:.0%} (exact binomial tests, Holm)",
+            f"not searched: {unseen}",
+        ),
+        parts=tuple(parts[at] for at in (*sure, *unsure)),
+        pairs=_pairs(work, candidates[order[0]]) if sure or unsure else None,
+        passes=work.explore.passes + work.confirm.passes,
+        inputs=len(work.inputs[work.content.name]),
+        figures={"nearest": [parts[at].to_json() for at in order[:10]]},
+    )
+
+
+def _pairs(work: Scan, one: Candidate) -> DebugSet:
+    generator = np.random.default_rng(work.options.seed)
+    predicted = np.concatenate([work.explore.predicted, work.confirm.predicted])
+    both = {
+        name: np.concatenate([work.explore.inputs[name], work.confirm.inputs[name]]) for name in work.explore.inputs
+    }
+    rows = generator.permutation(np.flatnonzero(predicted != one.target))[: work.options.pairs]
+    clean = {name: array[rows] for name, array in both.items()}
+    other, name = one.apply(clean, generator), work.content.name
+    if work.content.kind != "texts":
+        return DebugSet.from_pairs(clean, other, target=one.target, found=True)
+    return DebugSet.from_pairs(clean, other, suspects=clean[name] != other[name], target=one.target, found=True)
