@@ -9,7 +9,7 @@ import atpatch_onnx as atp
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.cli.arguments import TARGETS, AsJson, Base, BatchSize, Data, Out, Output, Patched, Seed, Steps
 from atpatch_onnx.cli.paths import require_place
-from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.cli.printing import atpatch, progress_bars, show
 from atpatch_onnx.errors import PatchMismatchError, VerificationError
 from atpatch_onnx.report import text
 
@@ -49,7 +49,8 @@ def verify(
     run: dict[str, Any] = {"decode": decode, "steps": steps, "batch_size": batch_size}
     with progress_bars() as progress:
         result = atp.verify(base, patched, debug, patch=patches, progress=progress, **run)
-    show(result.to_json(), [text.verification_table(result)], as_json)
+    then = atpatch("evaluate", base, patched, data or "UNSEEN.npz") if result.passed else None
+    show(result.to_json(), [text.verification_table(result)], as_json, then=then)
     if not result.passed:
         raise VerificationError(
             str(patched),
@@ -79,13 +80,15 @@ def evaluate(
         run["decode"] = decode
         with progress_bars() as progress:
             written = atp.evaluate_prompts(base, patched, debug, progress=progress, **run)
-        show(written.to_json(), [text.written_table(written)], as_json)
+        then = atpatch("serve-config", patched, "DIR", "--stack", "genai", "--base", "BASE_DIR")
+        show(written.to_json(), [text.written_table(written)], as_json, then=then)
         return
     if target_class is not None:
         debug = debug.with_target(target_class)
     with progress_bars() as progress:
         result = atp.evaluate(base, patched, debug, output=output, batch_size=batch_size, progress=progress)
-    show(result.to_json(), [text.evaluation_table(result)], as_json)
+    then = atpatch("report", base, patched, data, "--patch", "FIX.safetensors", "-o", "report.html")
+    show(result.to_json(), [text.evaluation_table(result)], as_json, then=then)
 
 
 def benchmark(
@@ -127,7 +130,10 @@ def benchmark(
             memory=memory,
             progress=progress,
         )
-    show(result.to_json(), [text.benchmark_table(result)], as_json)
+    then = atpatch("fit", base, "PAIRS.npz", "-o", "fix.safetensors")
+    if patched is not None:
+        then = atpatch("serve-config", patched, "DIR", "--stack", "triton")
+    show(result.to_json(), [text.benchmark_table(result)], as_json, then=then)
 
 
 def report(
@@ -167,4 +173,4 @@ def report(
         examples=gather_examples(base, patched, debug, output=output),
     )
     html.write_report(out, page)
-    show({}, [f"wrote {out}"], False)
+    show({}, [f"wrote {out}"], False, then=atpatch("benchmark", base, patched))
