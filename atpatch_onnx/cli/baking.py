@@ -165,7 +165,7 @@ def quantize(
                 found = atp.evaluate(before, after, debug, output=output, batch_size=batch_size, progress=progress)
             shown[name] = found.to_json()
             lines += [f"{name}:", text.evaluation_table(found)]
-    show(shown, lines, as_json, then=atpatch("unbake", out, "-o", "base.onnx"))
+    show(shown, lines, as_json, then=atpatch("inspect", out))
 
 
 def export(
@@ -191,5 +191,5 @@ def export(
     )
     atp.save(exported, out)
     what = f"the base, {len(atp.find_sites(exported))} attention sites" if patch is None else "patched"
-    then = atpatch("sites", out) if patch is None else atpatch("unbake", out, "-o", "base.onnx")
+    then = atpatch("sites", out) if patch is None else atpatch("inspect", out)
     show({}, [f"wrote {out}: {what}"], False, then=then)

@@ -31,4 +31,4 @@ def demo(
         f"{result.figures['seconds']:.0f} s; base.onnx, fix.safetensors, patched.onnx, report.html and result.json"
         f" are in {out}",
     ]
-    show(result.figures, shown, as_json, then=atpatch("unbake", out / "patched.onnx", "-o", "base.onnx"))
+    show(result.figures, shown, as_json, then=atpatch("inspect", out / "patched.onnx"))

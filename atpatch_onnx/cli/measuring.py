@@ -10,6 +10,7 @@ from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.cli.arguments import TARGETS, AsJson, Base, BatchSize, Data, Out, Output, Patched, Seed, Steps
 from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import atpatch, progress_bars, show
+from atpatch_onnx.cli.trusting import PublicKey, Roots, Signature, checked_signature
 from atpatch_onnx.errors import PatchMismatchError, VerificationError
 from atpatch_onnx.report import text
 
@@ -38,19 +39,25 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    signature: Signature = None,
+    public_key: PublicKey = None,
+    root: Roots = None,
     decode: Decode = None,
     steps: Steps = atp.FitOptions.steps,
     batch_size: BatchSize = 32,
     as_json: AsJson = False,
 ) -> None:
     """Prove PATCHED against BASE: that it is BASE and a patch, which one, and what it does."""
+    signed = checked_signature(patched, signature, public_key, root)
     debug = None if data is None else atp.DebugSet.load(data)
     patches = [atp.Patch.load(path) for path in patch] if patch else None
     run: dict[str, Any] = {"decode": decode, "steps": steps, "batch_size": batch_size}
     with progress_bars() as progress:
         result = atp.verify(base, patched, debug, patch=patches, progress=progress, **run)
     then = atpatch("evaluate", base, patched, data or "UNSEEN.npz") if result.passed else None
-    show(result.to_json(), [text.verification_table(result)], as_json, then=then)
+    shown = result.to_json() | ({} if signed is None else {"signed_by": signed})
+    lines = [] if signed is None else [f"signed by {signed}, checked"]
+    show(shown, [*lines, text.verification_table(result)], as_json, then=then)
     if not result.passed:
         raise VerificationError(
             str(patched),

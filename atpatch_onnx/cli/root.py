@@ -10,7 +10,7 @@ from types import FrameType
 
 import typer
 
-from atpatch_onnx.cli import baking, demo, fitting, fixing, measuring, pairs, serving
+from atpatch_onnx.cli import baking, demo, fitting, fixing, measuring, pairs, serving, signing
 from atpatch_onnx.errors import AtPatchError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ COMMANDS = {
         baking.unbake,
     ),
     "Other fixes": (fitting.isolate, fitting.repair, fitting.compare),
+    "Say what is in a file": (signing.inspect, signing.sign),
     "Deploy": (baking.quantize, measuring.benchmark, serving.serve_config),
     "Begin": (demo.demo, baking.export),
 }
