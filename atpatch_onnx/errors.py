@@ -97,6 +97,10 @@ class ServingError(AtPatchError):
     """A model cannot be served as asked, or a serving stack's files cannot be written."""
 
 
+class SignatureError(AtPatchError):
+    """A patched file cannot be signed, or is not what was signed."""
+
+
 class InversionError(AtPatchError):
     """No trigger can be searched for, or no class stands out."""
 

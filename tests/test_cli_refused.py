@@ -151,7 +151,6 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "an empty file": (empty, "sites in.onnx", "expected a complete ONNX model"),
     "a truncated model, sites": (truncated, "sites in.onnx --json", "expected a complete ONNX model"),
     "no site found": (no_attention, "fit in.onnx @debug.npz -o out", "at least one attention site"),
-    "an unknown site": (nothing, "fit @base.onnx @debug.npz -o out --site nowhere", "site 'nowhere'"),
     "a patch for another model": (other_model, "bake in.onnx @fix.safetensors -o out", "the model it was fitted on"),
     "an old opset": (old_opset, "bake in.onnx @fix.safetensors -o out", r"opset 13 or later.*found opset 12"),
     "a damaged patch": (
@@ -184,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "inputs of other names": (other_inputs, "fit @base.onnx in.npz -o out", "missing: 'x'"),
     "a missed goal": (
         nothing,
-        "fit @base.onnx @debug.npz -o out --site layer1.attention --accuracy-loss -0.5",
+        "fit @base.onnx @debug.npz -o out --accuracy-loss -0.5",
         "accuracy lost",
     ),
     "no labels": (no_labels, "evaluate @base.onnx @patched.onnx in.npz", "true labels"),
@@ -256,7 +255,7 @@ def test_a_failed_write_leaves_the_older_file(place, here, capsys, monkeypatch):
         "bake",
         "bake @base.onnx @fix.safetensors",
         "sites @base.onnx --nonsense",
-        "fit @base.onnx @debug.npz -o out --detectors deep",
+        "fit @base.onnx @debug.npz -o out --thresholds deep",
         "fit @base.onnx @debug.npz -o out --seed one",
         "fit @base.onnx @debug.npz -o out --batch-size 0",
         "quantize @base.onnx @fix.safetensors -o out --precision int2",

@@ -1,11 +1,9 @@
-"""Front ends for files and torch modules, and the package's own rooms: lazy imports, missing extras, the wheel."""
+"""Front ends for files and torch modules, and the package's own rooms: lazy imports, missing extras."""
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -262,21 +260,3 @@ def test_importing_the_package_imports_no_torch():
     script = "import sys, atpatch_onnx.exporters as e; e.from_onnx; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-
-
-@pytest.mark.slow
-def test_wheel_holds_the_front_ends(tmp_path):
-    source = tmp_path / "source"  # a copy: the build leaves folders behind
-    source.mkdir()
-    for name in ("atpatch_onnx", "exporters"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copyfile(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), "."]
-    if importlib.util.find_spec("setuptools"):
-        command.insert(-1, "--no-build-isolation")  # builds without a network
-    subprocess.run(command, cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("atpatch_onnx-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if "exporters" in name}
-    assert held == {f"atpatch_onnx/exporters/{file.name}" for file in (ROOT / "exporters").glob("*.py")}

@@ -1,7 +1,7 @@
 """What commands take: their arguments and options, described once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -9,6 +9,9 @@ from atpatch_onnx.graph import External
 
 TARGETS = ("cpu", "cuda", "tensorrt", "directml", "coreml", "web", "openvino", "portable")
 """The keys of `atpatch_onnx.TARGETS`, spelt out so that help loads nothing that bakes."""
+
+GOAL, BUDGET, EXPERT = "Goal: what must be gone", "Budget: what the fix may cost", "Expert: the defaults will do"
+"""The groups of options in help, behind those that most people need."""
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The base, an .onnx file.", show_default=False)]
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="The base, an .onnx file.", show_default=False)]
@@ -24,7 +27,10 @@ Patches = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The file to write.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of a table.")]
-Output = Annotated[str | None, typer.Option(help="The model's output with the logits.", show_default=False)]
+Output = Annotated[
+    str | None,
+    typer.Option(help="The model's output with the logits.", show_default=False, rich_help_panel=EXPERT),
+]
 ExternalData = Annotated[
     External | None,
     typer.Option(
@@ -32,26 +38,77 @@ ExternalData = Annotated[
         help="Data files that lie elsewhere: leave them there (at or below the new file), clone or hard-link, or copy "
         "them. By default those that can stay do, and others are copied.",
         show_default=False,
+        rich_help_panel=EXPERT,
     ),
 ]
-AsrGoal = Annotated[float, typer.Option("--asr-above-floor", help="Goal: ASR above floor, a share.")]
-FlipGoal = Annotated[float, typer.Option("--flip-rate", help="Goal for an attribute: flip rate, a share.")]
-AccuracyGoal = Annotated[float, typer.Option("--accuracy-loss", help="Goal: accuracy lost, a share.")]
+AsrGoal = Annotated[
+    float, typer.Option("--asr-above-floor", help="Of a backdoor: ASR above floor, a share.", rich_help_panel=GOAL)
+]
+FlipGoal = Annotated[
+    float, typer.Option("--flip-rate", help="Of an attribute: flip rate, a share.", rich_help_panel=GOAL)
+]
+AccuracyGoal = Annotated[
+    float, typer.Option("--accuracy-loss", help="Accuracy lost on clean inputs, a share.", rich_help_panel=BUDGET)
+]
 FlagGoal = Annotated[
-    float, typer.Option("--clean-flag-rate", help="Budget: share of clean inputs that may be flagged.")
+    float,
+    typer.Option("--clean-flag-rate", help="Share of clean inputs that may be flagged.", rich_help_panel=BUDGET),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Of prompts: tokens of each answer that count.")]
+RobustGoal = Annotated[
+    float,
+    typer.Option(
+        "--robust-accuracy-loss",
+        help="Accuracy lost on triggered inputs, beside the same without the trigger.",
+        rich_help_panel=GOAL,
+    ),
+]
+TokenFlagGoal = Annotated[
+    float | None,
+    typer.Option(
+        "--flags-per-million",
+        help="Flags on a million benign tokens; 100 where the data are prompts.",
+        show_default=False,
+        rich_help_panel=BUDGET,
+    ),
+]
+Thresholds = Annotated[
+    Literal["balanced", "lowest"] | None,
+    typer.Option(
+        help="Where they lie; lowest where a search found the pairs, else balanced.",
+        rich_help_panel=EXPERT,
+        show_default=False,
+    ),
+]
+Redistribute = Annotated[
+    Literal["needed", "all"],
+    typer.Option(help="Which sites do; all: for flip rates that few pairs cannot show.", rich_help_panel=EXPERT),
+]
+Steps = Annotated[
+    int, typer.Option(min=1, help="Of prompts: tokens of each answer that count.", rich_help_panel=EXPERT)
+]
 Candidates = Annotated[
-    int, typer.Option(min=0, help="Hidden units that are tried one by one, those that differ most; 0: all.")
+    int,
+    typer.Option(
+        min=0,
+        help="Hidden units that are tried one by one, those that differ most; 0: all.",
+        rich_help_panel=EXPERT,
+    ),
 ]
-RankedOn = Annotated[int, typer.Option(min=1, help="Pairs that hidden units are ranked on.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same patch.")]
-Force = Annotated[bool, typer.Option("--force", help="Write a patch that misses its goal, marked so.")]
+RankedOn = Annotated[int, typer.Option(min=1, help="Pairs that hidden units are ranked on.", rich_help_panel=EXPERT)]
+Seed = Annotated[int, typer.Option(help="Same seed, same patch.", rich_help_panel=EXPERT)]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Write a patch that misses its goal, marked so.", rich_help_panel=EXPERT),
+]
 Target = Annotated[str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}.")]
 Provider = Annotated[
-    str, typer.Option(help="What runs the models: cpu, cuda, tensorrt, directml, coreml, openvino.", show_default=True)
+    str,
+    typer.Option(help="What runs the models: cpu, cuda, tensorrt, directml, coreml, openvino.", rich_help_panel=EXPERT),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Inputs at a time, where the model leaves it free.")]
+BatchSize = Annotated[
+    int,
+    typer.Option(min=1, help="Inputs at a time, where the model leaves it free.", rich_help_panel=EXPERT),
+]
 CustomOps = Annotated[
     list[Path] | None,
     typer.Option(
@@ -59,5 +116,6 @@ CustomOps = Annotated[
         metavar="LIBRARY",
         help="A library with operators of the model, such as onnxruntime-extensions' tokenizers; its code is run.",
         show_default=False,
+        rich_help_panel=EXPERT,
     ),
 ]

@@ -8,6 +8,7 @@ import typer
 import atpatch_onnx as atp
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.cli.arguments import (
+    EXPERT,
     AsJson,
     BatchSize,
     CustomOps,
@@ -20,7 +21,7 @@ from atpatch_onnx.cli.arguments import (
     Target,
 )
 from atpatch_onnx.cli.paths import require_place
-from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.cli.printing import atpatch, progress_bars, show
 from atpatch_onnx.errors import UnbakeError
 from atpatch_onnx.report import text
 
@@ -32,10 +33,18 @@ def bake(
     target: Target = "cpu",
     conditional: Annotated[
         bool | None,
-        typer.Option(help="Replacements in an If, or not, if not as the target has it.", show_default=False),
+        typer.Option(
+            help="Replacements in an If, or not, if not as the target has it.",
+            show_default=False,
+            rich_help_panel=EXPERT,
+        ),
     ] = None,
-    monitor: Annotated[bool, typer.Option(help="Add the outputs atpatch/flagged and atpatch/score.")] = True,
-    site_flags: Annotated[bool, typer.Option("--site-flags", help="Add the flags of every patched site.")] = False,
+    monitor: Annotated[
+        bool, typer.Option(help="Add the outputs atpatch/flagged and atpatch/score.", rich_help_panel=EXPERT)
+    ] = True,
+    site_flags: Annotated[
+        bool, typer.Option("--site-flags", help="Add the flags of every patched site.", rich_help_panel=EXPERT)
+    ] = False,
     decode: Annotated[
         Path | None,
         typer.Option(
@@ -45,7 +54,9 @@ def bake(
     decode_out: Annotated[Path | None, typer.Option(help="The file to write for it.", show_default=False)] = None,
     quantizer_settings: Annotated[
         Path | None,
-        typer.Option(help="Write what quantizers must be told to this JSON file.", show_default=False),
+        typer.Option(
+            help="Write what quantizers must be told to this JSON file.", show_default=False, rich_help_panel=EXPERT
+        ),
     ] = None,
     external: ExternalData = None,
     custom_ops: CustomOps = None,
@@ -87,7 +98,9 @@ def bake(
         write_settings(patched, quantizer_settings)
         shown["quantizer_settings"] = str(quantizer_settings)
         lines.append(f"wrote {quantizer_settings}: keyword arguments for onnxruntime's quantizers")
-    show(shown, lines, as_json)
+    given = [part for path in patch for part in ("--patch", path)]
+    both = [] if decode is None else ["--decode", decode, decode_out]
+    show(shown, lines, as_json, then=atpatch("verify", model, out, "UNSEEN.npz", *given, *both))
 
 
 def unbake(
@@ -116,7 +129,12 @@ def unbake(
         )
     atp.save(unbaked, out, external=external)
     said = f"which is {base}" if base is not None else f"by {patched}'s own word; compare it with --base"
-    show({"file": str(out), "fingerprint": found}, [f"wrote {out}: the base {found}, {said}"], as_json)
+    show(
+        {"file": str(out), "fingerprint": found},
+        [f"wrote {out}: the base {found}, {said}"],
+        as_json,
+        then=atpatch("sites", out),
+    )
 
 
 def quantize(
@@ -151,7 +169,7 @@ def quantize(
                 found = atp.evaluate(before, after, debug, output=output, batch_size=batch_size, progress=progress)
             shown[name] = found.to_json()
             lines += [f"{name}:", text.evaluation_table(found)]
-    show(shown, lines, as_json)
+    show(shown, lines, as_json, then=atpatch("inspect", out))
 
 
 def export(
@@ -177,4 +195,5 @@ def export(
     )
     atp.save(exported, out)
     what = f"the base, {len(atp.find_sites(exported))} attention sites" if patch is None else "patched"
-    show({}, [f"wrote {out}: {what}"], False)
+    then = atpatch("sites", out) if patch is None else atpatch("inspect", out)
+    show({}, [f"wrote {out}: {what}"], False, then=then)

@@ -7,7 +7,7 @@ import typer
 from rich.console import RenderableType
 
 from atpatch_onnx.cli.arguments import AsJson
-from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.cli.printing import atpatch, progress_bars, show
 from atpatch_onnx.errors import require
 from atpatch_onnx.report import text
 
@@ -31,4 +31,4 @@ def demo(
         f"{result.figures['seconds']:.0f} s; base.onnx, fix.safetensors, patched.onnx, report.html and result.json"
         f" are in {out}",
     ]
-    show(result.figures, shown, as_json)
+    show(result.figures, shown, as_json, then=atpatch("inspect", out / "patched.onnx"))

@@ -11,11 +11,13 @@ from rich.table import Table
 import atpatch_onnx as atp
 from atpatch_onnx.cli import arguments as args
 from atpatch_onnx.cli.paths import make_folder, require_place
-from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.cli.printing import atpatch, progress_bars, show
+from atpatch_onnx.cli.walking import after_sites
 from atpatch_onnx.errors import FitError
 from atpatch_onnx.fitting.goal import Goal
 from atpatch_onnx.matching.hidden import find_hidden_layers
 from atpatch_onnx.report import text
+from atpatch_onnx.report.summary import patchable
 
 
 def sites(
@@ -28,7 +30,8 @@ def sites(
     loaded = atp.load(model, custom_ops=custom_ops or ())
     matches, layers = atp.explain(loaded), find_hidden_layers(loaded)
     tables = [text.sites_table(matches, why), text.near_misses_table(matches), text.layers_table(layers)]
-    show({**matches.to_json(), "hidden_layers": [layer.to_json() for layer in layers]}, tables, as_json)
+    shown = {**matches.to_json(), "hidden_layers": [layer.to_json() for layer in layers]}
+    show(shown, [patchable(str(model), matches, layers), *tables], as_json, then=after_sites(model, loaded, matches))
 
 
 def fit(
@@ -39,31 +42,22 @@ def fit(
     flip_rate: args.FlipGoal = Goal.flip_rate,
     accuracy_loss: args.AccuracyGoal = Goal.accuracy_loss,
     clean_flag_rate: args.FlagGoal = Goal.clean_flag_rate,
-    robust_accuracy_loss: Annotated[
-        float, typer.Option(help="Goal: accuracy lost on triggered inputs, beside the same without the trigger.")
-    ] = Goal.robust_accuracy_loss,
+    robust_accuracy_loss: args.RobustGoal = Goal.robust_accuracy_loss,
     columns_missed: Annotated[
-        float, typer.Option(help="Goal: share of anomalous columns that are not flagged.")
+        float,
+        typer.Option(help="Share of anomalous columns that are not flagged.", rich_help_panel=args.GOAL),
     ] = Goal.columns_missed,
-    flags_per_million: Annotated[
-        float | None,
-        typer.Option(help="Goal: flags on a million benign tokens; 100 where DATA holds prompts.", show_default=False),
-    ] = None,
-    thresholds: Annotated[
-        Literal["balanced", "lowest"] | None,
-        typer.Option(help="Where they lie; lowest where a search found the pairs, else balanced.", show_default=False),
-    ] = None,
-    detectors: Annotated[
-        Literal["linear", "hidden"] | None,
-        typer.Option(help="Their kind; with a hidden layer where linear ones miss the goal.", show_default=False),
-    ] = None,
-    redistribute: Annotated[
-        Literal["needed", "all"], typer.Option(help="Which sites do; all: for flip rates that few pairs cannot show.")
-    ] = "needed",
+    flags_per_million: args.TokenFlagGoal = None,
+    thresholds: args.Thresholds = None,
+    redistribute: args.Redistribute = "needed",
     prefer_few: Annotated[
-        bool, typer.Option("--prefer-few", help="Go on for a set of sites that adds fewer kernels to a run.")
+        bool,
+        typer.Option(
+            "--prefer-few",
+            help="Go on for a set of sites that adds fewer kernels to a run.",
+            rich_help_panel=args.EXPERT,
+        ),
     ] = False,
-    site: Annotated[list[str] | None, typer.Option(help="Candidate sites by name; all by default.")] = None,
     after: Annotated[
         list[Path] | None,
         typer.Option(help="A patch of hidden units that is to be baked before this one.", show_default=False),
@@ -90,8 +84,6 @@ def fit(
         thresholds=thresholds,
         redistribute=redistribute,
         prefer_few=prefer_few,
-        detectors=(detectors,) if detectors else atp.FitOptions.detectors,
-        sites=tuple(site) if site else None,
         output=output,
         steps=steps,
         batch_size=batch_size,
@@ -100,7 +92,8 @@ def fit(
     )
     require_place(out, model, data, *(after or []))
     before = [atp.Patch.load(path) for path in after or []]
-    _make(partial(atp.fit, options=options, after=before), model, data, out, text.fit_table, as_json, custom_ops)
+    then = atpatch("bake", model, *(after or []), out, "-o", "patched.onnx")
+    _make(partial(atp.fit, options=options, after=before), model, data, out, text.fit_table, as_json, then, custom_ops)
 
 
 def isolate(
@@ -110,8 +103,13 @@ def isolate(
     asr_above_floor: args.AsrGoal = Goal.asr_above_floor,
     flip_rate: args.FlipGoal = Goal.flip_rate,
     accuracy_loss: args.AccuracyGoal = Goal.accuracy_loss,
-    most: Annotated[int, typer.Option(help="At most so many hidden units are frozen.")] = 20,
-    epsilon: Annotated[float, typer.Option(help="Probability that a slot is drawn from lower ranks.")] = 0.0,
+    most: Annotated[
+        int, typer.Option(help="At most so many hidden units are frozen.", rich_help_panel=args.EXPERT)
+    ] = 20,
+    epsilon: Annotated[
+        float,
+        typer.Option(help="Probability that a slot is drawn from lower ranks.", rich_help_panel=args.EXPERT),
+    ] = 0.0,
     candidates: args.Candidates = 512,
     inputs: args.RankedOn = 128,
     output: args.Output = None,
@@ -136,7 +134,8 @@ def isolate(
         seed=seed,
         force=force,
     )
-    _make(partial(neurons.isolate, options=options), model, data, out, text.edits_table, as_json, custom_ops)
+    then = atpatch("bake", model, out, "-o", "patched.onnx")
+    _make(partial(neurons.isolate, options=options), model, data, out, text.edits_table, as_json, then, custom_ops)
 
 
 def repair(
@@ -148,13 +147,20 @@ def repair(
     accuracy_loss: args.AccuracyGoal = Goal.accuracy_loss,
     units: Annotated[
         list[int] | None,
-        typer.Option(help="How many hidden units are scaled; several to try. 3 for an attribute, 5 for a backdoor."),
+        typer.Option(
+            help="How many hidden units are scaled; several to try. 3 for an attribute, 5 for a backdoor.",
+            rich_help_panel=args.EXPERT,
+        ),
     ] = None,
     alpha: Annotated[
-        list[float] | None, typer.Option(help="Weight of the accuracy; several to try. 0.3, 0.1 for a backdoor.")
+        list[float] | None,
+        typer.Option(
+            help="Weight of the accuracy; several to try. 0.3, 0.1 for a backdoor.", rich_help_panel=args.EXPERT
+        ),
     ] = None,
     optimizer: Annotated[
-        Literal["swarm", "evolution"], typer.Option(help="Particle swarm, or differential evolution.")
+        Literal["swarm", "evolution"],
+        typer.Option(help="Particle swarm, or differential evolution.", rich_help_panel=args.EXPERT),
     ] = "swarm",
     candidates: args.Candidates = 512,
     inputs: args.RankedOn = 128,
@@ -181,7 +187,8 @@ def repair(
         seed=seed,
         force=force,
     )
-    _make(partial(neurons.repair, options=options), model, data, out, text.edits_table, as_json, custom_ops)
+    then = atpatch("bake", model, out, "-o", "patched.onnx")
+    _make(partial(neurons.repair, options=options), model, data, out, text.edits_table, as_json, then, custom_ops)
 
 
 def _make(
@@ -191,6 +198,7 @@ def _make(
     out: Path,
     table: Callable[[atp.Patch], Table],
     as_json: bool,
+    then: str,
     custom_ops: list[Path] | None,
 ) -> None:
     """Make a patch of MODEL and DATA, write it and show it."""
@@ -198,7 +206,7 @@ def _make(
         patch = make(atp.load(model, custom_ops=custom_ops or ()), atp.DebugSet.load(data), progress=progress)
     patch.save(out)
     shown = {"patch": patch.id, "base": patch.base, "file": str(out), "figures": dict(patch.figures)}
-    show(shown, [table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json)
+    show(shown, [table(patch), text.fit_summary(patch), f"wrote {out} (patch {patch.id})"], as_json, then=then)
 
 
 def compare(
@@ -230,8 +238,11 @@ def compare(
     if out is not None:
         shown["files"] = {fix.name: [_patch_file(out, patch) for patch in fix.patches] for fix in ladder.fixes}
         lines += [f"{name}: {' '.join(files)}" for name, files in shown["files"].items() if files]
-    show(shown, lines, as_json)
-    if ladder.recommended is None:
+    best = ladder.recommended
+    recommended = ["PATCH"] if best is None or out is None else shown["files"][best.name]
+    then = None if best is None else atpatch("bake", model, *recommended, "-o", "patched.onnx")
+    show(shown, lines, as_json, then=then)
+    if best is None:
         raise FitError(
             str(model), expected="at least one fix", found=ladder.reason, advice="See above why there is none."
         )

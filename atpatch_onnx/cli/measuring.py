@@ -22,7 +22,8 @@ from atpatch_onnx.cli.arguments import (
     Steps,
 )
 from atpatch_onnx.cli.paths import require_place
-from atpatch_onnx.cli.printing import progress_bars, show
+from atpatch_onnx.cli.printing import atpatch, progress_bars, show
+from atpatch_onnx.cli.trusting import PublicKey, Roots, Signature, checked_signature
 from atpatch_onnx.errors import PatchMismatchError, VerificationError
 from atpatch_onnx.report import text
 
@@ -51,6 +52,9 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    signature: Signature = None,
+    public_key: PublicKey = None,
+    root: Roots = None,
     decode: Decode = None,
     provider: Provider = "cpu",
     steps: Steps = atp.FitOptions.steps,
@@ -59,12 +63,16 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Prove PATCHED against BASE: that it is BASE and a patch, which one, and what it does."""
+    signed = checked_signature(patched, signature, public_key, root)
     debug = None if data is None else atp.DebugSet.load(data)
     patches = [atp.Patch.load(path) for path in patch] if patch else None
     run: dict[str, Any] = {"decode": decode, "steps": steps, "batch_size": batch_size, "providers": [provider]}
     with progress_bars() as progress:
         result = atp.verify(base, patched, debug, patch=patches, custom_ops=custom_ops or (), progress=progress, **run)
-    show(result.to_json(), [text.verification_table(result)], as_json)
+    then = atpatch("evaluate", base, patched, data or "UNSEEN.npz") if result.passed else None
+    shown = result.to_json() | ({} if signed is None else {"signed_by": signed})
+    lines = [] if signed is None else [f"signed by {signed}, checked"]
+    show(shown, [*lines, text.verification_table(result)], as_json, then=then)
     if not result.passed:
         raise VerificationError(
             str(patched),
@@ -96,14 +104,16 @@ def evaluate(
         run |= {"decode": decode, "providers": [provider]}
         with progress_bars() as progress:
             written = atp.evaluate_prompts(base, patched, debug, progress=progress, **run)
-        show(written.to_json(), [text.written_table(written)], as_json)
+        then = atpatch("serve-config", patched, "DIR", "--stack", "genai", "--base", "BASE_DIR")
+        show(written.to_json(), [text.written_table(written)], as_json, then=then)
         return
     if target_class is not None:
         debug = debug.with_target(target_class)
     with progress_bars() as progress:
         how: dict[str, Any] = {"custom_ops": custom_ops or (), "batch_size": batch_size, "progress": progress}
         result = atp.evaluate(base, patched, debug, output=output, providers=[provider], **how)
-    show(result.to_json(), [text.evaluation_table(result)], as_json)
+    then = atpatch("report", base, patched, data, "--patch", "FIX.safetensors", "-o", "report.html")
+    show(result.to_json(), [text.evaluation_table(result)], as_json, then=then)
 
 
 def benchmark(
@@ -149,7 +159,10 @@ def benchmark(
             cuda_graph=cuda_graph,
             progress=progress,
         )
-    show(result.to_json(), [text.benchmark_table(result)], as_json)
+    then = atpatch("fit", base, "PAIRS.npz", "-o", "fix.safetensors")
+    if patched is not None:
+        then = atpatch("serve-config", patched, "DIR", "--stack", "triton")
+    show(result.to_json(), [text.benchmark_table(result)], as_json, then=then)
 
 
 def report(
@@ -192,4 +205,4 @@ def report(
         examples=gather_examples(before, after, debug, output=output),
     )
     html.write_report(out, page)
-    show({}, [f"wrote {out}"], False)
+    show({}, [f"wrote {out}"], False, then=atpatch("benchmark", base, patched))

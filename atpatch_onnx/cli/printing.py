@@ -1,6 +1,7 @@
 """What commands print: results for people or for machines, and progress."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,14 +15,23 @@ if TYPE_CHECKING:
     from atpatch_onnx.running.sessions import Progress
 
 
-def show(shown: Mapping[str, Any], renderables: Sequence[RenderableType], as_json: bool) -> None:
-    """Print a result, for people or for machines."""
+def atpatch(*parts: object) -> str:
+    """A command of ours as it is typed; what stands in CAPITALS is for the reader to fill in."""
+    return shlex.join(["atpatch", *map(str, parts)])
+
+
+def show(
+    shown: Mapping[str, Any], renderables: Sequence[RenderableType], as_json: bool, *, then: str | None = None
+) -> None:
+    """Print a result, for people or for machines; people are told as well what to type `then`."""
     if as_json:
         sys.stdout.write(json.dumps(dict(shown), indent=2) + "\n")
         return
-    console = Console(soft_wrap=False)
+    console = Console(soft_wrap=False, markup=False)  # a file's name is no markup
     for renderable in renderables:
         console.print(renderable, highlight=False)
+    if then is not None:  # in one line, to be copied
+        console.print(f"\nNext: {then}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -10,36 +10,38 @@ from types import FrameType
 
 import typer
 
-from atpatch_onnx.cli import baking, demo, discovering, fitting, measuring, serving
+from atpatch_onnx.cli import baking, demo, discovering, fitting, fixing, measuring, pairs, serving, signing
 from atpatch_onnx.errors import AtPatchError
 
 app = typer.Typer(
     help="Bake a hot-fix for a backdoored or unfair transformer into its own ONNX graph.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
-for command in (
-    fitting.sites,
-    discovering.hunt,
-    discovering.scan,
-    fitting.fit,
-    fitting.isolate,
-    fitting.repair,
-    fitting.compare,
-    baking.bake,
-    baking.unbake,
-    measuring.verify,
-    measuring.evaluate,
-    measuring.benchmark,
-    baking.quantize,
-    measuring.report,
-    baking.export,
-    serving.serve_config,
-    demo.demo,
-):
-    app.command()(command)
+COMMANDS = {
+    "Fix a model": (
+        fitting.sites,
+        fixing.fix,
+        fitting.fit,
+        baking.bake,
+        measuring.verify,
+        measuring.evaluate,
+        measuring.report,
+        baking.unbake,
+    ),
+    "Find what nobody told of": (discovering.hunt, discovering.scan),
+    "Other fixes": (fitting.isolate, fitting.repair, fitting.compare),
+    "Say what is in a file": (signing.inspect, signing.sign),
+    "Deploy": (baking.quantize, measuring.benchmark, serving.serve_config),
+    "Begin": (demo.demo, baking.export),
+}
+"""All commands by the group that help shows them in, in the order of the walk."""
+
+app.add_typer(pairs.app, name="pairs", rich_help_panel="Fix a model")
+for group, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=group)(command)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The command that writes what serves a model."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,4 +43,9 @@ def serve_config(
         wrote = write_model_repository(served, folder, called, triton)
     else:
         wrote = write_inference_service(served, folder, called, KServeOptions(storage=storage, triton=triton))
-    show({}, [f"wrote {wrote}"], False)
+    then = {
+        "triton": shlex.join(["tritonserver", f"--model-repository={folder}"]),
+        "kserve": shlex.join(["kubectl", "apply", "-f", str(wrote)]),
+        "genai": shlex.join(["python", "-c", f"import onnxruntime_genai; onnxruntime_genai.Model({str(folder)!r})"]),
+    }
+    show({}, [f"wrote {wrote}"], False, then=then[stack])

@@ -62,7 +62,7 @@ def paired(
     longest = max(map(len, (*before, *after)))
     suspects = np.zeros((len(before), longest), np.bool_)
     for row, (plain, changed) in enumerate(zip(before, after, strict=True)):
-        for start, stop in _added(plain.tolist(), changed.tolist()):
+        for start, stop in added(plain.tolist(), changed.tolist()):
             suspects[row, start:stop] = True
     return Prompts(
         _padded(before, longest),
@@ -77,7 +77,7 @@ def lines(side: dict[str, Array] | Any) -> list[NDArray[np.int64]]:
     return [ids[real.astype(bool)] for ids, real in zip(side[IDS], side[MASK], strict=True)]
 
 
-def _added(plain: list[int], changed: list[int]) -> Iterator[tuple[int, int]]:
+def added(plain: list[int], changed: list[int]) -> Iterator[tuple[int, int]]:
     """Where the tokens are, from start to stop, that only the changed prompt has."""
     most = min(len(plain), len(changed))
     start = next((at for at in range(most) if plain[at] != changed[at]), most)

@@ -200,7 +200,7 @@ def compare(
     """
     require_labels(pairs if unseen is None else unseen)
     options = replace(options or FitOptions(), force=True)
-    seen, unseen = _held_out(pairs, options.seed) if unseen is None else (pairs, unseen)
+    seen, unseen = held_out(pairs, options.seed) if unseen is None else (pairs, unseen)
     base = as_model(model)
     seen, _ = complete(base, seen, output=options.output, batch_size=options.batch_size, progress=progress)
     if seen.target is not None:
@@ -212,7 +212,7 @@ def compare(
     return Ladder(seen.kind, options.goal, len(unseen), tuple(bench.fixes()))
 
 
-def _held_out(pairs: DebugSet, seed: int) -> tuple[DebugSet, DebugSet]:
+def held_out(pairs: DebugSet, seed: int) -> tuple[DebugSet, DebugSet]:
     """Pairs for the fits, and pairs to measure on."""
     shares = {"fits": 1 - HELD_OUT, "held out": HELD_OUT}
     rows = part_rows(pairs.clean, pairs.counterfactual, pairs.labels, shares=shares, seed=seed)
