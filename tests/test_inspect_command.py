@@ -56,6 +56,15 @@ def test_inspect(place, here, capsys):
     assert shown.rstrip().endswith(f"Next: atpatch verify BASE.onnx {place}/patched.onnx --patch FIX.safetensors")
 
 
+def test_a_signature_that_cannot_be_read_is_said_and_no_more(place, here, capsys):
+    Path("patched.onnx").write_bytes((place / "patched.onnx").read_bytes())
+    Path("patched.onnx.sig").write_text("{")
+    assert call(place, "inspect patched.onnx") == 0
+    assert "not known by whom: of patched.onnx.sig was expected a signature of OMS" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_inspect_as_json(place, here, capsys):
     assert call(place, "inspect @patched.onnx --json") == 0
     shown = json.loads(capsys.readouterr().out)

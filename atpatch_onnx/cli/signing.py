@@ -8,6 +8,7 @@ import typer
 from atpatch_onnx.cli.arguments import AsJson, Patched
 from atpatch_onnx.cli.printing import atpatch, show
 from atpatch_onnx.cli.trusting import PublicKey, Roots, Signature, checked_signature
+from atpatch_onnx.errors import MissingExtraError, SignatureError
 from atpatch_onnx.report.manifest import manifest_view
 
 
@@ -26,7 +27,10 @@ def inspect(
     found, beside = manifest(patched), patched.with_name(patched.name + SIGNATURE)
     signed = f"by {checked}, checked" if checked is not None else "no signature beside it"
     if checked is None and beside.exists():
-        signed = f"by {signed_by(beside)}, as {beside.name} says; not checked (--signature)"
+        try:
+            signed = f"by {signed_by(beside)}, as {beside.name} says; not checked (--signature)"
+        except (MissingExtraError, SignatureError) as error:  # the file is looked into all the same
+            signed = f"not known by whom: of {beside.name} was expected {error.expected}; found {error.found}"
     then = atpatch("verify", "BASE.onnx", patched, "--patch", "FIX.safetensors")
     shown = {**found.to_json(), "signed": {"by": checked, "checked": checked is not None}}
     show(shown, [manifest_view(found, signed)], as_json, then=then)
