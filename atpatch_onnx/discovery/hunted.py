@@ -42,6 +42,7 @@ def concluded(seen: Seen, tested: Sequence[Transplant], level: float, pairs: int
     """
     count = len(seen.looked.predicted)
     sure = [one for one in tested if one.success is not None and one.chance <= level]
+    sure.sort(key=lambda one: -len(one.group.members))  # what most of the traffic has: a trigger may be in two groups
     unsure = [one for one in tested if one.success is not None and one.chance > level and one.success.low > DECIDES]
     parts = tuple(_part(seen, one) for one in (*sure, *unsure))
     verdict = Verdict.BACKDOORED if sure else Verdict.SUSPICIOUS if unsure else Verdict.CLEAN
