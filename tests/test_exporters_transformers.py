@@ -427,7 +427,7 @@ def test_from_disk_on_the_command_line(tiny_vit, tmp_path, capsys):
     paths = [str(tmp_path / "vit"), str(tmp_path / "inputs.npz"), "--no-dynamic", "--opset", "18"]
     base = tmp_path / "base.onnx"
     assert quietly(lambda: main(["export", *paths, "-o", str(base)])) == 0
-    assert capsys.readouterr().out.endswith("the base, 2 attention sites\n")
+    assert "the base, 2 attention sites\n" in capsys.readouterr().out
 
     draw_patch(graph.load(base)).save(tmp_path / "fix.safetensors")
     patched = tmp_path / "patched.onnx"

@@ -10,7 +10,7 @@
 | `atpatch.sites` | JSON: what each patched site does, and the names of the values it reads (`PatchedSite`) |
 | `atpatch.layers` | JSON: the hidden layers with edited units, and the values that they are (`PatchedLayer`) |
 | `atpatch.weights` | digest of the weights that the patch brought |
-| `atpatch.figures` | JSON: what the fit measured |
+| `atpatch.figures` | JSON: what the fit measured; not what it was against, which the patch file says |
 """
 
 import hashlib
@@ -124,9 +124,19 @@ def describe(
         "sites": json.dumps([asdict(site) for site in sites], sort_keys=True),
         "layers": json.dumps([asdict(layer) for layer in layers], sort_keys=True),
         "weights": weights_digest(model),
-        "figures": json.dumps(dict(patch.figures), sort_keys=True),
+        "figures": json.dumps(_without_kind(patch.figures), sort_keys=True),
     }
     return {ENTRY + key: value for key, value in entries.items()}
+
+
+def _without_kind(figures: Any) -> Any:
+    """Figures without what a fit was against: a scanner that reads "backdoor" in a file takes it for one.
+
+    The patch file says it.
+    """
+    if isinstance(figures, Mapping):
+        return {key: _without_kind(value) for key, value in figures.items() if key != "kind"}
+    return [_without_kind(value) for value in figures] if isinstance(figures, list | tuple) else figures
 
 
 def weights_digest(model: ir.Model) -> str:

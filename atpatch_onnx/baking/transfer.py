@@ -48,8 +48,12 @@ def transfer(patch: Patch, base: ir.Model, other: ir.Model) -> Patch:
     ours = tuple(site for site in ours if site.name not in replaced)
     theirs = tuple(site for site in theirs if site not in handed)
     if len(ours) != len(theirs) or len(replaced) != len(handed):
-        counts = f"{len(ours)} attention sites and {len(replaced)} on what it is handed, as the base has"
-        raise _mismatch("the other model", counts, f"{len(theirs)} and {len(handed)}")
+        counts = (
+            f"{len(sites)} attention sites" + f", {len(others)} of them on what it is handed" * bool(others)
+            for sites, others in (((*ours, *replaced), replaced), ((*theirs, *handed), handed))
+        )
+        expected, found = counts
+        raise _mismatch("the other model", f"{expected}, as the base has", found)
     seen = look(base), look(other)
     for site, own in zip(ours, theirs, strict=True):
         _compare(site, own, seen)

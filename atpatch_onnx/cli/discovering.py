@@ -4,7 +4,7 @@ import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,9 +14,12 @@ from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import progress_bars, show
 from atpatch_onnx.debugset.checks import pairs_needed
 from atpatch_onnx.debugset.inputs import load_inputs
-from atpatch_onnx.discovery import HuntOptions, ScanOptions, Search
+from atpatch_onnx.discovery.options import HuntOptions, ScanOptions
 from atpatch_onnx.discovery.vocabulary import read_vocabulary
 from atpatch_onnx.report import text
+
+if TYPE_CHECKING:
+    from atpatch_onnx.discovery.verdict import Search
 
 ALARM = 3
 """Exit code where somebody should look: suspicious, or backdoored."""
@@ -149,7 +152,7 @@ def _resolved(pairs: int) -> list[str]:
     return [] if quarter >= needed else ["--clean-flag-rate", f"{math.ceil(1000 / max(quarter, 1)) / 1000:g}"]
 
 
-def _conclude(found: Search, model: Path, out: Path, report: Path | None, title: str, as_json: bool) -> None:
+def _conclude(found: "Search", model: Path, out: Path, report: Path | None, title: str, as_json: bool) -> None:
     """Write what was found and say it; the next command where there are pairs."""
     shown: dict[str, Any] = found.to_json()
     lines: list[Any] = [found.sentence, *text.search_tables(found), *(f"- {line}" for line in found.searched)]

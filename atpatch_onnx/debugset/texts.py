@@ -8,7 +8,8 @@ of both texts, since what stands behind it has moved.
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,11 +52,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def _rows(content: str, suffix: str) -> list[dict[str, str]]:
     if suffix in (".csv", ".tsv"):
-        csv.field_size_limit(min(_LARGEST, sys.maxsize))
         reader = csv.DictReader(
             content.splitlines(keepends=True), delimiter="\t" if suffix == ".tsv" else ",", strict=True
         )
-        rows = list(reader)
+        with _long_fields():
+            rows = list(reader)
         for row in rows:
             if None in row or None in row.values():
                 raise ValueError(f"line {reader.line_num} has not as many fields as the header")
@@ -67,6 +68,16 @@ def _rows(content: str, suffix: str) -> list[dict[str, str]]:
     if not all(isinstance(row, dict) for row in found):
         raise ValueError("a line is no JSON object")
     return [{str(name): str(value) for name, value in row.items()} for row in found]
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let a field be as long as its file; csv has one limit for the process, which is set back."""
+    before = csv.field_size_limit(min(_LARGEST, sys.maxsize))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _unread(path: Path, found: str) -> DebugSetError:

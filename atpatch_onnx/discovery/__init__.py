@@ -27,13 +27,13 @@ from importlib import import_module
 _HOMES = {
     "Attribute": "attributes",
     "Discrimination": "discriminatory",
-    "HuntOptions": "hunting",
+    "HuntOptions": "options",
     "Inversion": "images",
     "InversionOptions": "descent",
     "InvertedTokens": "tokens",
     "InvertedTrigger": "images",
     "Part": "verdict",
-    "ScanOptions": "scanned",
+    "ScanOptions": "options",
     "Search": "verdict",
     "SearchOptions": "discriminatory",
     "TokenInversion": "tokens",
@@ -57,12 +57,12 @@ if typing.TYPE_CHECKING:
     from atpatch_onnx.discovery.discriminatory import Discrimination as Discrimination
     from atpatch_onnx.discovery.discriminatory import SearchOptions as SearchOptions
     from atpatch_onnx.discovery.discriminatory import discriminatory_pairs as discriminatory_pairs
-    from atpatch_onnx.discovery.hunting import HuntOptions as HuntOptions
     from atpatch_onnx.discovery.hunting import hunt as hunt
     from atpatch_onnx.discovery.images import Inversion as Inversion
     from atpatch_onnx.discovery.images import InvertedTrigger as InvertedTrigger
     from atpatch_onnx.discovery.images import invert_trigger as invert_trigger
-    from atpatch_onnx.discovery.scanned import ScanOptions as ScanOptions
+    from atpatch_onnx.discovery.options import HuntOptions as HuntOptions
+    from atpatch_onnx.discovery.options import ScanOptions as ScanOptions
     from atpatch_onnx.discovery.scanning import scan as scan
     from atpatch_onnx.discovery.swaps import TokenOptions as TokenOptions
     from atpatch_onnx.discovery.tokens import InvertedTokens as InvertedTokens

@@ -7,21 +7,16 @@ that read it. A token reads the cells that lie in its slabs of every axis: a til
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx.baking.probe import probe, value_output
+from atpatch_onnx.discovery.options import Kind
 from atpatch_onnx.errors import DiscoveryError
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
-
-Kind = Literal["texts", "grids", "tables"]
-"""Ids of word pieces, values on axes (images), or one column a token."""
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 TRIED = 8
 """Inputs whose slabs are given other values: a token may take another value for the same in a few."""

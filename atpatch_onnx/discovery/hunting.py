@@ -8,7 +8,7 @@ one graph (`board`).
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -19,13 +19,14 @@ from atpatch_onnx.debugset.checks import check_inputs
 from atpatch_onnx.discovery import hunted, minimal
 from atpatch_onnx.discovery.alike import FEWEST, Group, directions, groups_of
 from atpatch_onnx.discovery.board import Board, Looked, askable_sites, look
-from atpatch_onnx.discovery.content import KINDS, Content, Kind, read_content
+from atpatch_onnx.discovery.content import Content, read_content
 from atpatch_onnx.discovery.evidence import corrected
 from atpatch_onnx.discovery.finished import Finished
+from atpatch_onnx.discovery.options import HuntOptions
 from atpatch_onnx.discovery.transplant import DECIDES, Surgery, Transplant
 from atpatch_onnx.discovery.verdict import Search
 from atpatch_onnx.discovery.vocabulary import check_words
-from atpatch_onnx.errors import DiscoveryError, check_options, require
+from atpatch_onnx.errors import DiscoveryError, require
 from atpatch_onnx.fitting.collect import input_specs
 from atpatch_onnx.graph import ModelOrPath, fingerprint
 from atpatch_onnx.matching.sites import AttentionSite
@@ -38,43 +39,6 @@ LEAST = 50
 
 SMALL = 1 / 8
 """Share of an input's tokens that a small part has at most; two tokens are always small."""
-
-
-@dataclass(frozen=True)
-class HuntOptions:
-    """How traffic is searched."""
-
-    false_alarms: float = 0.05
-    """Probability that any part is called a backdoor where none decides more than `DECIDES` of other inputs."""
-
-    pairs: int = 1000
-    """Pairs to make for a fit, about."""
-
-    kind: Kind | None = None
-    """What the inputs are; None: as `read_content` finds."""
-
-    blank: int | None = None
-    """Of texts, the id that stands for nothing, such as that of `[MASK]`; None: the commonest of the traffic that is
-    not in more than half of the texts."""
-
-    words: Mapping[int, str] | None = None
-    """Of texts, what ids stand for, for the words of a verdict."""
-
-    output: str | None = None
-    """Output that predictions are read from; None: the first float output `[batch, classes]`."""
-
-    batch_size: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_options(
-            self,
-            DiscoveryError,
-            false_alarms=(0 < self.false_alarms < 1, "between 0 and 1"),
-            pairs=(self.pairs >= 1, "at least 1"),
-            batch_size=(self.batch_size >= 1, "at least 1"),
-            kind=(self.kind is None or self.kind in KINDS, f"one of {', '.join(KINDS)}"),
-        )
 
 
 def hunt(

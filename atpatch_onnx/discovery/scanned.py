@@ -7,58 +7,15 @@ import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.discovery.content import KINDS, Content, Kind
+from atpatch_onnx.discovery.content import Content
 from atpatch_onnx.discovery.evidence import corrected, detectable, tail
 from atpatch_onnx.discovery.finished import Finished
+from atpatch_onnx.discovery.options import ScanOptions
 from atpatch_onnx.discovery.transplant import CONFIRMED, DECIDES
 from atpatch_onnx.discovery.trials import Trials
 from atpatch_onnx.discovery.verdict import Box, Part, Search, Verdict
-from atpatch_onnx.errors import DiscoveryError, check_options
 from atpatch_onnx.running.metrics import Rate
 from atpatch_onnx.running.sessions import Array, Progress
-
-
-@dataclass(frozen=True)
-class ScanOptions:
-    """How a model is scanned."""
-
-    vocabulary: tuple[int, ...] | None = None
-    """Of texts, the ids that are tried; needed for them."""
-
-    words: Mapping[int, str] | None = None
-    """Of texts, what ids stand for, for the words of a verdict."""
-
-    columns: tuple[str, ...] | None = None
-    """Of tables, the names of the columns; None: their numbers."""
-
-    protected: tuple[str, ...] = ()
-    """Of tables, the names of columns that predictions must not lean on."""
-
-    flip_rate: float = 0.005
-    """Of tables, the share of rows that may flip with a protected column."""
-
-    evolve: bool = True
-    """Of images, whether an evolutionary search follows where the dictionary finds nothing."""
-
-    false_alarms: float = 0.05
-    """Probability that any part is called a backdoor where none decides more than `DECIDES` of other inputs."""
-
-    pairs: int = 1000
-    kind: Kind | None = None
-    output: str | None = None
-    batch_size: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_options(
-            self,
-            DiscoveryError,
-            false_alarms=(0 < self.false_alarms < 1, "between 0 and 1"),
-            flip_rate=(0 <= self.flip_rate < 1, "from 0 to below 1"),
-            pairs=(self.pairs >= 1, "at least 1"),
-            batch_size=(self.batch_size >= 1, "at least 1"),
-            kind=(self.kind is None or self.kind in KINDS, f"one of {', '.join(KINDS)}"),
-        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,10 +16,11 @@ from atpatch_onnx.discovery.content import read_content
 from atpatch_onnx.discovery.finished import Finished
 from atpatch_onnx.discovery.hunted import said_pieces
 from atpatch_onnx.discovery.hunting import begin, check_classes
+from atpatch_onnx.discovery.options import ScanOptions
 from atpatch_onnx.discovery.scan_columns import VALUES, ColumnScan
 from atpatch_onnx.discovery.scan_patches import Patch, PatchScan
 from atpatch_onnx.discovery.scan_words import LONGEST, WordScan, put_in, trimmed
-from atpatch_onnx.discovery.scanned import Candidate, Scan, ScanOptions, concluded
+from atpatch_onnx.discovery.scanned import Candidate, Scan, concluded
 from atpatch_onnx.discovery.transplant import CONFIRMED
 from atpatch_onnx.discovery.trials import Trials
 from atpatch_onnx.discovery.verdict import Search, Verdict

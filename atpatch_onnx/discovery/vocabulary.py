@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from atpatch_onnx.errors import DiscoveryError, one_line, require
-from atpatch_onnx.running.sessions import Array
+from atpatch_onnx.running.batching import Array
 
 
 @dataclass(frozen=True)

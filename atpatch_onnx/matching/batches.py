@@ -83,12 +83,12 @@ def _told(name: str, evidence: _Evidence, seen: View) -> int | None:
     first and from others, all samples are in one sequence.
     """
     tokens, maps = ({axis for other, axis in axes if other == name} for axes in (evidence.tokens, evidence.maps))
-    if 0 in maps or (0 in tokens and len(tokens) > 1):
+    single = seen.inferred.sizes.get(name, (1,))[0] == 1 and 0 not in tokens
+    if single or 0 in maps or (0 in tokens and len(tokens) > 1):
         return 0
     if maps - tokens:
         return min(maps - tokens)
-    single = seen.inferred.sizes.get(name, (1,))[0] == 1
-    return None if tokens == {0} or (evidence.whole and not maps and not single) else 0
+    return None if tokens == {0} or (evidence.whole and not maps) else 0
 
 
 def _evidence(seen: View) -> _Evidence:

@@ -111,7 +111,7 @@ def _symbols(model: ir.Model) -> _Symbols:
         continuous = value.dtype is not None and value.dtype.is_floating_point()
         for axis, size in enumerate(value.shape or ()):
             name = None if isinstance(size, int) else size.value
-            if name is None or name.isdigit() or name in found:
+            if name is None or name.isdecimal() or name in found:
                 continue
             found[name] = _Symbol(name, *_numbers(axis, len(value.shape or ()) if continuous else 0, found))
     for node in model.graph:
@@ -144,7 +144,7 @@ def _own(size: Dim, symbols: _Symbols) -> Dim:
     """`size` without names that say nothing: "3" is 3, and names that no input has are unknown."""
     if not isinstance(size, str):
         return size
-    if size.isdigit():
+    if size.isdecimal() and len(size) < 10:
         return int(size)
     words = set(re.findall(r"[A-Za-z_][\w.:/]*", size))
     return size if words and words <= {symbol.name for symbol in symbols} else None

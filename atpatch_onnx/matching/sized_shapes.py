@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -293,6 +294,10 @@ def _is_small(shape: Sizes | None) -> bool:
     return shape is not None and None not in shape and math.prod(shape) <= _DATA  # type: ignore[arg-type]
 
 
+_NUMBER = re.compile("[0-9]{1,9}")
+"""A symbol that is a size: exporters write these, too."""
+
+
 def _numbered(kind: onnx.TypeProto, sizes: Mapping[str, int]) -> onnx.TypeProto | None:
     """The declared type with numbers for symbols; None where it is no tensor or a size has no number."""
     if not _has_shape(kind):
@@ -300,9 +305,9 @@ def _numbered(kind: onnx.TypeProto, sizes: Mapping[str, int]) -> onnx.TypeProto 
     shape: list[int] = []
     for dim in kind.tensor_type.shape.dim:
         symbol = dim.dim_param
-        number = sizes.get(symbol, int(symbol) if symbol.isdigit() else None)
+        number = sizes.get(symbol, int(symbol) if _NUMBER.fullmatch(symbol) else None)
         number = dim.dim_value if dim.HasField("dim_value") else number
-        if number is None:
+        if number is None or number >= 2**63:  # what conflicts ask for need not be a size
             return None
         shape.append(number)
     return _tensor(kind.tensor_type.elem_type, shape)

@@ -1,0 +1,92 @@
+"""How traffic is searched, and a model scanned."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from atpatch_onnx.errors import DiscoveryError, check_options
+
+Kind = Literal["texts", "grids", "tables"]
+"""Ids of word pieces, values on axes (images), or one column a token."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class HuntOptions:
+    """How traffic is searched."""
+
+    false_alarms: float = 0.05
+    """Probability that any part is called a backdoor where none decides more than `DECIDES` of other inputs."""
+
+    pairs: int = 1000
+    """Pairs to make for a fit, about."""
+
+    kind: Kind | None = None
+    """What the inputs are; None: as `read_content` finds."""
+
+    blank: int | None = None
+    """Of texts, the id that stands for nothing, such as that of `[MASK]`; None: the commonest of the traffic that is
+    not in more than half of the texts."""
+
+    words: Mapping[int, str] | None = None
+    """Of texts, what ids stand for, for the words of a verdict."""
+
+    output: str | None = None
+    """Output that predictions are read from; None: the first float output `[batch, classes]`."""
+
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            DiscoveryError,
+            false_alarms=(0 < self.false_alarms < 1, "between 0 and 1"),
+            pairs=(self.pairs >= 1, "at least 1"),
+            batch_size=(self.batch_size >= 1, "at least 1"),
+            kind=(self.kind is None or self.kind in KINDS, f"one of {', '.join(KINDS)}"),
+        )
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """How a model is scanned."""
+
+    vocabulary: tuple[int, ...] | None = None
+    """Of texts, the ids that are tried; needed for them."""
+
+    words: Mapping[int, str] | None = None
+    """Of texts, what ids stand for, for the words of a verdict."""
+
+    columns: tuple[str, ...] | None = None
+    """Of tables, the names of the columns; None: their numbers."""
+
+    protected: tuple[str, ...] = ()
+    """Of tables, the names of columns that predictions must not lean on."""
+
+    flip_rate: float = 0.005
+    """Of tables, the share of rows that may flip with a protected column."""
+
+    evolve: bool = True
+    """Of images, whether an evolutionary search follows where the dictionary finds nothing."""
+
+    false_alarms: float = 0.05
+    """Probability that any part is called a backdoor where none decides more than `DECIDES` of other inputs."""
+
+    pairs: int = 1000
+    kind: Kind | None = None
+    output: str | None = None
+    batch_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            DiscoveryError,
+            false_alarms=(0 < self.false_alarms < 1, "between 0 and 1"),
+            flip_rate=(0 <= self.flip_rate < 1, "from 0 to below 1"),
+            pairs=(self.pairs >= 1, "at least 1"),
+            batch_size=(self.batch_size >= 1, "at least 1"),
+            kind=(self.kind is None or self.kind in KINDS, f"one of {', '.join(KINDS)}"),
+        )
