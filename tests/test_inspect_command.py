@@ -11,6 +11,7 @@ from command_line import PLANTED, call, four_parts
 from planted import fitted
 
 import atpatch_onnx as atp
+from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.provenance.manifest import manifest
 
 
@@ -92,7 +93,10 @@ def test_a_statement_names_files_base_patch_and_figures(place, here):
     dependencies = {entry["name"]: entry["digest"] for entry in build["resolvedDependencies"]}
     for name, file in (("base", "base.onnx"), ("patch", "fix.safetensors")):
         assert dependencies[name]["sha256"] == hashlib.sha256((place / file).read_bytes()).hexdigest()
-    assert build["internalParameters"]["figures"] == fitted(PLANTED).figures
+    stated_figures = build["internalParameters"]["figures"]
+    assert stated_figures == read_record(atp.load(place / "patched.onnx")).figures
+    assert stated_figures["goal"] == fitted(PLANTED).figures["goal"]
+    assert "kind" not in stated_figures, "what the fix is against is for the patch file to say"
     Path("stated.json").write_bytes(content)
     check_statement(Path("stated.json"), found)
     for name in ("externalParameters", "internalParameters"):
