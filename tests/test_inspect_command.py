@@ -11,7 +11,6 @@ from command_line import PLANTED, call, four_parts
 from planted import fitted
 
 import atpatch_onnx as atp
-from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.provenance.manifest import manifest
 
 
@@ -75,6 +74,12 @@ def test_inspect_as_json(place, here, capsys):
     }
 
 
+def test_no_word_in_a_file_that_scanners_take_for_an_attack(place):
+    """The figures come back as they were: only the file has another word."""
+    assert b"backdoor" not in (place / "patched.onnx").read_bytes()
+    assert manifest(place / "patched.onnx").record.figures["kind"] == "backdoor"
+
+
 def test_what_is_not_patched_has_no_manifest(place, here, capsys):
     assert call(place, "inspect @base.onnx") == 1
     assert four_parts(capsys.readouterr().err)["expected"] == "a patched model"
@@ -93,10 +98,7 @@ def test_a_statement_names_files_base_patch_and_figures(place, here):
     dependencies = {entry["name"]: entry["digest"] for entry in build["resolvedDependencies"]}
     for name, file in (("base", "base.onnx"), ("patch", "fix.safetensors")):
         assert dependencies[name]["sha256"] == hashlib.sha256((place / file).read_bytes()).hexdigest()
-    stated_figures = build["internalParameters"]["figures"]
-    assert stated_figures == read_record(atp.load(place / "patched.onnx")).figures
-    assert stated_figures["goal"] == fitted(PLANTED).figures["goal"]
-    assert "kind" not in stated_figures, "what the fix is against is for the patch file to say"
+    assert build["internalParameters"]["figures"] == fitted(PLANTED).figures
     Path("stated.json").write_bytes(content)
     check_statement(Path("stated.json"), found)
     for name in ("externalParameters", "internalParameters"):

@@ -10,7 +10,7 @@
 | `atpatch.sites` | JSON: what each patched site does, and the names of the values it reads (`PatchedSite`) |
 | `atpatch.layers` | JSON: the hidden layers with edited units, and the values that they are (`PatchedLayer`) |
 | `atpatch.weights` | digest of the weights that the patch brought |
-| `atpatch.figures` | JSON: what the fit measured; not what it was against, which the patch file says |
+| `atpatch.figures` | JSON: what the fit measured; a backdoor is spelt `trigger` there |
 """
 
 import hashlib
@@ -124,19 +124,23 @@ def describe(
         "sites": json.dumps([asdict(site) for site in sites], sort_keys=True),
         "layers": json.dumps([asdict(layer) for layer in layers], sort_keys=True),
         "weights": weights_digest(model),
-        "figures": json.dumps(_without_kind(patch.figures), sort_keys=True),
+        "figures": json.dumps(_spelt(patch.figures, _SPELT), sort_keys=True),
     }
     return {ENTRY + key: value for key, value in entries.items()}
 
 
-def _without_kind(figures: Any) -> Any:
-    """Figures without what a fit was against: a scanner that reads "backdoor" in a file takes it for one.
+_SPELT = {"backdoor": "trigger"}
+"""How a file says what a fit was against: scanners that read the word in a file take the file for one."""
 
-    The patch file says it.
-    """
+
+def _spelt(figures: Any, words: Mapping[str, str]) -> Any:
+    """Figures with other words for what a fit was against."""
     if isinstance(figures, Mapping):
-        return {key: _without_kind(value) for key, value in figures.items() if key != "kind"}
-    return [_without_kind(value) for value in figures] if isinstance(figures, list | tuple) else figures
+        return {
+            key: words.get(value, value) if key == "kind" and isinstance(value, str) else _spelt(value, words)
+            for key, value in figures.items()
+        }
+    return [_spelt(value, words) for value in figures] if isinstance(figures, list | tuple) else figures
 
 
 def weights_digest(model: ir.Model) -> str:
@@ -188,7 +192,7 @@ def read_record(model: ir.Model) -> PatchRecord:
             monitors=tuple(str(name) for name in json.loads(entries["monitors"])),
             sites=_entries(PatchedSite, entries["sites"], "site"),
             layers=_entries(PatchedLayer, entries["layers"], "layer"),
-            figures=dict(json.loads(entries["figures"])),
+            figures=dict(_spelt(json.loads(entries["figures"]), {word: own for own, word in _SPELT.items()})),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise edited_file(
