@@ -112,7 +112,8 @@ def _maps_first(at: Insertion, site: AttentionSite, place: Place, found: ir.Valu
         found = _reshaped(at, found, [*sizes, width], f"{name}/apart")
     elif not place.apart:
         maps = _maps(at, site, name)
-        rest = _tokens(at, found, maps, name)
+        folded = sum(bool(letters) for letters in place.axes) == 1
+        rest = _tokens(at, found, maps, name) if folded else at.constant(f"{name}/rest", np.array([-1], np.int64))
         both = [maps, rest] if place.order == "nk" else [rest, maps]
         both.append(at.constant(f"{name}/width", np.array([width], np.int64)))
         whole = at.op("Concat", *both, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])

@@ -183,9 +183,9 @@ def _trials(proto: onnx.ModelProto, symbols: _Symbols) -> tuple[sized_shapes.Tri
     return first, second, symbols
 
 
-def _wrong(trial: sized_shapes.Trial) -> int:
-    """How much of a trial cannot be: sizes that did not fit, and tensors of which nothing is left."""
-    return len(trial.conflicts) + sum(0 in shape for shape in trial.shapes.values())
+def _wrong(trial: sized_shapes.Trial) -> tuple[int, int]:
+    """How much of a trial cannot be: sizes that did not fit, then tensors of which nothing is left, as in few graphs."""
+    return len(trial.conflicts), sum(0 in shape for shape in trial.shapes.values())
 
 
 def _compared(
