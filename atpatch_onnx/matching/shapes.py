@@ -184,7 +184,7 @@ def _trials(proto: onnx.ModelProto, symbols: _Symbols) -> tuple[sized_shapes.Tri
 
 
 def _wrong(trial: sized_shapes.Trial) -> tuple[int, int]:
-    """How much of a trial cannot be: sizes that did not fit, then tensors of which nothing is left, as in few graphs."""
+    """How much of a trial cannot be: sizes that did not fit, then tensors of which nothing is left, as in a few."""
     return len(trial.conflicts), sum(0 in shape for shape in trial.shapes.values())
 
 
