@@ -11,8 +11,8 @@ import atpatch_onnx as atp
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.cli import arguments as args
 from atpatch_onnx.cli.paths import require_place
-from atpatch_onnx.cli.printing import atpatch, progress_bars, show
-from atpatch_onnx.errors import DebugSetError, VerificationError
+from atpatch_onnx.cli.printing import atpatch, progress_bars, require_passed, show
+from atpatch_onnx.errors import DebugSetError
 from atpatch_onnx.fitting.goal import Goal
 from atpatch_onnx.report import text
 from atpatch_onnx.report.summary import numbers_json, numbers_table, of_pairs, of_prompts
@@ -113,13 +113,7 @@ def fix(
     ]
     then = atpatch("benchmark", model, out) if verification.passed else None
     show(shown, lines, as_json, then=then)
-    if not verification.passed:
-        raise VerificationError(
-            str(out),
-            expected=f"all {len(verification.checks)} checks to pass",
-            found=f"{len(verification.failures)} that failed: {', '.join(one.name for one in verification.failures)}",
-            advice="Do not ship this file.",
-        )
+    require_passed(out, verification, "Do not ship this file.")
 
 
 def _fitted(

@@ -22,9 +22,9 @@ from atpatch_onnx.cli.arguments import (
     Steps,
 )
 from atpatch_onnx.cli.paths import require_place
-from atpatch_onnx.cli.printing import atpatch, progress_bars, show
+from atpatch_onnx.cli.printing import atpatch, progress_bars, require_passed, show
 from atpatch_onnx.cli.trusting import PublicKey, Roots, Signature, checked_signature
-from atpatch_onnx.errors import PatchMismatchError, VerificationError
+from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.report import text
 
 Decode = Annotated[
@@ -73,13 +73,7 @@ def verify(
     shown = result.to_json() | ({} if signed is None else {"signed_by": signed})
     lines = [] if signed is None else [f"signed by {signed}, checked"]
     show(shown, [*lines, text.verification_table(result)], as_json, then=then)
-    if not result.passed:
-        raise VerificationError(
-            str(patched),
-            expected=f"all {len(result.checks)} checks to pass",
-            found=f"{len(result.failures)} that failed: {', '.join(check.name for check in result.failures)}",
-            advice="Do not ship this file: bake the patch into the base again.",
-        )
+    require_passed(patched, result, "Do not ship this file: bake the patch into the base again.")
 
 
 def evaluate(

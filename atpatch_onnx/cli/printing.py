@@ -5,13 +5,17 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from atpatch_onnx.errors import VerificationError
+
 if TYPE_CHECKING:
+    from atpatch_onnx.measuring.checks import Verification
     from atpatch_onnx.running.sessions import Progress
 
 
@@ -48,3 +52,18 @@ def progress_bars() -> "Iterator[Progress]":
             bars.update(tasks[stage], completed=done, total=total or None)
 
         yield progress
+
+
+def require_passed(patched: Path, result: "Verification", advice: str) -> None:
+    """End with an error that names the checks that failed: what each says was printed before.
+
+    Raises:
+        VerificationError: One failed.
+    """
+    if not result.passed:
+        raise VerificationError(
+            str(patched),
+            expected=f"all {len(result.checks)} checks to pass",
+            found=f"{len(result.failures)} that failed: {', '.join(check.name for check in result.failures)}",
+            advice=advice,
+        )

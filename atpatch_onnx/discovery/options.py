@@ -39,14 +39,7 @@ class HuntOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_options(
-            self,
-            DiscoveryError,
-            false_alarms=(0 < self.false_alarms < 1, "between 0 and 1"),
-            pairs=(self.pairs >= 1, "at least 1"),
-            batch_size=(self.batch_size >= 1, "at least 1"),
-            kind=(self.kind is None or self.kind in KINDS, f"one of {', '.join(KINDS)}"),
-        )
+        _check(self)
 
 
 @dataclass(frozen=True)
@@ -81,12 +74,17 @@ class ScanOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_options(
-            self,
-            DiscoveryError,
-            false_alarms=(0 < self.false_alarms < 1, "between 0 and 1"),
-            flip_rate=(0 <= self.flip_rate < 1, "from 0 to below 1"),
-            pairs=(self.pairs >= 1, "at least 1"),
-            batch_size=(self.batch_size >= 1, "at least 1"),
-            kind=(self.kind is None or self.kind in KINDS, f"one of {', '.join(KINDS)}"),
-        )
+        _check(self, flip_rate=(0 <= self.flip_rate < 1, "from 0 to below 1"))
+
+
+def _check(options: HuntOptions | ScanOptions, **more: tuple[bool, str]) -> None:
+    """Refuse what no search can be asked; `more` as of `check_options`."""
+    check_options(
+        options,
+        DiscoveryError,
+        false_alarms=(0 < options.false_alarms < 1, "between 0 and 1"),
+        pairs=(options.pairs >= 1, "at least 1"),
+        batch_size=(options.batch_size >= 1, "at least 1"),
+        kind=(options.kind is None or options.kind in KINDS, f"one of {', '.join(KINDS)}"),
+        **more,
+    )

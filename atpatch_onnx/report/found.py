@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from atpatch_onnx.discovery.verdict import Part, Search, Verdict
 from atpatch_onnx.errors import require
 from atpatch_onnx.report import images
-from atpatch_onnx.report.rows import decimal, percent, shown
+from atpatch_onnx.report.rows import shown
 
 TONES: Mapping[Verdict, str] = {
     Verdict.CLEAN: "good",
@@ -35,26 +35,21 @@ def render_search(found: Search, title: str) -> str:
         MissingExtraError: jinja2 is not installed.
     """
     require("jinja2", "report", "writing a report")
-    import jinja2
-
     from atpatch_onnx import __version__  # here: the package's own __init__ may import this room
+    from atpatch_onnx.report.environment import environment
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("atpatch_onnx.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "decimal": decimal, "shown": shown}
     tone = TONES[found.verdict]
-    return environment.get_template("found.html.j2").render(
-        title=shown(title),
-        version=__version__,
-        found=found,
-        tone=tone,
-        mark=MARKS[tone],
-        pictures=[_picture(part) for part in found.parts],
+    return (
+        environment()
+        .get_template("found.html.j2")
+        .render(
+            title=shown(title),
+            version=__version__,
+            found=found,
+            tone=tone,
+            mark=MARKS[tone],
+            pictures=[_picture(part) for part in found.parts],
+        )
     )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -14,8 +13,9 @@ from atpatch_onnx.measuring.examples import Example, ExampleSide, Story
 from atpatch_onnx.measuring.verify import Verification
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.report import images, pictures, rows
+from atpatch_onnx.report.environment import environment
 from atpatch_onnx.report.glossary import terms
-from atpatch_onnx.report.rows import decimal, number, percent, residual, shown
+from atpatch_onnx.report.rows import number, percent, residual, shown
 from atpatch_onnx.report.svg import Picture
 from atpatch_onnx.report.verdict import judge, missed_goal
 from atpatch_onnx.running.metrics import Difference, Rate
@@ -66,19 +66,12 @@ def render(
     from atpatch_onnx import __version__  # here: the package's own __init__ may import this room
 
     figures, sites = patch.figures, rows.site_rows(patch.figures)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("atpatch_onnx.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "decimal": decimal, "shown": shown}
-    environment.tests |= {
+    templates = environment()
+    templates.tests |= {
         "rate": lambda value: isinstance(value, Rate),
         "difference": lambda value: isinstance(value, Difference),
     }
-    return environment.get_template("report.html.j2").render(
+    return templates.get_template("report.html.j2").render(
         title=shown(title),
         version=__version__,
         seconds=number(seconds),
