@@ -167,6 +167,21 @@ def test_a_signature_of_another_file_of_the_folder_is_none_of_this_one(signed):
         check_signature(signed, Path("out/second.onnx.sig"), Trusted(Path("own.pub")))
 
 
+def test_signing_again_that_fails_keeps_the_signature(signed, monkeypatch):
+    from model_signing import signing as theirs
+
+    beside = [signed.with_name(signed.name + ending) for ending in (".intoto.json", ".cdx.json", ".sig")]
+    before = [file.read_bytes() for file in beside]
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(theirs.Config, "sign", full)
+    with pytest.raises(SignatureError, match="no space left"):
+        sign(signed, Signer(Path("own.key")))  # of other contents: neither base nor patch is stated
+    assert [file.read_bytes() for file in beside] == before
+
+
 def test_another_key_is_refused(signed):
     with pytest.raises(SignatureError, match="Key mismatch"):
         check_signature(signed, Path(f"{signed}.sig"), Trusted(Path("other.pub")))

@@ -12,7 +12,8 @@ names the root that is trusted. Nothing is looked up elsewhere.
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def sign(
             found=one_line(error),
             advice="Give an elliptic curve key in PEM; of a certificate, its own key and the whole chain.",
         ) from error
+    before = {place: place.read_bytes() if place.is_file() else None for place in made}
     try:
         for place, content in zip(made, beside.values(), strict=False):
             write_whole(place, content)
@@ -100,8 +102,7 @@ def sign(
             config.sign(path.parent, aside / "new")
             os.replace(aside / "new", made[-1])
     except Exception as error:  # cryptography and model-signing raise many types
-        for place in made:
-            place.unlink(missing_ok=True)
+        _put_back(before)
         raise SignatureError(
             str(path),
             expected="a folder to write to, with all files of the model",
@@ -109,6 +110,16 @@ def sign(
             advice="Sign it where its data lies, and where there is room.",
         ) from error
     return made
+
+
+def _put_back(before: Mapping[Path, bytes | None]) -> None:
+    """Leave files as they were: an earlier signature still holds then."""
+    for place, content in before.items():
+        if content is None:
+            place.unlink(missing_ok=True)
+        elif place.read_bytes() != content:
+            with suppress(OSError):  # a full disk, of which is said already
+                write_whole(place, content)
 
 
 def check_signature(path: str | os.PathLike[str], signature: Path, trusted: Trusted) -> Manifest:
