@@ -75,7 +75,9 @@ def in_plain_operators(model: ir.Model) -> Plain:
     if not any(_is_read(node) for node in model.graph.all_nodes()):
         return Plain(model, {})
     copy, names = graphs.copy(model), graphs.all_names(model)
-    stands_for: dict[str, str] = {}
+    prefix, stands_for = "plain", dict[str, str]()
+    while any(name.startswith(prefix) for name in names):
+        prefix += "_"
     for number, node in enumerate([node for node in copy.graph.all_nodes() if _is_read(node)]):
         if node.op_type in _CONVERSIONS:
             node.domain = ""
@@ -83,8 +85,7 @@ def in_plain_operators(model: ir.Model) -> Plain:
         written = _unfused(node) if node.op_type == _FUSED else _written(node, _READINGS[node.op_type](node))
         base, last = str(node.outputs[0].name), written[-1]
         for place, one in enumerate(written[:-1]):
-            wanted = f"plain/{number}/{place}"
-            one.outputs[0].name = wanted if wanted not in names else f"{wanted}/{len(''.join(names))}"
+            one.outputs[0].name = f"{prefix}/{number}/{place}"
             stands_for[str(one.outputs[0].name)] = base
         assert node.graph is not None, "it is a node of a graph"
         ir.convenience.replace_nodes_and_values(node.graph, node, [node], written, node.outputs, last.outputs)
