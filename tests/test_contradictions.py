@@ -35,6 +35,11 @@ def test_a_graph_that_cannot_run_is_refused_with_the_node_that_cannot(batch: int
         ("y = MatMul (x, z)", "float[b,5,8] x, float[7,3] z", "[b, 5, 8] and [7, 3]"),
         ("y = MatMul (x, z)", "float[2,5,8] x, float[3,8,3] z", "[2, 5, 8] and [3, 8, 3]"),
         ("s = Constant <value_ints = [3, 7]> () y = Reshape (x, s)", "float[4,5] x", "[4, 5] and [3, 7]"),
+        (
+            "s = Constant <value_ints = [0, 0, 3, 2]> () y = Reshape (x, s)",
+            "float[b,c,8] x",
+            "[b, c, 8] and [b, c, 3, 2]",
+        ),
     ],
 )
 def test_fixed_sizes_that_do_not_fit(body: str, inputs: str, found: str) -> None:
@@ -53,6 +58,7 @@ def test_fixed_sizes_that_do_not_fit(body: str, inputs: str, found: str) -> None
         ("y = MatMul (x, z)", "float[b,5,n] x, float[8,3] z"),
         ("s = Constant <value_ints = [3, -1]> () y = Reshape (x, s)", "float[b,5] x"),
         ("s = Constant <value_ints = [0, 1, -1]> () y = Reshape (x, s)", "float[4,5] x"),
+        ("s = Constant <value_ints = [0, 6]> () y = Reshape (x, s)", "float[b,c,2] x"),
     ],
 )
 def test_sizes_that_may_fit(body: str, inputs: str) -> None:

@@ -42,7 +42,7 @@ SPREAD = ("prophetnet.a.onnx", "prophetnet.h.onnx")
 
 
 REASONS = {
-    "ernie4_5.h.onnx": "at /m/model/layers.0/self_attn/Reshape sizes do not fit, [3, 2, 512] and [3, 2, 3, 128]",
+    "ernie4_5.h.onnx": "at /m/model/layers.0/self_attn/Reshape sizes do not fit, [input_ids_0, input_ids_0, 512] and",
     "patchtst.i.onnx": "positional_encoder/Add sizes do not fit, [past_values_0, 4, 2, 32] and [4, 32]",
     "informer_dec.a.onnx": "in any tensor that is read for it alone: transpose is read for more",
 }

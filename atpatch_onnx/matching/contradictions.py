@@ -4,6 +4,7 @@ Exporters write them where they take a number of the traced sample for a constan
 each other: a free one that was guessed wrong is no contradiction.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from math import prod
@@ -62,9 +63,10 @@ def _held(node: ir.Node) -> list[ir.Value]:
 
 
 def _as_many(shapes: _Shapes) -> bool:
-    before, after = shapes
-    fixed = [size for size in (*before, *after) if isinstance(size, int)]
-    return len(fixed) < len(before) + len(after) or prod(fixed[: len(before)]) == prod(fixed[len(before) :])
+    """As many entries before as after; free sizes that stand on both sides count for nothing."""
+    free = [Counter(size for size in shape if not isinstance(size, int)) for shape in shapes]
+    before, after = (prod(size for size in shape if isinstance(size, int)) for shape in shapes)
+    return free[0] != free[1] or None in free[0] or before == after
 
 
 def _broadcast(shapes: _Shapes) -> bool:
