@@ -1,4 +1,4 @@
-"""`docs/neuron_edits.json` and `docs/neuron_edits.md`: AtPatch beside edits of hidden units."""
+"""`neuron_edits.json` and `neuron_edits.md` of `docs/evidence`: AtPatch beside edits of hidden units."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The table of results in README.md, from docs/results.json.
+"""The table of results in README.md, from docs/evidence/results.json.
 
 python -m samples.readme          # writes it between its two marks; `samples.results` does, too
 """
@@ -83,7 +83,7 @@ def with_table(readme: str, document: Mapping[str, Any]) -> str:
 
 def main() -> int:
     """Write the tables into README.md."""
-    document = json.loads((ROOT / "docs" / "results.json").read_text())
+    document = json.loads((ROOT / "docs" / "evidence" / "results.json").read_text())
     readme = ROOT / "README.md"
     readme.write_text(with_table(readme.read_text(), document))
     return 0

@@ -1,4 +1,4 @@
-"""`docs/results.json` and `docs/results.md` from the figures of single runs."""
+"""`docs/evidence/results.json` and `docs/evidence/results.md` from the figures of single runs."""
 
 import json
 import math

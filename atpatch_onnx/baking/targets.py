@@ -1,7 +1,7 @@
 """Where a patched file will run, and what that asks of the file.
 
-A runtime's own limits are measured where it is at hand (`tests/test_runtimes.py`, `docs/runtimes.md`) and read from its
-documents where it is not: `evidence` says which.
+A runtime's own limits are measured where it is at hand (`tests/test_runtimes.py`, `docs/evidence/runtimes.md`) and
+read from its documents where it is not: `evidence` says which.
 """
 
 from collections.abc import Iterator, Mapping
