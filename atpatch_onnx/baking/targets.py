@@ -85,6 +85,7 @@ TARGETS: Mapping[str, Target] = {
         standard=True,
     ),
 }
+"""Where a patched file may run, by the name that `bake` takes: what is written for it, and what it does not take."""
 
 
 def target_named(name: str) -> Target:
