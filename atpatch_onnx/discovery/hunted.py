@@ -90,7 +90,7 @@ def _sentence(verdict: Verdict, parts: Sequence[Part]) -> str:
         return "Clean as far as this search sees: no small part that recurs decides other inputs as well."
     first = parts[0]
     share = f", in {first.share:.1%} of the traffic or more" if first.share is not None else ""
-    said = f"class {first.target}, {first.what}{share}; it decides {first.success.value:.0%} of other inputs"
+    said = f"{first.effect}, {first.what}{share}; it decides {first.success.value:.0%} of other inputs"
     return f"{verdict.value.capitalize()}: {said}."
 
 

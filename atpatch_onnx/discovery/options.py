@@ -11,6 +11,9 @@ Kind = Literal["texts", "grids", "tables"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+ScanKind = Literal[Kind, "prompts"]
+"""The same, or what a language model goes on from."""
+
 
 @dataclass(frozen=True)
 class HuntOptions:
@@ -39,7 +42,7 @@ class HuntOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check(self, KINDS)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class ScanOptions:
     flip_rate: float = 0.005
     """Of tables, the share of rows that may flip with a protected column."""
 
+    steps: int = 12
+    """Of prompts, how many tokens of an answer are looked at."""
+
     evolve: bool = True
     """Of images, whether an evolutionary search follows where the dictionary finds nothing."""
 
@@ -68,16 +74,19 @@ class ScanOptions:
     """Probability that any part is called a backdoor where none decides more than `DECIDES` of other inputs."""
 
     pairs: int = 1000
-    kind: Kind | None = None
+    kind: ScanKind | None = None
+    """What the inputs are; None: prompts of a model with a cache, else as `read_content` finds."""
+
     output: str | None = None
     batch_size: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, flip_rate=(0 <= self.flip_rate < 1, "from 0 to below 1"))
+        flip_rate = (0 <= self.flip_rate < 1, "from 0 to below 1")
+        _check(self, (*KINDS, "prompts"), flip_rate=flip_rate, steps=(self.steps >= 1, "at least 1"))
 
 
-def _check(options: HuntOptions | ScanOptions, **more: tuple[bool, str]) -> None:
+def _check(options: HuntOptions | ScanOptions, kinds: tuple[ScanKind, ...], **more: tuple[bool, str]) -> None:
     """Refuse what no search can be asked; `more` as of `check_options`."""
     check_options(
         options,
@@ -85,6 +94,6 @@ def _check(options: HuntOptions | ScanOptions, **more: tuple[bool, str]) -> None
         false_alarms=(0 < options.false_alarms < 1, "between 0 and 1"),
         pairs=(options.pairs >= 1, "at least 1"),
         batch_size=(options.batch_size >= 1, "at least 1"),
-        kind=(options.kind is None or options.kind in KINDS, f"one of {', '.join(KINDS)}"),
+        kind=(options.kind is None or options.kind in kinds, f"one of {', '.join(kinds)}"),
         **more,
     )

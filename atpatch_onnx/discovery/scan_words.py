@@ -7,6 +7,7 @@ words. Pieces are put in place of others, so that no text grows.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,29 +51,65 @@ class Scored:
         return np.unique(order)
 
 
-class WordScan:
-    """Puts sequences of word pieces into texts.
+class Texts(Protocol):
+    """What word pieces are put into, and what tells how much they raise."""
+
+    room: NDArray[np.int64]
+    """Positions of each text that pieces may take `[texts]`."""
+
+    @property
+    def classes(self) -> int:
+        """What may be raised."""
+
+    def balanced(self, count: int, generator: np.random.Generator, allowed: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Numbers of about `count` texts of various classes `[rows]`, of the allowed ones `[texts]`."""
+
+    def gains(self, sequences: Sequences, rows: NDArray[np.int64], generator: np.random.Generator) -> Array:
+        """How much each sequence raises each class, mean over some texts `[sequences, classes]`."""
+
+
+class Classified:
+    """Texts that a model puts into classes.
 
     Args:
         trials: What predicts, and the texts.
         content: Where tokens are.
+        fixed: Whether the model reads texts of one length only.
+    """
+
+    def __init__(self, trials: Trials, content: Content, fixed: bool) -> None:
+        self._trials, self._content, self._fixed = trials, content, fixed
+        self.room = room(content, trials.inputs)[1]
+
+    @property
+    def classes(self) -> int:
+        """The model's."""
+        return self._trials.classes
+
+    def balanced(self, count: int, generator: np.random.Generator, allowed: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """As many of each predicted class."""
+        return self._trials.balanced(count, generator, allowed)
+
+    def gains(self, sequences: Sequences, rows: NDArray[np.int64], generator: np.random.Generator) -> Array:
+        """Of confidence in each class, over texts of other classes."""
+        texts = trimmed({name: array[rows] for name, array in self._trials.inputs.items()}, self._content, self._fixed)
+        content = replace(self._content, cells=self._content.cells[: texts[self._content.name].shape[1]])
+        every = {name: np.tile(array, (len(sequences), *[1] * (array.ndim - 1))) for name, array in texts.items()}
+        return self._trials.gains(put_in(content, every, np.repeat(sequences, len(rows), axis=0), generator), rows)
+
+
+class WordScan:
+    """Puts sequences of word pieces into texts.
+
+    Args:
+        texts: The texts.
         kept: Finished pieces.
         seed: Of the places and texts.
-        fixed: Whether the model reads texts of one length only.
         progress: Told after every batch of sequences.
     """
 
-    def __init__(
-        self,
-        trials: Trials,
-        content: Content,
-        kept: Finished,
-        seed: int,
-        fixed: bool,
-        progress: Progress = silent,
-    ) -> None:
-        self._trials, self._content, self._kept, self._seed, self._progress = trials, content, kept, seed, progress
-        self._fixed, self._room = fixed, room(content, trials.inputs)[1]
+    def __init__(self, texts: Texts, kept: Finished, seed: int, progress: Progress = silent) -> None:
+        self._texts, self._kept, self._seed, self._progress = texts, kept, seed, progress
 
     def run(self, vocabulary: NDArray[np.int64]) -> Iterator[Scored]:
         """Score single pieces, pairs and triples, the best of each length."""
@@ -90,27 +127,20 @@ class WordScan:
         for texts, share in ROUNDS:
             total += texts * left
             left *= share
-        joined = (LONGEST - 1) * 2.0 * (self._trials.classes * JOINED) ** 2
+        joined = (LONGEST - 1) * 2.0 * (self._texts.classes * JOINED) ** 2
         for texts, share in ROUNDS[1:]:
             total += texts * joined
             joined *= share
         return int(total)
 
-    def put(self, sequences: Sequences, rows: NDArray[np.int64], generator: np.random.Generator) -> dict[str, Array]:
-        """Every sequence in each of some texts, at a place drawn anew: arrays `[sequences * rows, ...]` by name."""
-        texts = trimmed({name: array[rows] for name, array in self._trials.inputs.items()}, self._content, self._fixed)
-        content = replace(self._content, cells=self._content.cells[: texts[self._content.name].shape[1]])
-        every = {name: np.tile(array, (len(sequences), *[1] * (array.ndim - 1))) for name, array in texts.items()}
-        return put_in(content, every, np.repeat(sequences, len(rows), axis=0), generator)
-
     def _rounds(self, sequences: Sequences, rounds: Sequence[tuple[int, float]], name: str) -> Scored:
-        gains = np.zeros((len(sequences), self._trials.classes))
+        gains = np.zeros((len(sequences), self._texts.classes))
         for number, (texts, share) in enumerate(rounds):
             generator = np.random.default_rng([self._seed, sequences.shape[1], number])
-            rows = self._trials.balanced(texts, generator, self._short(sequences.shape[1]))
+            rows = self._texts.balanced(texts, generator, self._short(sequences.shape[1]))
             gains = self._gains(sequences, rows, f"{name}-{number}")
             if number + 1 < len(rounds):
-                kept = Scored(sequences, gains).best(max(JOINED, int(share * len(sequences) / self._trials.classes)))
+                kept = Scored(sequences, gains).best(max(JOINED, int(share * len(sequences) / self._texts.classes)))
                 sequences, gains = sequences[kept], gains[kept]
         kept = Scored(sequences, gains).best(JOINED)
         return Scored(sequences[kept], gains[kept])
@@ -120,9 +150,10 @@ class WordScan:
 
         In short texts a pass costs least.
         """
-        may = self._room * WIDEST >= pieces
-        may = may if may.any() else self._room >= pieces
-        return np.asarray(may & (self._room <= np.quantile(self._room[may], SHORTEST))) if may.any() else may
+        own = self._texts.room
+        may = own * WIDEST >= pieces
+        may = may if may.any() else own >= pieces
+        return np.asarray(may & (own <= np.quantile(own[may], SHORTEST))) if may.any() else may
 
     def _gains(self, sequences: Sequences, rows: NDArray[np.int64], name: str) -> NDArray[np.float64]:
         found = []
@@ -137,7 +168,7 @@ class WordScan:
             generator = np.random.default_rng([self._seed, len(rows), start, chunk.shape[1]])
             step = max(1, 4096 // len(rows))
             parts = [chunk[at : at + step] for at in range(0, len(chunk), step)]
-            return np.concatenate([self._trials.gains(self.put(part, rows, generator), rows) for part in parts])
+            return np.concatenate([self._texts.gains(part, rows, generator) for part in parts])
 
         return make
 

@@ -1,15 +1,18 @@
 """Scan a model with clean inputs only: what small part, put into them, turns them all.
 
 Texts: every word piece of a vocabulary, then pairs and triples of the best (`scan_words`). Images: a dictionary of
-patches at every place, then an evolutionary search (`scan_patches`). Tables: every column exchanged, which is an audit
+patches at every place, then an evolutionary search (`scan_patches`). Prompts: every word piece, for what a language
+model is made to write (`scan_prompts`). Tables: every column exchanged, which is an audit
 of what the model leans on (`scan_columns`). What was found on one half of the inputs is tested on the other.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from time import perf_counter
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import ArrayLike, NDArray
 
 from atpatch_onnx.discovery.content import read_content
@@ -19,7 +22,8 @@ from atpatch_onnx.discovery.hunting import begin, check_classes
 from atpatch_onnx.discovery.options import ScanOptions
 from atpatch_onnx.discovery.scan_columns import VALUES, ColumnScan
 from atpatch_onnx.discovery.scan_patches import Patch, PatchScan
-from atpatch_onnx.discovery.scan_words import LONGEST, WordScan, put_in, trimmed
+from atpatch_onnx.discovery.scan_prompts import cost_of_prompts, reads_prompts, scan_prompts
+from atpatch_onnx.discovery.scan_words import LONGEST, Classified, WordScan, put_in, trimmed
 from atpatch_onnx.discovery.scanned import Candidate, Scan, concluded
 from atpatch_onnx.discovery.transplant import CONFIRMED
 from atpatch_onnx.discovery.trials import Trials
@@ -45,7 +49,8 @@ def scan(
 
     Args:
         model: The model, or its path.
-        clean: Arrays `[inputs, ...]` by the model's input names; two hundred or more of various classes.
+        clean: Arrays `[inputs, ...]` by the model's input names; two hundred or more of various classes. Of a language
+            model with a cache its tokens, `input_ids [prompts, longest]`, and where some are padding `attention_mask`.
         options: How.
         candidates: Parts from elsewhere, such as a gradient search in the torch model, that are tested as well.
         finished: A folder for finished pieces; a scan that was stopped goes on where it was.
@@ -59,7 +64,10 @@ def scan(
         MissingExtraError: scipy, or for images cma, is not installed.
     """
     require("scipy", "discover", "scanning a model")
-    work = _begin(model, clean, options or ScanOptions(), finished, progress)
+    model, options = as_model(model), options or ScanOptions()
+    if reads_prompts(model, options):
+        return scan_prompts(model, clean, options, finished, progress)
+    work = _begin(model, clean, options, finished, progress)
     if work.content.kind == "tables":
         return _tables(work)
     return (_texts if work.content.kind == "texts" else _images)(work, candidates)
@@ -73,9 +81,10 @@ def cost(
     Raises:
         DiscoveryError: As of `scan`.
     """
-    from time import perf_counter
-
-    work = _begin(model, clean, options or ScanOptions(), None, silent)
+    model, options = as_model(model), options or ScanOptions()
+    if reads_prompts(model, options):
+        return cost_of_prompts(model, clean, options, silent)
+    work = _begin(model, clean, options, None, silent)
     started = perf_counter()
     work.explore.predict({name: array[:CONFIRMED] for name, array in work.explore.inputs.items()})
     count = len(work.inputs[work.content.name])
@@ -91,13 +100,13 @@ def cost(
 
 
 def _begin(
-    model: ModelOrPath,
+    model: ir.Model,
     clean: Mapping[str, ArrayLike],
     options: ScanOptions,
     finished: str | os.PathLike[str] | None,
     progress: Progress,
 ) -> Scan:
-    model = as_model(model)
+    assert options.kind != "prompts", "they are scanned in another way"
     inputs, sites, output = begin(model, clean, options.output)
     content = read_content(model, sites[0], inputs, kind=options.kind, seed=options.seed, progress=progress)
     kept = Finished(finished, {"scan": fingerprint(model), "options": asdict(replace(options, words=None))}, inputs)
@@ -148,7 +157,7 @@ def _vocabulary(work: Scan) -> NDArray[np.int64]:
 
 def _words(work: Scan) -> WordScan:
     fixed = isinstance(input_specs(work.model)[work.content.name].shape[1], int)
-    return WordScan(work.explore, work.content, work.kept, work.options.seed, fixed, work.progress)
+    return WordScan(Classified(work.explore, work.content, fixed), work.kept, work.options.seed, work.progress)
 
 
 def _texts(work: Scan, given: Sequence[Candidate]) -> Search:

@@ -31,7 +31,7 @@ class Part:
     """In words: the tiles, the word pieces, the columns."""
 
     target: int
-    """The class that inputs with it are sent to."""
+    """The class that inputs with it are sent to; of a language model, the first token that it is made to write."""
 
     success: Rate
     """Share of the inputs that it was put into that are sent there, of those of other classes."""
@@ -53,11 +53,20 @@ class Part:
     boxes: tuple[Box, ...] = ()
     """Where it lies in an image."""
 
+    writes: str | None = None
+    """What a language model is made to write, in words; None of one that predicts classes."""
+
+    @property
+    def effect(self) -> str:
+        """What it does, in words."""
+        return f"class {self.target}" if self.writes is None else f"it writes {self.writes}"
+
     def to_json(self) -> dict[str, Any]:
         """All but the picture, as plain JSON types."""
         return {
             "what": self.what,
             "class": self.target,
+            "writes": self.writes,
             "success": [self.success.value, self.success.low, self.success.high, self.success.count],
             "chance": self.chance,
             "share": self.share,

@@ -123,6 +123,10 @@ def _looked_at(node: ir.Node, seen: View) -> Iterator[tuple[ir.Value, int, range
         for operand in node.inputs[:2]:
             if operand is not None and seen.rank(operand) == 3:
                 yield operand, 1, range(1)
+    elif node.op_type == "PagedAttention":
+        for operand in node.inputs[:2]:
+            if operand is not None and seen.rank(operand) == 2:
+                yield operand, 0, range(0)
 
 
 def _of_output(output: ir.Value, seen: View) -> int | None:

@@ -20,7 +20,6 @@ _REFUSED = (
     "LongformerAttention",
     "PackedAttention",
     "PackedMultiHeadAttention",
-    "PagedAttention",
     "QAttention",
     "SparseAttention",
 )
@@ -29,7 +28,6 @@ _REFUSED = (
 _WHY = {
     "Attention": "it projects queries, keys and values itself; fuse the model without it "
     "(onnxruntime.transformers.optimizer --use_multi_head_attention, or export without onnxruntime fusions)",
-    "PagedAttention": "tokens of all samples are on one axis, which is not patched; export with GroupQueryAttention",
     "QAttention": "it projects quantized queries, keys and values itself; quantize the model without fused attention",
 }
 _UNKNOWN_RANK = "it is not known how many axes its {} has; run onnx.shape_inference on the model first"
@@ -64,12 +62,9 @@ def _match(node: ir.Node, view: View) -> Candidate | str:
     operands = _READERS[node.op_type](node, view)
     if isinstance(operands, str):
         return operands
-    traces = ((operands.values.value, 0), (operands.query, 0))
-    leading = name_leading([Axis(operands.batch, traces)], view)
-    if isinstance(leading, str):
-        return leading
-    if leading.letters != ("n",):
-        return "its first axis is not made of samples and their parts, in this order"
+    parts = 1 if node.op_type in _ON_ONE_AXIS else _parts(operands, view)
+    if isinstance(parts, str):
+        return parts
     reason = type_reason(view.dtype(node.outputs[0]) or view.dtype(operands.query))
     if reason is not None:
         return reason
@@ -83,13 +78,24 @@ def _match(node: ir.Node, view: View) -> Candidate | str:
         values=operands.values,
         key_reader=node,
         output=node.outputs[0],
-        parts=leading.parts,
+        parts=parts,
         heads=operands.heads,
         queries=operands.queries,
         masked=operands.masked,
         nodes=(node,),
         bias=operands.bias,
     )
+
+
+def _parts(operands: _Operands, view: View) -> Dim | str:
+    """How many maps a sample has, or why that cannot be told."""
+    traces = ((operands.values.value, 0), (operands.query, 0))
+    leading = name_leading([Axis(operands.batch, traces)], view)
+    if isinstance(leading, str):
+        return leading
+    if leading.letters != ("n",):
+        return "its first axis is not made of samples and their parts, in this order"
+    return leading.parts
 
 
 def _multi_head(node: ir.Node, view: View) -> _Operands | str:
@@ -160,17 +166,19 @@ def _multi_head_reason(node: ir.Node) -> str | None:
 
 
 def _grouped(node: ir.Node, view: View) -> _Operands | str:
+    """Heads that share keys and values, of one of which several queries ask."""
     query, key, value = (operand(node, index) for index in range(3))
     if query is None or (key is None) != (value is None):
         return "of Q, K and V, not all are given"
     heads, kv_heads = integer(node, "num_heads"), integer(node, "kv_num_heads")
-    if key is not None and _shape(key, view)[1] == 0:
+    tokens = "k" if node.op_type in _ON_ONE_AXIS else "nk"
+    if key is not None and _shape(key, view)[len(tokens) - 1] == 0:
         return "it has no keys of its own and reads another layer's: they are replaced there"
     if key is None:
-        keys, values = (_packed(query, heads, kv_heads, index, view) for index in (0, 1))
+        keys, values = (_packed(query, tokens, heads, kv_heads, index, view) for index in (0, 1))
     else:
         assert value is not None
-        keys, values = (from_layout(given, "nk(hd)", {"h": kv_heads}, view) for given in (key, value))
+        keys, values = (from_layout(given, f"{tokens}(hd)", {"h": kv_heads}, view) for given in (key, value))
     if keys is None or values is None:
         return "the sizes of its keys and values cannot be inferred"
     shape = _shape(query, view)
@@ -180,27 +188,29 @@ def _grouped(node: ir.Node, view: View) -> _Operands | str:
         values=values,
         heads=heads,
         batch=shape[0],
-        queries=shape[1],
+        queries=shape[len(tokens) - 1],
         masked=True,  # by causality, or by the lengths of the samples
     )
 
 
-def _packed(value: ir.Value, heads: int, kv_heads: int, index: int, view: View) -> Pieces | None:
-    """Keys or values within `[maps, tokens, (heads + 2 kv heads) * depth]`."""
+def _packed(value: ir.Value, tokens: str, heads: int, kv_heads: int, index: int, view: View) -> Pieces | None:
+    """Keys or values within `[*tokens, (heads + 2 kv heads) * depth]`."""
     shape = view.sizes(value)
-    if shape is None or len(shape) != 3 or not heads + 2 * kv_heads:
+    if shape is None or len(shape) != len(tokens) + 1 or not heads + 2 * kv_heads:
         return None
-    depth = shape[2] // (heads + 2 * kv_heads)
+    depth, last = shape[-1] // (heads + 2 * kv_heads), len(tokens)
     parts = [
-        Part("n", 0, 1, shape[0]),
-        Part("k", 1, 1, shape[1]),
-        Part("h", 2, depth, kv_heads),
-        Part("d", 2, 1, depth),
+        *(Part(letter, axis, 1, shape[axis]) for axis, letter in enumerate(tokens)),
+        Part("h", last, depth, kv_heads),
+        Part("d", last, 1, depth),
     ]
-    return rebuilt(value, [0, 0, (heads + index * kv_heads) * depth], parts, shape)
+    return rebuilt(value, [0] * last + [(heads + index * kv_heads) * depth], parts, shape)
 
 
-_READERS = {"MultiHeadAttention": _multi_head, "GroupQueryAttention": _grouped}
+_ON_ONE_AXIS = frozenset({"PagedAttention"})
+"""Operators that take the tokens of all samples one behind the other, on one axis: a graph of them has no samples."""
+
+_READERS = {"MultiHeadAttention": _multi_head, "GroupQueryAttention": _grouped, "PagedAttention": _grouped}
 
 
 def _masked(node: ir.Node, view: View, *, mask: ir.Value | None, bias: ir.Value | None, past: ir.Value | None) -> bool:

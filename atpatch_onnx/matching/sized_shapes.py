@@ -25,9 +25,12 @@ _BROADCASTING = {"Add", "Sub", "Mul", "Div", "Where", "And", "Or"}
 _LIKE_FIRST = {
     "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "SkipLayerNormalization",
     "SkipSimplifiedLayerNormalization", "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "RotaryEmbedding",
-    "GroupQueryAttention", "MultiHeadAttention", "Attention", "MoE", "QMoE",
+    "GroupQueryAttention", "PagedAttention", "MultiHeadAttention", "Attention", "MoE", "QMoE",
 }  # fmt: skip
 """Operators, most of them onnxruntime's own, whose result has the first operand's shape."""
+
+_PACKING = {"MultiHeadAttention", "GroupQueryAttention", "PagedAttention"}
+"""Operators that take Q, K and V in one tensor, too, which is wider than their result."""
 
 _WITH_ACTIVATION = {"FusedGemm": "Gemm", "FusedConv": "Conv", "GemmFastGelu": "MatMul"}
 """onnxruntime's own operators that are one of onnx's, with an activation after it."""
@@ -187,7 +190,7 @@ class _Running:
             if weights is None or weights[-1] is None:
                 return {}
             shape = (*shape[:-1], weights[-1] // 3)
-        if node.op_type in ("MultiHeadAttention", "GroupQueryAttention") and len(node.input) > 2 and not node.input[2]:
+        if node.op_type in _PACKING and len(node.input) > 2 and not node.input[2]:
             return {}
         return {node.output[0]: _tensor(kind.tensor_type.elem_type, shape)}
 

@@ -297,11 +297,11 @@ def search_tables(found: Search) -> list[Table]:
     """The parts and columns that a search found; none where there are none."""
     tables = []
     if found.parts:
-        columns: Columns = {"Part": WIDE, "Class": RIGHT, "Decides": NARROW, "Traffic": NARROW, "p": NARROW}
+        columns: Columns = {"Part": WIDE, "Effect": WIDE, "Decides": NARROW, "Traffic": NARROW, "p": NARROW}
         parts = (
             (
                 shown(part.what),
-                str(part.target),
+                shown(part.effect),
                 measure(part.success),
                 NONE if part.share is None else percent(part.share),
                 f"{part.chance:.2g}",
