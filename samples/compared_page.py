@@ -95,6 +95,13 @@ def _lost(fix: Run) -> float:
     return float(evaluation["accuracy_base"]["value"] - evaluation["accuracy_patched"]["value"])
 
 
+def best_edit(runs: Sequence[Run]) -> tuple[str, float] | None:
+    """The neuron edit that leaves least on average, and how much; None where none was made."""
+    found = {name: spread(_of(runs, name), _left) for name in ("IDNN", "CARE")}
+    means = [(left.mean, name) for name, left in found.items() if left is not None]
+    return None if not means else (min(means)[1], min(means)[0])
+
+
 def _group(found: Sequence[Run], metric: str, side: str) -> Spread | None:
     return spread(found, lambda fix: (fix["evaluation"]["fairness"] or {}).get(f"{metric}_difference_{side}"))
 

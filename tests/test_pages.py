@@ -1,6 +1,7 @@
 """Every block of code on the site is run, or says that it is not; links lead somewhere; pages name what there is."""
 
 import dataclasses
+import importlib
 import inspect
 import json
 import re
@@ -16,12 +17,16 @@ from worlds import WORLDS
 import atpatch_onnx as atp
 from atpatch_onnx import errors
 from atpatch_onnx.baking.metadata import PatchedLayer, PatchedSite
+from atpatch_onnx.cli.root import COMMANDS
 from atpatch_onnx.patches import file as patch_file
 from atpatch_onnx.patches.patch import Detector, LayerEdit, Neutral, Patch, SitePatch
 
 ROOT = DOCS.parent
 EVIDENCE = DOCS / "evidence"
-WALKED = [(page, world) for page in PAGES for world in dict.fromkeys(b.world for b in blocks(page) if b.runs)]
+WALKS = DOCS / "how-to" / "pairs.md"  # tests/test_walks.py runs it, and looks at what comes of it
+WALKED = [
+    (page, world) for page in PAGES if page != WALKS for world in dict.fromkeys(b.world for b in blocks(page) if b.runs)
+]
 
 
 @pytest.fixture(scope="session")
@@ -126,3 +131,20 @@ def test_the_page_on_patched_models_names_what_is_in_them():
 def test_every_error_has_an_entry():
     family = [name for name, value in vars(errors).items() if inspect.isclass(value)]
     assert re.findall(r"^## (\w+)$", (DOCS / "reference" / "errors.md").read_text(), re.M) == family
+
+
+def test_the_page_on_commands_has_them_all(monkeypatch):
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(DOCS / "extensions")
+    text = "\n".join(importlib.import_module("described").commands())
+    for group in COMMANDS.values():
+        for command in group:
+            assert f"## atpatch {command.__name__.replace('_', '-')}\n" in text
+    assert "## atpatch pairs images\n" in text
+    assert "| `--target` |" in text
+
+
+def test_every_page_is_in_the_contents():
+    text = (DOCS / "index.md").read_text()
+    listed = {line for toc in re.findall(r"```{toctree}(.*?)```", text, re.S) for line in toc.splitlines()}
+    assert {str(page.relative_to(DOCS).with_suffix("")) for page in PAGES} - {"index"} <= listed
