@@ -27,3 +27,4 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 html_title = f"atpatch-onnx {release}"
 html_show_sphinx = False
+html_show_copyright = False

@@ -68,6 +68,8 @@ def test_a_block_is_run_or_says_that_it_is_not(page):
         assert block.language, f"{block.where}: say what it is"
         known = block.runs or block.caption.startswith(("Output of `", "Not run here: ", "Equation"))
         assert known or (page.parent == EVIDENCE and block.language == "text"), block.where
+        for named in re.findall(r"(?:tests|samples)/\w+\.py", block.caption):
+            assert (ROOT / named).is_file(), (block.where, named)
         if block.caption.startswith("Not run here") and block.language == "python":
             compile(block.text, block.where, "exec")
 
