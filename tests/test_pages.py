@@ -66,7 +66,7 @@ def test_a_block_is_run_or_says_that_it_is_not(page):
         if not block.language and page.parent == EVIDENCE:
             continue  # commands of days, and what they print: the page is their output
         assert block.language, f"{block.where}: say what it is"
-        known = block.runs or block.caption.startswith(("Output of `", "Not run here: ", "Equation"))
+        known = block.runs or block.caption.startswith(("Output of `", "Not run here: ", "Equation", "Diagram"))
         assert known or (page.parent == EVIDENCE and block.language == "text"), block.where
         for named in re.findall(r"(?:tests|samples)/\w+\.py", block.caption):
             assert (ROOT / named).is_file(), (block.where, named)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from samples.readme import ROWS, documents, with_table
+from samples.readme import ROWS, documents, render, with_table
 
 README = Path(__file__).parent.parent / "README.md"
 FIGURE = re.compile(r"\d+\.\d+ ?%|\d+\.\d+ points")
@@ -13,6 +13,14 @@ def test_the_table_of_results_is_rendered_from_the_figures():
     readme = README.read_text()
     assert with_table(readme, *documents()) == readme, "run python -m samples.readme"
     assert len(ROWS) == 6
+
+
+def test_what_was_not_measured_is_said():
+    rows = render({"seeds": [0, 1], "runs": {}}, {"runs": {}}).splitlines()[-6:]
+    assert rows[0] == (
+        "| ViT, a square in a fixed place | not measured | 0.46 to 0.70 % | - | **not measured** | not measured |"
+    )
+    assert all(row.count("not measured") == 3 for row in rows)
 
 
 def test_figures_stand_in_the_table_alone():
