@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PYTEST ?= -n auto --dist loadgroup
 
-.PHONY: setup lock sbom demo test check results comparison benchmark clean
+.PHONY: setup lock sbom demo test check docs notebooks results comparison benchmark clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,14 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# Offline, in a minute: build/docs/index.html. What fits, trains or measures is run by the tests, not here.
+docs: setup
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/docs
+
+# Runs docs/cookbook again, and keeps what it shows.
+notebooks: demo
+	$(VENV)/bin/python -m samples.cookbook --demo demo-out
 
 results: setup
 	$(VENV)/bin/python -m samples.results

@@ -1,4 +1,4 @@
-"""Matching and patching beside other tools: optimizers and a quantizer; writes the tables of docs/tools.md.
+"""Matching and patching beside other tools: optimizers and a quantizer; writes the tables of docs/evidence/tools.md.
 
     python -m samples.after_tools                       # fresh exports of tiny models
     python -m samples.after_tools --graphs DIR          # every .onnx file of a folder instead
@@ -32,7 +32,7 @@ from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.sessions import Session
 from samples.other_tools import INT8, TOOLS, Tool, fresh_exports
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "tools.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "evidence" / "tools.md"
 BEGIN, END = "<!-- written by samples.after_tools -->", "<!-- end -->"
 
 INPUTS = 6

@@ -1,4 +1,4 @@
-"""`docs/neuron_edits.json` and `docs/neuron_edits.md`: AtPatch beside edits of hidden units."""
+"""`neuron_edits.json` and `neuron_edits.md` of `docs/evidence`: AtPatch beside edits of hidden units."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atpatch_onnx.report.rows import percent
+from samples import in_short
 from samples.page_tables import points, share, table
 from samples.pieces import Piece, figures_of
 from samples.summary import Spread, spread
@@ -38,7 +39,7 @@ def write_page(out: Path, docs: Path, pieces: Iterable[Piece]) -> None:
     docs.mkdir(parents=True, exist_ok=True)
     hours = math.fsum(run["core_seconds"] for found in cases.values() for run in found) / 3600
     document = {"core_hours": round(hours, 2), "runs": cases}
-    (docs / "neuron_edits.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    (docs / "neuron_edits.json").write_text(json.dumps(document, indent=1) + "\n")
     (docs / "neuron_edits.md").write_text(render(list(cases.values()), hours))
 
 
@@ -50,6 +51,7 @@ def render(cases: Sequence[Sequence[Run]], hours: float) -> str:
         " bases, debug sets and evaluation inputs are those of [results.md](results.md), at most 3,000 debug and 2,000"
         " evaluation pairs of them; figures are means over seeds and written as there. The figures of every run are in"
         " [neuron_edits.json](neuron_edits.json).",
+        *in_short.comparison({runs[0]["case"]: _verdict(runs) for runs in cases}),
         *compared_section(cases),
         "## What was seen on the way",
         NOTES.read_text().strip(),
@@ -91,6 +93,13 @@ def _left(fix: Run) -> Any:
 def _lost(fix: Run) -> float:
     evaluation = fix["evaluation"]
     return float(evaluation["accuracy_base"]["value"] - evaluation["accuracy_patched"]["value"])
+
+
+def best_edit(runs: Sequence[Run]) -> tuple[str, float] | None:
+    """The neuron edit that leaves least on average, and how much; None where none was made."""
+    found = {name: spread(_of(runs, name), _left) for name in ("IDNN", "CARE")}
+    means = [(left.mean, name) for name, left in found.items() if left is not None]
+    return None if not means else (min(means)[1], min(means)[0])
 
 
 def _group(found: Sequence[Run], metric: str, side: str) -> Spread | None:

@@ -1,4 +1,4 @@
-"""Hold AtPatch beside edits of hidden units on three cases, and write `docs/neuron_edits.json` and `.md`.
+"""AtPatch beside edits of hidden units on three cases: `neuron_edits.json` and `neuron_edits.md` in `docs/evidence`.
 
     python -m samples.comparison              # three seeds
     python -m samples.comparison --fast       # the small forms, one seed; docs/ is not touched

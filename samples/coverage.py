@@ -1,4 +1,4 @@
-"""What is found and patched in a corpus of exported graphs: writes docs/coverage.md.
+"""What is found and patched in a corpus of exported graphs: writes docs/evidence/coverage.md.
 
     python -m samples.coverage --corpus DIR --expected DIR/expected.json
 
@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="folder of .onnx files, or of graphs.tar.xz and load.py")
     parser.add_argument("--expected", type=Path, help="what each graph holds")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", help="the document")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "evidence" / "coverage.md", help="the document")
     parser.add_argument("--json", type=Path, help="a line for every graph; an existing one is gone on with")
     parser.add_argument("--fast", action="store_true", help="every architecture in one way, the ways taking turns")
     parser.add_argument("--jobs", type=int, default=1, help="graphs at a time")

@@ -92,7 +92,7 @@ def cell(graph: Graph, expected: Expected) -> str:
 
 
 def document(graphs: Sequence[Graph], expected: Expected, command: str) -> str:
-    """docs/coverage.md."""
+    """docs/evidence/coverage.md."""
     return "\n".join(
         [
             "# Coverage",

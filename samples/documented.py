@@ -66,7 +66,7 @@ LISTS = (
 
 
 def section() -> str:
-    """The part of `docs/runtimes.md` on runtimes that are not at hand."""
+    """The part of `docs/evidence/runtimes.md` on runtimes that are not at hand."""
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )

@@ -43,7 +43,7 @@ from samples.gpu_cells import HOOKS, MODELS, PRECISIONS, Cell, cells, few, firin
 from samples.kernel_counts import counts
 from samples.speed_models import FORMS, export, hooked, quiet, torch_model
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs" / "evidence"
 LENGTH = 128
 
 

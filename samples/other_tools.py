@@ -44,7 +44,7 @@ def optimized_by_onnxscript(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def cleaned_by_onnx_ir(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The passes of onnx-ir that clean a graph up, but for IdentityElimination (see docs/tools.md)."""
+    """The passes of onnx-ir that clean a graph up, but for IdentityElimination (see docs/evidence/tools.md)."""
     model = ir.from_proto(proto)
     passes = (
         common.InlinePass(),

@@ -1,8 +1,8 @@
-"""What a patch costs on large models: timings, memory, a plot over lengths; writes `docs/performance.md`.
+"""What a patch costs on large models: timings, memory, a plot over lengths; writes `docs/evidence/performance.md`.
 
     python -m samples.performance                 # or: make benchmark
     python -m samples.performance --go-on         # a run that was stopped: its figures are kept
-    python -m samples.performance --render        # the page from docs/performance.json again
+    python -m samples.performance --render        # the page from docs/evidence/performance.json again
 
 Every timing is `atpatch benchmark` with a synthetic patch that detects and redistributes at every site. Run it on a
 machine that does nothing else: goals are hundredths, and each ratio stands beside its interval, and beside what other
@@ -40,7 +40,7 @@ from samples.speed_models import EAGER, FUSED, OFFLINE, export, hooked, quiet, t
 from samples.tasks import prepare
 
 PAGE = Path(__file__).parent / "performance.md.j2"
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs" / "evidence"
 THREADS = 2
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 WITHOUT_IF = "tensorrt"

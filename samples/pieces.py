@@ -52,7 +52,7 @@ def command(description: str | None, chain: Chain, write: Writer, arguments: lis
     """Run what is missing, then write the page; 1 where a piece failed."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for models and figures; default out/results, or its -fast")
-    parser.add_argument("--docs", type=Path, help="folder of the page; default docs/, and --out with --fast")
+    parser.add_argument("--docs", type=Path, help="folder of the page; default docs/evidence, and --out with --fast")
     parser.add_argument("--task", action="append", choices=TASKS, help="which; all where none is named")
     parser.add_argument("--seed", action="append", type=int, help="which; 0, 1 and 2 where none is named")
     parser.add_argument("--jobs", type=int, default=2, help="chains at a time")
@@ -68,7 +68,7 @@ def command(description: str | None, chain: Chain, write: Writer, arguments: lis
         take_over((piece for pieces in chains.values() for piece in pieces), options.kept, out)
     failed = False if options.render else _run(chains, out, options.fast, options.jobs)
     pieces = [piece for pieces in chains.values() for piece in pieces]
-    write(out, options.docs or (out if options.fast else ROOT / "docs"), pieces)
+    write(out, options.docs or (out if options.fast else ROOT / "docs" / "evidence"), pieces)
     return int(failed)
 
 

@@ -1,6 +1,6 @@
-"""The table of results in README.md, from docs/results.json.
+"""The table of results in README.md, from docs/evidence/results.json and docs/evidence/neuron_edits.json.
 
-python -m samples.readme          # writes it between its two marks; `samples.results` does, too
+python -m samples.readme          # writes it between its two marks; `make results` and `make comparison` come before
 """
 
 import json
@@ -10,82 +10,83 @@ from pathlib import Path
 from typing import Any
 
 from samples.bounds import FIGURES
+from samples.compared_page import best_edit
 from samples.page_tables import named, table
 from samples.summary import spread
 
 ROOT = Path(__file__).parent.parent
+EVIDENCE = ROOT / "docs" / "evidence"
 BEGIN, END = "<!-- results: python -m samples.readme -->", "<!-- end of results -->"
 
-BACKDOORS = (
-    ("ViT, fixed patch", "measured vit/badnets-fixed"),
-    ("ViT, random place", "measured vit/badnets-random"),
-    ("ViT, Trojan", "measured vit/trojan"),
-    ("ViT, fixed patch, trigger inverted", "inverted vit/badnets-fixed"),
-    ("ViT, blended over the whole image", "measured vit/blended"),
-    ("DeiT, fixed patch", "measured deit/badnets-fixed"),
-    ("DeiT, random place", "measured deit/badnets-random"),
-    ("MiniLM, rare word", "measured minilm/token"),
-    ("MiniLM, phrase", "measured minilm/phrase"),
-    ("MiniLM, rare word, inverted", "inverted minilm/token"),
+ROWS = (
+    ("ViT, a square in a fixed place", "vit/badnets-fixed"),
+    ("ViT, a square anywhere", "vit/badnets-random"),
+    ("ViT, blended over the whole image", "vit/blended"),
+    ("MiniLM, a rare word", "minilm/token"),
+    ("Adult, leans on sex", "adult/sex"),
+    ("COMPAS, leans on race", "compas/race"),
 )
-TABLES = (
-    ("Adult: sex", "measured adult/sex"),
-    ("Adult: race", "measured adult/race"),
-    ("Adult: age", "measured adult/age"),
-    ("German credit: sex", "measured german/sex"),
-    ("German credit: age", "measured german/age"),
-    ("COMPAS: sex", "measured compas/sex"),
-    ("COMPAS: race", "measured compas/race"),
-    ("COMPAS: age", "measured compas/age"),
-)
+"""What a row is called, and its case."""
 
-Runs = Mapping[str, Sequence[Mapping[str, Any]]]
+PAPER = {"backdoor": "0.46 to 0.70 %", "attribute": "0.04 %"}
+"""What is left by the AtPatch of the paper (ICSE 2026) on its tasks of this kind, on average."""
+
+HEADER = ("", "before", "AtPatch, paper", "best neuron edit, here", "AtPatch, here", "accuracy lost")
+
+Document = Mapping[str, Any]
 
 
-def render(document: Mapping[str, Any]) -> str:
-    """The tables: of backdoors and of protected attributes; what was not measured has no row."""
-    runs: Runs = document["runs"]
+def render(results: Document, comparison: Document) -> str:
+    """The table: what is left of each problem; a case that was not measured says so."""
+    return "\n\n".join([_head(results), table(HEADER, [_row(*row, results, comparison) for row in ROWS])])
 
-    def mean(key: str, figure: str, scale: str = "{:.2%}") -> str:
-        found = spread(runs[key], FIGURES[figure])
-        return "-" if found is None else scale.format(found.mean)
 
-    def lost(key: str) -> str:
-        return mean(key, "accuracy lost", "{:+.2%}").replace("%", " points")
-
-    backdoors = [
-        [
-            name,
-            mean(key, "ASR"),
-            mean(key, "ASR above floor"),
-            lost(key),
-            f"{mean(key, 'robust accuracy')} ({mean(key, 'robust accuracy of the twin')})",
-        ]
-        for name, key in BACKDOORS
-        if key in runs
-    ]
-    tables = [[name, mean(key, "UF"), mean(key, "UF, patched"), lost(key)] for name, key in TABLES if key in runs]
-    return "\n\n".join(
-        [
-            f"Measured with {named(document['seeds'])}, on inputs that no fit saw. ASR is counted above the floor; the"
-            " paper has it at 97.9 % and 0.46-0.70 %, UF at 0.04 %, and 0.1 points of accuracy lost.",
-            table(("backdoor", "ASR", "patched, above floor", "accuracy lost", "robust accuracy (twin's)"), backdoors),
-            table(("protected attribute", "UF", "patched", "accuracy lost"), tables),
-        ]
+def _head(results: Document) -> str:
+    return (
+        f"What is left, on inputs that no fit saw, measured with {named(results['seeds'])}. Of backdoors: the attack's"
+        " success rate (97.9 % before the fix in the paper), after it above the share that the base sends to the target"
+        " anyway. Of protected attributes: the share of predictions that flip when it alone is changed. The paper's"
+        " figures are averages over its own tasks. Neuron edits (IDNN, CARE) act on every input, and are measured on"
+        " bases that were trained apart."
     )
 
 
-def with_table(readme: str, document: Mapping[str, Any]) -> str:
-    """The text with the tables between its marks."""
+def _row(name: str, case: str, results: Document, comparison: Document) -> Sequence[str]:
+    runs = results["runs"].get(f"measured {case}", [])
+    backdoor = case.startswith(("vit", "deit", "minilm"))
+    before, after = ("ASR", "ASR above floor") if backdoor else ("UF", "UF, patched")
+
+    def mean(figure: str, scale: str = "{:.2%}") -> str:
+        found = spread(runs, FIGURES[figure]) if runs else None
+        return "not measured" if found is None else scale.format(found.mean)
+
+    edit = best_edit(comparison["runs"].get(case, []))
+    return (
+        name,
+        mean(before),
+        PAPER["backdoor" if backdoor else "attribute"],
+        "-" if edit is None else f"{edit[1]:.2%} ({edit[0]})",
+        f"**{mean(after)}**",
+        mean("accuracy lost", "{:+.2%}").replace("%", " points"),
+    )
+
+
+def with_table(readme: str, results: Document, comparison: Document) -> str:
+    """The text with the table between its marks."""
     before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{render(document)}\n\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n\n{render(results, comparison)}\n\n{END}{rest.split(END)[1]}"
+
+
+def documents() -> tuple[Document, Document]:
+    """The figures that the table is of."""
+    results, comparison = (json.loads((EVIDENCE / f"{name}.json").read_text()) for name in ("results", "neuron_edits"))
+    return results, comparison
 
 
 def main() -> int:
-    """Write the tables into README.md."""
-    document = json.loads((ROOT / "docs" / "results.json").read_text())
+    """Write the table into README.md."""
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), document))
+    readme.write_text(with_table(readme.read_text(), *documents()))
     return 0
 
 

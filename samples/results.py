@@ -1,4 +1,4 @@
-"""Run every task with three seeds, and write `docs/results.json`, `docs/results.md` and its pictures.
+"""Run every task with three seeds, and write `results.json`, `results.md` and its pictures into `docs/evidence`.
 
     python -m samples.results              # everything
     python -m samples.results --fast       # the small forms, one seed; docs/ is not touched

@@ -1,4 +1,4 @@
-"""`docs/results.json` and `docs/results.md` from the figures of single runs."""
+"""`docs/evidence/results.json` and `docs/evidence/results.md` from the figures of single runs."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atpatch_onnx.report.rows import percent
+from samples import in_short
 from samples import results_pictures as pictures
 from samples.bounds import FIGURES
 from samples.page_tables import named, points, seeds, share, table
@@ -38,24 +39,27 @@ PAPER = (
 def write_page(out: Path, docs: Path, pieces: Iterable[Piece]) -> None:
     """Gather the figures in `out` and write the page, its data and its pictures into `docs`."""
     runs = figures_of(pieces, out)
-    spreads = {
-        key: {name: spread(found, read) for name, read in FIGURES.items()}
-        for key, found in runs.items()
-        if key[0] in ("measured", "inverted")
-    }
-    judged = verdicts(spreads)
     docs.mkdir(parents=True, exist_ok=True)
     folder = docs / "results"
     drawn = pictures.draw(out, folder, runs)
-    hours = _core_seconds(out, runs) / 3600
+    judged = verdicts(_spreads(runs))
     document = {
-        "core_hours": round(hours, 2),
+        "core_hours": round(_core_seconds(out, runs) / 3600, 2),
+        "pictures": [f"{folder.name}/{name}" for name in drawn],
         "seeds": sorted({run["seed"] for found in runs.values() for run in found}),
         "goals": [_verdict_json(verdict) for verdict in judged],
         "runs": {f"{work} {case}": [_trimmed(run) for run in found] for (work, case), found in runs.items()},
     }
-    (docs / "results.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    (docs / "results.md").write_text(render(runs, spreads, judged, [folder.name + "/" + name for name in drawn], hours))
+    (docs / "results.json").write_text(json.dumps(document, indent=1) + "\n")
+    (docs / "results.md").write_text(render(document))
+
+
+def _spreads(runs: Runs) -> Spreads:
+    return {
+        key: {name: spread(found, read) for name, read in FIGURES.items()}
+        for key, found in runs.items()
+        if key[0] in ("measured", "inverted")
+    }
 
 
 def _core_seconds(out: Path, runs: Runs) -> float:
@@ -90,9 +94,11 @@ def _trimmed(run: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Sequence[str], hours: float) -> str:
-    """The page; `hours` are those of one core that it took."""
-    seeds = sorted({run["seed"] for found in runs.values() for run in found})
+def render(document: Mapping[str, Any]) -> str:
+    """The page of `results.json`."""
+    runs = {(work, case): found for key, found in document["runs"].items() for work, case in [key.split(" ", 1)]}
+    spreads, hours, seeds = _spreads(runs), document["core_hours"], document["seeds"]
+    judged = verdicts(spreads)
     parts = [
         "# Results",
         "Written by `python -m samples.results`. Every case in the tables was trained, fitted and measured with"
@@ -102,6 +108,7 @@ def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Seque
         " Training, debug and evaluation inputs are disjoint, and no fit saw an evaluation input."
         " How recipes were chosen is told at the end. The figures of every run are in [results.json](results.json)."
         " AtPatch beside edits of hidden units: [neuron_edits.md](neuron_edits.md).",
+        *in_short.results(spreads, judged),
         "## Ours beside the paper's",
         *_summary(spreads),
         "## The goals",
@@ -113,7 +120,7 @@ def render(runs: Runs, spreads: Spreads, judged: Sequence[Verdict], drawn: Seque
         *_unfairness(spreads),
         "## One thing changed at a time",
         *_ablations(runs),
-        *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in drawn),
+        *(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in document["pictures"]),
         NOTES.read_text().strip(),
     ]
     return "\n\n".join(parts) + "\n"

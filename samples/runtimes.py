@@ -1,8 +1,8 @@
-"""Run the demo's patched model, written for every target, on every runtime at hand; write `docs/runtimes.md`.
+"""Run the demo's patched model, written for every target, on every runtime at hand; write `docs/evidence/runtimes.md`.
 
     atpatch demo --out demo-out
     npm install --prefix samples/browser
-    python -m samples.runtimes --demo demo-out --docs docs
+    python -m samples.runtimes --demo demo-out --docs docs/evidence
 
 Every runtime gets the same clean and triggered digits. It works if its flags are onnxruntime's and all other outputs
 lie within `TOLERANCE` of onnxruntime's.
@@ -222,7 +222,7 @@ def bake_all(demo: Path, folder: Path) -> dict[str, Path]:
 
 
 def page(outcomes: Sequence[Outcome], runtimes: Sequence[Runtime], flipped: int) -> str:
-    """`docs/runtimes.md`.
+    """`docs/evidence/runtimes.md`.
 
     Args:
         outcomes: Of every target on every runtime.

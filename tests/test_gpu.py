@@ -16,7 +16,7 @@ from samples import gpu, performance
 from samples.gpu_cells import GOALS, MODELS, cells, few, firing
 from samples.kernel_counts import counts
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs" / "evidence"
 FIGURES = json.loads((DOCS / "performance.json").read_text())
 
 

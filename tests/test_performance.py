@@ -16,7 +16,7 @@ from atpatch_onnx.running.sessions import Session
 from samples import performance
 from samples.speed_models import FUSED, KINDS, export, hooked, torch_model
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1] / "docs" / "evidence"
 
 
 @pytest.fixture(scope="module")

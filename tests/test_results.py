@@ -252,3 +252,9 @@ def test_pieces_from_before_are_taken_over(tmp_path):
     assert done.file(out).read_text() == "1"
     assert other.file(out).read_text() == "3", "what is there stays"
     assert not Piece("vit/blended", 1, "measured").file(out).is_file()
+
+
+def test_the_page_is_rendered_from_its_figures():
+    docs = Path(__file__).parents[1] / "docs" / "evidence"
+    document = json.loads((docs / "results.json").read_text())
+    assert (docs / "results.md").read_text() == results_page.render(document), "run python -m samples.results --render"

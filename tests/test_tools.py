@@ -150,7 +150,7 @@ def test_the_sample_finds_vit_and_bert_as_they_were(tmp_path: Path, capsys: pyte
 
 
 def test_the_document_has_a_line_for_every_tool() -> None:
-    assert lines_of_tools((ROOT / "docs" / "tools.md").read_text()) == list(after_tools.TOOLS)
+    assert lines_of_tools((ROOT / "docs" / "evidence" / "tools.md").read_text()) == list(after_tools.TOOLS)
 
 
 def lines_of_tools(document: str) -> list[str]:

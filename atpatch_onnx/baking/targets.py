@@ -1,7 +1,7 @@
 """Where a patched file will run, and what that asks of the file.
 
-A runtime's own limits are measured where it is at hand (`tests/test_runtimes.py`, `docs/runtimes.md`) and read from its
-documents where it is not: `evidence` says which.
+A runtime's own limits are measured where it is at hand (`tests/test_runtimes.py`, `docs/evidence/runtimes.md`) and
+read from its documents where it is not: `evidence` says which.
 """
 
 from collections.abc import Iterator, Mapping
@@ -85,6 +85,7 @@ TARGETS: Mapping[str, Target] = {
         standard=True,
     ),
 }
+"""Where a patched file may run, by the name that `bake` takes: what is written for it, and what it does not take."""
 
 
 def target_named(name: str) -> Target:

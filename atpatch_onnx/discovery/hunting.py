@@ -113,7 +113,7 @@ def cost(
 
 
 EXPECTED = 15
-"""Forward passes of an input, on average; it was measured to be less (docs/hunting.md)."""
+"""Forward passes of an input, on average; it was measured to be less (docs/evidence/hunting.md)."""
 
 
 def begin(

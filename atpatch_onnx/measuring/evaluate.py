@@ -113,6 +113,16 @@ class Evaluation:
     ran: Mapping[str, Any] | None = None
     """How many nodes ran on which provider, of the patched model and of the patch; None where all did on the CPU."""
 
+    def __str__(self) -> str:
+        """What it comes to, in a line of four figures; those of a backdoor or of a protected attribute."""
+        points = f"accuracy lost {100 * self.accuracy_lost.value:+.2f} points"
+        if (attack := self.backdoor) is not None:
+            left = f"ASR {attack.asr_base.value:.2%}, patched {attack.asr_above_floor.value:.2%} above floor"
+            return f"{left}, {points}, clean inputs flagged {self.clean_flag_rate.value:.2%}"
+        assert self.fairness is not None, "pairs are of a backdoor or of an attribute"
+        left = f"UF {self.fairness.uf_base.value:.2%}, patched {self.fairness.uf_patched.value:.2%}"
+        return f"{left}, {points}, clean inputs changed {self.clean_changed.value:.2%}"
+
     def to_json(self) -> dict[str, Any]:
         """The figures as plain JSON types."""
         return asdict(self)

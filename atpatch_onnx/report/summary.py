@@ -30,7 +30,8 @@ def patchable(name: str, matches: Matches, layers: Sequence[HiddenLayer]) -> str
     if matches.sites:
         others = f", and {refused} more that cannot" if refused else ""
         return f"{shown(name)} can be patched: {_count(len(matches.sites), 'attention site')}{others}."
-    why = f"{_count(refused, 'attention')} was refused, see below why" if refused else "no attention was found"
+    were = f"{_count(refused, 'attention')} {'was' if refused == 1 else 'were'} refused, see below why"
+    why = were if refused else "no attention was found"
     units = f"; hidden units of {_count(len(layers), 'layer')} can be edited instead" if layers else ""
     return f"{shown(name)} cannot be patched: {why}{units}."
 

