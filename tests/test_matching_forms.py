@@ -1,6 +1,7 @@
 """Small graphs of one form each: accepted variants of the op Attention, and attention refused with a reason."""
 
 import itertools
+import time
 
 import numpy as np
 import onnx
@@ -322,3 +323,19 @@ def test_a_declared_shape_that_contradicts_a_weight_does_not_stop_matching() -> 
     proto.graph.value_info.append(helper.make_tensor_value_info("scale", TensorProto.FLOAT, ()))
     (site,) = find_sites(ir.from_proto(proto))
     assert site.map == "p"
+
+
+def test_indices_that_come_from_what_they_index_are_not_walked_twice() -> None:
+    """Sixty deep: each gather's data and indices come from the one before, and walks double where none remembers."""
+    steps = "".join(
+        f"i{n} = Cast <to = 7> (x{n}) l{n} = Gather <axis = 2> (i{n}, last) j{n} = Squeeze (l{n}, first) "
+        f"x{n + 1} = Gather <axis = 1> (x{n}, j{n}) "
+        for n in range(60)
+    )
+    body = (
+        "last = Constant <value_int = 0> () first = Constant <value_ints = [0]> () x0 = Identity (x) "
+        f"{steps} k = Transpose <perm = [0, 2, 1]> (x60) s = MatMul (x60, k) p = Softmax <axis = -1> (s) y = MatMul (p, x60)"
+    )
+    begun = time.process_time()
+    assert len(explain(text_model(body, "float[1,7,8] x", "float[1,7,8] y")).sites) == 1
+    assert time.process_time() - begun < 20

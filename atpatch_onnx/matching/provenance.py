@@ -68,6 +68,13 @@ _POOLS = {"Conv", "FusedConv", "ConvTranspose", "MaxPool", "AveragePool", "Globa
 
 def factors(value: ir.Value, axis: int, view: View) -> tuple[Factor, ...] | None:
     """The factors of an axis, outer ones first, neighbours of one source merged; None where they cannot be told."""
+    if (str(value.name), axis) not in view.told:
+        view.told[str(value.name), axis] = _factors(value, axis, view)
+    known: tuple[Factor, ...] | None = view.told[str(value.name), axis]
+    return known
+
+
+def _factors(value: ir.Value, axis: int, view: View) -> tuple[Factor, ...] | None:
     shape = view.sizes(value)
     if shape is None:
         return None
@@ -278,9 +285,11 @@ def _through_gather(node: ir.Node, axis: int, view: View, at: _At) -> _Answer:
         return at(data, axis)
     if axis >= cut + len(where):
         return Source.HEADS if view.is_static(data) else at(data, axis - len(where) + 1)
-    if view.is_static(indices) or (not view.is_static(data) and factors(indices, axis - cut, view) is None):
-        return _part_of(data, cut, view)  # also where indices are counted, as of windows that overlap
-    return at(indices, axis - cut)
+    if view.is_static(indices) or indices is None:
+        return _part_of(data, cut, view)
+    if view.is_static(data) or factors(indices, axis - cut, view) is not None:
+        return at(indices, axis - cut)
+    return _part_of(data, cut, view)  # indices that are counted, as those of windows that overlap
 
 
 def _part_of(source: ir.Value | None, axis: int, view: View, size: int = 0) -> Source | Sequence[Factor] | None:

@@ -1,7 +1,8 @@
 """What the rules may ask about a graph: shapes, element types, constants. Nothing here changes the model."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -54,6 +55,9 @@ class View:
     """The same in numbers, as `sizes` has them; 1 where no input has samples."""
 
     opset: int
+
+    told: dict[tuple[str, int], Any] = field(init=False, default_factory=dict, compare=False, repr=False)
+    """What `provenance.factors` answered, by value and axis: walks meet, and none is gone twice."""
 
     def shape(self, value: ir.Value | None) -> tuple[Dim, ...] | None:
         """The shape of a value; None where not even the rank is known."""
