@@ -183,5 +183,5 @@ def _against(name: str, ours: tuple[float, float], theirs: tuple[float, float]) 
     return (
         f"leaves {word(left, their_left)} {'as' if abs(left - their_left) <= ALIKE else 'than'} {name}"
         f" ({percent(left)}, {percent(their_left)}) and loses {word(lost, their_lost)} accuracy"
-        f" ({100 * lost:+.2f}, {100 * their_lost:+.2f} points)"
+        f" ({100 * lost:+z.2f}, {100 * their_lost:+z.2f} points)"
     )

@@ -51,7 +51,7 @@ def _range(found: Sequence[Mapping[str, Spread | None]], figure: str, points: in
         return "-"
     low, high = min(means), max(means)
     if points:
-        return f"{points * low:+.2f} to {points * high:+.2f}"
+        return f"{points * low:+z.2f} to {points * high:+z.2f}"
     return f"{percent(low)} to {percent(high)}"
 
 

