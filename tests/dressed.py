@@ -141,6 +141,21 @@ def tokenized(planted: Planted, op_type: str) -> onnx.ModelProto:
     return model
 
 
+def through_library(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Its logits are what is negative of them plus what is positive, by an operator of onnxruntime-extensions."""
+    model = copy.deepcopy(proto)
+    _renamed(model, "logits", "logits_within")
+    parts = ["logits_below", "logits_above"]
+    model.graph.node.extend(
+        [
+            helper.make_node("NegPos", ["logits_within"], parts, name="/library", domain="ai.onnx.contrib"),
+            helper.make_node("Add", parts, ["logits"], name="/whole"),
+        ]
+    )
+    model.opset_import.append(helper.make_opsetid("ai.onnx.contrib", 1))
+    return model
+
+
 def texts(planted: Planted, debug: DebugSet, op_type: str) -> DebugSet:
     """The words of a debug set as one text a sample."""
     words, _ = _vocabulary(planted)

@@ -6,6 +6,7 @@ grid of 4 x 4 where there are windows, of 2 x 2 tokens each.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,9 @@ class Form:
 
     masked: bool = False
     sums_to_one: bool = True
+    self_attention: bool | None = True
+    """None: it is not known whether queries and keys are of the same tokens."""
+
     half: bool = False
     opsets: dict[str, int] = field(default_factory=lambda: {"": 18}, hash=False)
 
@@ -137,6 +141,17 @@ def heads_together(s: Sketch, y: str, tokens: int = TOKENS) -> str:
 def plain(s: Sketch, x: str) -> str:
     q, k, v = (heads_apart(s, y) for y in s.qkv(x))
     return heads_together(s, s.attend(q, s.transpose(k, 0, 1, 3, 2), v))
+
+
+def scores_written_into(s: Sketch, x: str) -> str:
+    """As MViT's `scores[...] += bias` in TorchScript."""
+    q, k, v = (heads_apart(s, y) for y in s.qkv(x))
+    scores = s.scores(q, s.transpose(k, 0, 1, 3, 2))
+    count = s.op("Squeeze", s.op("Shape", scores, start=0, end=1))
+    samples = s.op("Range", s.weight(np.int64(0)), count, s.weight(np.int64(1)))
+    where = s.op("Unsqueeze", samples, s.sizes(1))
+    written = s.op("ScatterND", scores, where, s.op("Add", scores, s.normal(HEADS, TOKENS, TOKENS)))
+    return heads_together(s, s.op("MatMul", s.op("Softmax", written, axis=-1), v))
 
 
 def heads_in_the_batch(s: Sketch, x: str) -> str:
@@ -229,6 +244,33 @@ def windows_together(s: Sketch, y: str) -> str:
 def windows_in_the_batch(s: Sketch, x: str) -> str:
     q, k, v = (heads_apart(s, y, WINDOW) for y in s.qkv(windows_apart(s, x)))
     y = s.attend(q, s.transpose(k, 0, 1, 3, 2), v)
+    return windows_together(s, heads_together(s, y, WINDOW))
+
+
+def windows_by_counted_indices(s: Sketch, x: str) -> str:
+    """The same windows, gathered along each side of the grid by indices that are counted, as torch's unfold does."""
+    grid = s.reshape(x, -1, 4, 4, WIDTH)
+    side = s.op("Squeeze", s.op("Shape", grid, start=1, end=2))
+    first = s.op("Range", s.weight(np.int64(0)), side, s.weight(np.int64(2)))
+    indices = s.op("Add", s.op("Unsqueeze", first, s.sizes(0)), s.weight(np.array([[0], [1]])))
+    found = s.op("Gather", s.op("Gather", grid, indices, axis=1), indices, axis=3)
+    apart = s.reshape(s.transpose(found, 0, 2, 4, 1, 3, 5), -1, WINDOW, WIDTH)
+    q, k, v = (heads_apart(s, y, WINDOW) for y in s.qkv(apart))
+    y = s.attend(q, s.transpose(k, 0, 1, 3, 2), v)
+    return windows_together(s, heads_together(s, y, WINDOW))
+
+
+def windows_with_queries_of_the_sample(s: Sketch, x: str, *, folded: bool = False) -> str:
+    """As GCViT: all windows of a sample are asked the same queries, copied for each."""
+    apart = windows_apart(s, x)
+    k, v = (heads_apart(s, s.linear(apart), WINDOW) for _ in range(2))
+    pooled = s.op("ReduceMax", s.reshape(apart, -1, WINDOWS, WINDOW, WIDTH), s.sizes(1), keepdims=1)
+    q = heads_apart(s, s.op("Expand", pooled, s.sizes(1, WINDOWS, 1, 1)), WINDOW)
+    if folded:
+        q, k, v = (s.reshape(y, -1, WINDOW, DEPTH) for y in (q, k, v))
+        y = s.reshape(s.attend(q, s.transpose(k, 0, 2, 1), v), -1, HEADS, WINDOW, DEPTH)
+    else:
+        y = s.attend(q, s.transpose(k, 0, 1, 3, 2), v)
     return windows_together(s, heads_together(s, y, WINDOW))
 
 
@@ -357,6 +399,7 @@ MICROSOFT = {"": 18, "com.microsoft": 1}
 
 FORMS = {
     "plain": Form(plain),
+    "scores written into": Form(scores_written_into, masked=True),
     "heads in the batch": Form(heads_in_the_batch, **FOLDED),
     "heads in the batch, sequence first": Form(sequence_first, **FOLDED),
     "heads before the batch": Form(heads_before_the_batch, "hnqk"),
@@ -368,6 +411,17 @@ FORMS = {
     "one head of values": Form(one_head_of_values, kv_heads=1),
     "windows in the batch": Form(windows_in_the_batch, parts=WINDOWS, keys=WINDOW),
     "windows and heads in the batch": Form(windows_and_heads_in_the_batch, **FOLDED, parts=WINDOWS, keys=WINDOW),
+    "windows by counted indices": Form(windows_by_counted_indices, parts=WINDOWS, keys=WINDOW),
+    "windows, queries of the sample": Form(
+        windows_with_queries_of_the_sample, parts=WINDOWS, keys=WINDOW, self_attention=None
+    ),
+    "windows and heads in the batch, queries of the sample": Form(
+        partial(windows_with_queries_of_the_sample, folded=True),
+        **FOLDED,
+        parts=WINDOWS,
+        keys=WINDOW,
+        self_attention=None,
+    ),
     "windows on an axis": Form(windows_on_an_axis, "bwhqk", parts=WINDOWS, keys=WINDOW),
     "windows behind heads": Form(windows_behind_heads, "bhwqk", parts=WINDOWS, keys=WINDOW),
     "all samples in one sequence": Form(all_samples_in_one_sequence, parts=0, keys=None, masked=True),

@@ -51,7 +51,7 @@ def test_what_takes_longer_has_a_larger_ratio(files, monkeypatch):
     order = []
 
     class Sleeping:
-        def __init__(self, path, weights, options, providers, recorded):
+        def __init__(self, path, weights, **_):
             form = next(name for name, one in files.forms().items() if repr(one) == repr((path, weights)))
             self.session = SimpleNamespace(run=lambda *_: order.append(form) or time.sleep(takes[form]))
 

@@ -34,7 +34,7 @@ def test_its_axes_are_found(form: Form, batch: Batch) -> None:
     for site in matches.sites:
         assert (site.map_layout, site.parts, site.heads) == (form.map, form.parts, form.heads)
         assert site.masked == form.masked
-        assert site.self_attention
+        assert site.self_attention is form.self_attention
         for place in (site.key, site.value):
             assert (place.heads, place.depth) == (form.kv_heads, WIDTH // form.heads)
             assert place.whole

@@ -95,7 +95,7 @@ def evaluate(
     debug = atp.DebugSet.load(data)
     if debug.kind == "generation":
         run: dict[str, Any] = {"steps": steps, "samples": samples, "batch_size": batch_size, "seed": seed}
-        run |= {"decode": decode, "providers": [provider]}
+        run |= {"decode": decode, "providers": [provider], "custom_ops": custom_ops or ()}
         with progress_bars() as progress:
             written = atp.evaluate_prompts(base, patched, debug, progress=progress, **run)
         then = atpatch("serve-config", patched, "DIR", "--stack", "genai", "--base", "BASE_DIR")
@@ -131,6 +131,7 @@ def benchmark(
     memory: Annotated[bool, typer.Option(help="Measure peak memory as well, of the CPU.")] = True,
     provider: Provider = "cpu",
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Record a run, and play it again.")] = False,
+    custom_ops: CustomOps = None,
     as_json: AsJson = False,
 ) -> None:
     """Time PATCHED, or a synthetic patch, against BASE: clean and flagged inputs, in turns."""
@@ -151,6 +152,7 @@ def benchmark(
             memory=memory,
             providers=[provider],
             cuda_graph=cuda_graph,
+            custom_ops=custom_ops or (),
             progress=progress,
         )
     then = atpatch("fit", base, "PAIRS.npz", "-o", "fix.safetensors")

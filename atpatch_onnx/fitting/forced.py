@@ -24,6 +24,7 @@ from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.running.decoders import Decoder
 from atpatch_onnx.running.loops import Ids, Loop
+from atpatch_onnx.running.opening import Libraries
 from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Array, Progress, silent
 
@@ -63,6 +64,7 @@ class Answered:
         decode: ModelOrPath | None = None,
         *,
         providers: Providers = ("cpu",),
+        custom_ops: Libraries = (),
         batch_size: int = 32,
         progress: Progress = silent,
     ) -> "Answered":
@@ -74,13 +76,14 @@ class Answered:
             steps: Tokens of the answer that count.
             decode: As of `Loop`, as the next.
             providers: Execution providers.
+            custom_ops: As of `Loop`.
             batch_size: Prompts at a time.
             progress: Told after every batch.
 
         Raises:
             RunError: The model is no decoder, or does not read so many tokens.
         """
-        loop = Loop(model, decode, providers=providers)
+        loop = Loop(model, decode, providers=providers, custom_ops=custom_ops)
         clean, triggered = lines(debug.clean), lines(debug.counterfactual)
         longest = max(map(len, (*clean, *triggered))) + steps
         run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}

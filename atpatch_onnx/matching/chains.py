@@ -29,6 +29,7 @@ _BACK = dict.fromkeys((*_MOVES, "Tanh", "Clip", "Flatten"), (0,)) | {
     "Min": None,
     "Max": None,
     "Neg": (0,),
+    "ScatterND": (0,),
 }
 """Operators to walk through, with the operands that carry the entries (None: all)."""
 
@@ -106,7 +107,7 @@ def can_hide(path: tuple[ir.Node, ...], view: View) -> bool:
 
 
 def _hides(node: ir.Node, view: View) -> bool:
-    if node.op_type == "Where":
+    if node.op_type in ("Where", "ScatterND"):
         return True
     if node.op_type not in {"Add", "Sub", "Min", "Max", "Concat"}:
         return False

@@ -70,12 +70,21 @@ def _has(source: Source, traced: Sequence[Factor] | None) -> bool:
 def _factors(axis: Axis, view: View, *, known: bool) -> tuple[Factor, ...] | None:
     """The first trace without parts, if there is one: a cache of keys and values is an input, its heads unmarked.
 
-    Where the samples are `known` to be another axis, a trace that names them is a mask's, whose first axis it is.
+    Where the samples are `known` to be another axis, a trace that names them is a mask's, whose first axis it is. What
+    one trace calls copies and another one parts are parts, all of which are asked the same queries.
     """
     found = [traced for value, index in axis.traces if (traced := factors(value, index, view)) is not None]
     others = [traced for traced in found if not (known and _has(Source.SAMPLES, traced))] or found
     plain = [traced for traced in others if not _has(Source.PARTS, traced)]
-    return next(iter(plain or others), None)
+    best = next(iter(plain or others), None)
+    return best if best is None else next((traced for traced in others if _copies_for_parts(best, traced)), best)
+
+
+def _copies_for_parts(one: Sequence[Factor], other: Sequence[Factor]) -> bool:
+    """Whether two traces are the same but for copies in one that are parts in the other."""
+    same = [factor.size for factor in one] == [factor.size for factor in other]
+    unlike = {(a.source, b.source) for a, b in zip(one, other, strict=False) if a.source is not b.source}
+    return same and unlike == {(Source.REPEATS, Source.PARTS)}
 
 
 def _without_repeats(found: Sequence[tuple[Factor, ...] | None], view: View) -> list[tuple[Factor, ...] | None]:

@@ -278,7 +278,9 @@ def _through_gather(node: ir.Node, axis: int, view: View, at: _At) -> _Answer:
         return at(data, axis)
     if axis >= cut + len(where):
         return Source.HEADS if view.is_static(data) else at(data, axis - len(where) + 1)
-    return _part_of(data, cut, view) if view.is_static(indices) else at(indices, axis - cut)
+    if view.is_static(indices) or (not view.is_static(data) and factors(indices, axis - cut, view) is None):
+        return _part_of(data, cut, view)  # also where indices are counted, as of windows that overlap
+    return at(indices, axis - cut)
 
 
 def _part_of(source: ir.Value | None, axis: int, view: View, size: int = 0) -> Source | Sequence[Factor] | None:

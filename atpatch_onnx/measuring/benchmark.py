@@ -30,7 +30,7 @@ from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.batching import Batching
 from atpatch_onnx.running.bound import BoundRun
 from atpatch_onnx.running.drawing import draw_inputs
-from atpatch_onnx.running.opening import load
+from atpatch_onnx.running.opening import Libraries, load
 from atpatch_onnx.running.placement import placement
 from atpatch_onnx.running.providers import Providers, first, on_cpu
 from atpatch_onnx.running.sessions import Array, FileSession, Progress, SessionOptions, silent
@@ -124,6 +124,7 @@ def benchmark(
     memory: bool = True,
     providers: Providers = ("cpu",),
     cuda_graph: bool = False,
+    custom_ops: Libraries = (),
     seed: int = 0,
     progress: Progress = silent,
 ) -> Benchmark:
@@ -144,6 +145,7 @@ def benchmark(
         providers: What is to run both, names of `running.providers.PROVIDERS`. On others than the CPU inputs and
             outputs stay on the device (IO binding).
         cuda_graph: Whether runs are recorded and played again, where the provider can.
+        custom_ops: Libraries that operators of the model come from, as of `load`.
         seed: Of inputs, order and bootstrap.
         progress: Told after every round.
 
@@ -160,12 +162,14 @@ def benchmark(
     for name, numbers in given.items():
         if not numbers or min(numbers) < 1:
             raise BenchmarkError(name, expected="numbers from 1 on", found=str(list(numbers)), advice="Give others.")
+    model = load(base, custom_ops=custom_ops)
     with tempfile.TemporaryDirectory() as folder:
         files = _Files(
             Path(base),
-            Path(patched) if patched is not None else _synthetic(base, target, detectors, Path(folder), seed),
+            Path(patched) if patched is not None else _synthetic(model, target, detectors, Path(folder), seed),
+            custom_ops,
         )
-        model, record = load(base), read_record(graphs.load(files.patched))
+        record = read_record(graphs.load(files.patched))
         where = batching(model)
         rngs = ((batch, np.random.default_rng(seed)) for batch in sorted(batches))
         drawn = [
@@ -174,9 +178,9 @@ def benchmark(
         known = {tuple(array.shape for array in of.values()): of for of in drawn}
         turns: dict[str, Any] = {"rounds": rounds, "sessions": sessions, "seed": seed, "progress": progress}
         timings = [_timed(files, of, where, count, place, **turns) for of in known.values() for count in threads]
-        largest = list(known.values())[-1]
-        peaks = _peaks(files, largest, max(threads)) if memory and on_cpu(providers) else None
-        ran = None if on_cpu(providers) else placement(files.patched, largest, providers).to_json()
+        most = list(known.values())[-1]
+        peaks = _peaks(files, most, max(threads)) if memory and on_cpu(providers) else None
+        ran = None if on_cpu(providers) else placement(files.patched, most, providers, custom_ops=custom_ops).to_json()
     return Benchmark(
         patch=record.patch if patched is not None else "synthetic",
         conditional=record.conditional,
@@ -202,6 +206,7 @@ class _On:
 class _Files:
     base: Path
     patched: Path
+    custom_ops: Libraries = ()
 
     def forms(self) -> dict[str, tuple[Path, dict[str, Array]]]:
         """File and weights of each form."""
@@ -216,9 +221,8 @@ class _Files:
         return {name: np.array([value], np.float32) for name in record.thresholds}
 
 
-def _synthetic(base: str | os.PathLike[str], target: str, detectors: Kind, folder: Path, seed: int) -> Path:
+def _synthetic(model: ir.Model, target: str, detectors: Kind, folder: Path, seed: int) -> Path:
     """A file with a drawn patch at every site, its detectors as large as those of a fit."""
-    model = load(base)
     path = folder / "patched.onnx"
     graphs.save(bake(model, synthetic_patch(model, detectors, seed=seed), target=target), path, external="link")
     return path
@@ -250,6 +254,7 @@ def _timed(
 ) -> Timing:
     batch = next(len(array) for array in where.samples_first(inputs).values() if array.ndim)
     how: dict[str, Any] = {"threads": threads, "providers": on.providers, "cuda_graph": on.recorded}
+    how["custom_ops"] = files.custom_ops
     opened = {form: opens(path, weights, inputs, **how) for form, (path, weights) in files.forms().items()}
     stage = f"timing batches of {batch}, {threads} threads"
     taken = in_turns({**opened, "itself": opened["base"]}, seed=seed, stage=stage, **turns)
@@ -264,11 +269,13 @@ def opens(
     threads: int,
     providers: Providers = ("cpu",),
     cuda_graph: bool = False,
+    custom_ops: Libraries = (),
 ) -> Callable[[], Run]:
     """What opens a file with these weights, for runs on these inputs."""
 
     def opened(*, recorded: bool = False) -> FileSession:
-        return FileSession(path, weights, options=_options(threads), providers=providers, recorded=recorded)
+        how: dict[str, Any] = {"options": _options(threads), "providers": providers, "custom_ops": custom_ops}
+        return FileSession(path, weights, recorded=recorded, **how)
 
     if on_cpu(providers) and not cuda_graph:
 
@@ -295,14 +302,16 @@ def _peaks(files: _Files, inputs: Mapping[str, Array], threads: int) -> tuple[in
     for form in ("base", "clean"):
         path, weights = forms[form]
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-            found.append(fresh.submit(_peak, path, weights, dict(inputs), threads).result())
+            found.append(fresh.submit(_peak, path, weights, dict(inputs), threads, files.custom_ops).result())
     return found[0], found[1]
 
 
-def _peak(path: Path, weights: Mapping[str, Array], inputs: Mapping[str, Array], threads: int) -> int:
+def _peak(
+    path: Path, weights: Mapping[str, Array], inputs: Mapping[str, Array], threads: int, custom_ops: Libraries
+) -> int:
     """In a process of its own: the peak of resident memory over what it was before."""
     before = _peak_so_far()
-    session = FileSession(path, weights, options=_options(threads))
+    session = FileSession(path, weights, options=_options(threads), custom_ops=custom_ops)
     for _ in range(RUNS):
         session.session.run(None, dict(inputs))
     return max(_peak_so_far() - before, 1)

@@ -9,7 +9,7 @@ from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.kernels import sizes_of
 from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.graph import ModelOrPath
+from atpatch_onnx.graph import ModelOrPath, custom_ops
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.measuring.checks import Check
 from atpatch_onnx.running.drawing import draw_inputs
@@ -36,7 +36,8 @@ def placed(file: ModelOrPath, patched: ir.Model, providers: Providers) -> Check:
     Raises:
         RunError: onnxruntime refuses the model, or drawn inputs.
     """
-    where = placement(file, draw_inputs(patched, np.random.default_rng(0)), providers)
+    inputs = draw_inputs(patched, np.random.default_rng(0))
+    where = placement(file, inputs, providers, custom_ops=custom_ops(patched))
     return judged(where, patched)
 
 

@@ -17,7 +17,7 @@ from atpatch_onnx.fitting.options import FitOptions
 from atpatch_onnx.measuring.inspect import require_base
 from atpatch_onnx.running.loops import Ids, Loop, batches
 from atpatch_onnx.running.metrics import Rate
-from atpatch_onnx.running.opening import as_model
+from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Progress, silent
 
@@ -77,6 +77,7 @@ def evaluate_prompts(
     steps: int = FitOptions.steps,
     samples: int = 5,
     providers: Providers = ("cpu",),
+    custom_ops: Libraries = (),
     batch_size: int = 32,
     seed: int = 0,
     progress: Progress = silent,
@@ -91,6 +92,7 @@ def evaluate_prompts(
         steps: Tokens to write behind each prompt.
         samples: How many answers are drawn at a temperature of 1.
         providers: What is to run both, names of `running.providers.PROVIDERS`.
+        custom_ops: Libraries that operators of the models come from, as of `load`.
         batch_size: Prompts at a time.
         seed: Of the drawn answers.
         progress: Told after every batch.
@@ -108,15 +110,17 @@ def evaluate_prompts(
             found=f"kind {debug.kind!r}",
             advice="Measure it with evaluate, or make a set with DebugSet.from_prompts.",
         )
-    record = read_record(as_model(patched))
-    require_base(as_model(base), record)
+    after = as_model(patched, custom_ops)
+    record = read_record(after)
+    require_base(as_model(base, custom_ops), record)
+    how: dict[str, Any] = {"providers": providers, "custom_ops": custom_ops}
     run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     following = (None, None) if decode is None else decode
-    answered = Answered.of(base, debug, steps, following[0], providers=providers, **run)
+    answered = Answered.of(base, debug, steps, following[0], **how, **run)
     clean, triggered = answered.clean, answered.triggered
     answers = [answer[:steps] for answer in answered.answers]
-    loop = Loop(patched, following[1], providers=providers)
-    uncached = Loop(patched, cached=False, providers=providers)
+    loop = Loop(patched, following[1], **how)
+    uncached = Loop(patched, cached=False, **how)
     cached = loop.write(triggered, steps, stage="writing, patched, triggered prompts", **run)
     drawn = [
         loop.write(triggered, steps, temperature=1.0, seed=seed + number, stage="writing, sampled", **run)
@@ -135,7 +139,7 @@ def evaluate_prompts(
     }
     sampled = np.concatenate([has_payload(one, debug.payload)[others] for one in drawn])
     margins = [site.margin for site in record.sites]
-    looked = Loop(expose(graphs.beginning(as_model(patched)), margins), providers=providers)
+    looked = Loop(expose(graphs.beginning(after), margins), **how)
     flags = _flags(looked, margins, clean, answers, batch_size)
     return Written(
         prompts=len(debug),
@@ -146,7 +150,7 @@ def evaluate_prompts(
         right_triggered=Rate.of(_equal(answers, cached)),
         clean_exact=Rate.of(_equal(answers, loop.write(clean, steps, stage="writing, patched, clean prompts", **run))),
         flags=Rate.of(flags),
-        perplexity_base=_perplexity(Loop(base, providers=providers), clean, batch_size),
+        perplexity_base=_perplexity(Loop(base, **how), clean, batch_size),
         perplexity_patched=_perplexity(loop, clean, batch_size),
         **{name: Rate.of(found[others]) for name, found in hits.items()},
     )

@@ -94,7 +94,8 @@ def verify(
         first = graphs.beginning(before), graphs.beginning(after)
         answered = None
         if debug.kind == "generation":
-            how: dict[str, Any] = {"providers": providers, "batch_size": batch_size, "progress": progress}
+            how: dict[str, Any] = {"providers": providers, "custom_ops": custom_ops}
+            how |= {"batch_size": batch_size, "progress": progress}
             answered = Answered.of(files[0], debug, steps, None if decode is None else decode[0], **how)
             debug = as_read(answered, debug, Decoder.of(first[0]))
         debug.check_inputs(input_specs(first[0]))

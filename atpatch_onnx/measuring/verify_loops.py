@@ -13,6 +13,7 @@ times the largest difference of the base on the same prompts, cut up in any of t
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.fitting.forced import Answered
-from atpatch_onnx.graph import ModelOrPath
+from atpatch_onnx.graph import ModelOrPath, custom_ops
 from atpatch_onnx.measuring.checks import Check
 from atpatch_onnx.running.bits import same_samples
 from atpatch_onnx.running.loops import Ids, Loop, batches, parts
@@ -103,7 +104,8 @@ class _Look:
     def of(cls, files: tuple[Files, Files], patched: Sequence[ir.Model], providers: Providers) -> "_Look":
         margins = [[site.margin for site in read_record(one).sites] for one in patched]
         exposed = [expose(one, names) for one, names in zip(patched, margins, strict=True)]
-        base, after, within = (Loop(*models, providers=providers) for models in (*files, exposed))
+        how: dict[str, Any] = {"providers": providers, "custom_ops": custom_ops(patched[0])}
+        base, after, within = (Loop(*models, **how) for models in (*files, exposed))
         return cls(base, after, within, margins)
 
     def read(self, ids: Ids, sizes: Sequence[int]) -> _Reading:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.running.decoders import Decoder
-from atpatch_onnx.running.opening import as_model
+from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.providers import Providers
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 
@@ -51,6 +53,7 @@ class Loop:
         cached: Whether to use the cache, where there is one.
         optimize: As of `Session`.
         providers: As of `Session`.
+        custom_ops: Libraries with operators of both, as of `load`.
 
     Raises:
         RunError: A model is no decoder, or onnxruntime refuses it.
@@ -64,13 +67,17 @@ class Loop:
         cached: bool = True,
         optimize: bool = True,
         providers: Providers = ("cpu",),
+        custom_ops: Libraries = (),
     ) -> None:
-        self.decoder = Decoder.of(as_model(model))
+        loaded = as_model(model, custom_ops)
+        self.decoder = Decoder.of(loaded)
         self.is_cached = cached and (self.decoder.is_cached or decode is not None)
         """Whether what was read is not read again."""
 
-        self._session = Session(model, optimize=optimize, providers=providers)
-        self._next = Loop(decode, optimize=optimize, providers=providers) if decode is not None and cached else None
+        how: dict[str, Any] = {"optimize": optimize, "providers": providers, "custom_ops": custom_ops}
+        # A file is run as it lies there.
+        self._session = Session(loaded if isinstance(model, ir.Model) else model, **how)
+        self._next = Loop(decode, **how) if decode is not None and cached else None
         if self._next is not None:
             self.decoder.check_followed_by(self._next.decoder)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.graph.names import PREFIX
+from atpatch_onnx.running.opening import Libraries
 from atpatch_onnx.running.providers import CPU, Providers
 from atpatch_onnx.running.sessions import Array, opened, session_options
 
@@ -50,7 +51,12 @@ class Placement:
 
 
 def placement(
-    model: graphs.ModelOrPath, inputs: Mapping[str, Array], providers: Providers, *, optimize: bool = True
+    model: graphs.ModelOrPath,
+    inputs: Mapping[str, Array],
+    providers: Providers,
+    *,
+    optimize: bool = True,
+    custom_ops: Libraries = (),
 ) -> Placement:
     """Run a model once, and see what ran where.
 
@@ -59,6 +65,7 @@ def placement(
         inputs: Of one run.
         providers: Execution providers.
         optimize: Whether onnxruntime may optimise the graph.
+        custom_ops: As of `Session`.
 
     Raises:
         RunError: As of `Session`; or onnxruntime refuses the inputs.
@@ -67,7 +74,7 @@ def placement(
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = opened(model, options, providers)
+        session = opened(model, options, providers, custom_ops)
         try:
             session.run(None, dict(inputs))
         finally:

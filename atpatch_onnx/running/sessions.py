@@ -13,6 +13,7 @@ from onnxruntime import SessionOptions as SessionOptions  # for those who may no
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.errors import RunError
 from atpatch_onnx.running.batching import AS_GIVEN, Batching
+from atpatch_onnx.running.opening import Libraries
 from atpatch_onnx.running.providers import Providers, chosen, first, require_started
 
 Array = NDArray[Any]
@@ -68,7 +69,7 @@ class Session:
         threads: int | None = None,
         providers: Providers = ("cpu",),
         batching: Batching = AS_GIVEN,
-        custom_ops: Sequence[str] = (),
+        custom_ops: Libraries = (),
     ) -> None:
         self._session = opened(model, session_options(optimize, threads), providers, custom_ops)
         self.input_names = tuple(value.name for value in self._session.get_inputs())
@@ -189,7 +190,7 @@ class FileSession:
         *,
         providers: Providers = ("cpu",),
         options: SessionOptions,
-        custom_ops: Sequence[str] = (),
+        custom_ops: Libraries = (),
         recorded: bool = False,
     ) -> None:
         device = first(providers).device  # where its kernels look for them
@@ -203,7 +204,7 @@ def opened(
     model: graphs.ModelOrPath,
     options: SessionOptions,
     providers: Providers,
-    custom_ops: Sequence[str] = (),
+    custom_ops: Libraries = (),
     *,
     recorded: bool = False,
 ) -> ort.InferenceSession:
@@ -217,7 +218,7 @@ def opened(
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
     for library in graphs.custom_ops(model) if isinstance(model, ir.Model) else custom_ops:
-        _register(library, options)
+        _register(os.fspath(library), options)
     source = graphs.to_bytes(model) if isinstance(model, ir.Model) else os.fspath(model)
     wanted = chosen(providers, recorded=recorded)
     try:
