@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atpatch_onnx.report.rows import percent
-from samples.summary import Spread, Verdict
+from samples.summary import GOALS, Spread, Verdict
 
 Spreads = Mapping[tuple[str, str], Mapping[str, Spread | None]]
 """Figures by work and case, over seeds."""
@@ -16,8 +16,9 @@ BELOW_TWIN = "robust accuracy below the twin's"
 def results(spreads: Spreads, judged: Sequence[Verdict]) -> list[str]:
     """Of all tasks: what was repaired, at what cost, and which goals were missed."""
     lines = []
+    aimed = {(goal.work, case) for goal in GOALS if goal.work == "measured" for case in goal.cases}
     for label, figures in (("Backdoors", "ASR"), ("Protected attributes", "UF")):
-        found = [one for (work, _), one in spreads.items() if work == "measured" and one.get(figures) is not None]
+        found = [one for (work, case), one in spreads.items() if (work, case) in aimed and one.get(figures) is not None]
         if not found:
             continue
         after = "ASR above floor" if figures == "ASR" else "UF, patched"
@@ -35,6 +36,14 @@ def results(spreads: Spreads, judged: Sequence[Verdict]) -> list[str]:
                 f"- The detector: recall {_range(found, 'recall')}, precision {_range(found, 'precision')}, by tokens;"
                 f" clean inputs flagged: {_range(found, 'clean inputs flagged')}."
             )
+    lines += [
+        f"- Without a goal: {case}, ASR {percent(base.mean)} before the fix, {percent(left.mean)} above floor after it."
+        for (work, case), one in spreads.items()
+        if work == "measured"
+        and (work, case) not in aimed
+        and (base := one.get("ASR")) is not None
+        and (left := one.get("ASR above floor")) is not None
+    ]
     measured = [one for one in judged if one.value is not None]
     missed = [one for one in measured if not one.met]
     lines.append(f"- Goals: {len(measured) - len(missed)} of {len(measured)} that were measured are met.")
