@@ -278,8 +278,9 @@ def _through_gather(node: ir.Node, axis: int, view: View, at: _At) -> _Answer:
         return at(data, axis)
     if axis >= cut + len(where):
         return Source.HEADS if view.is_static(data) else at(data, axis - len(where) + 1)
-    if view.is_static(indices) or (not view.is_static(data) and factors(indices, axis - cut, view) is None):
-        return _part_of(data, cut, view)  # also where indices are counted, as of windows that overlap
+    counted = not view.is_static(data) and indices is not None and factors(indices, axis - cut, view) is None
+    if view.is_static(indices) or counted:  # such as those of windows, which are not inputs but positions
+        return _part_of(data, cut, view)
     return at(indices, axis - cut)
 
 
