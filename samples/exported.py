@@ -80,7 +80,7 @@ def row(exported: dict[str, Any], graph: Graph | None) -> dict[str, Any]:
 
 def versions() -> Iterator[tuple[str, str]]:
     """Of what exports, and of what it is exported with."""
-    packages = {model.package for model in MODELS} | {"torch", "onnx", "onnxruntime", "tf2onnx", "jax2onnx", "jax"}
+    packages = {model.package for model in MODELS} | {"torch", "onnx"}
     for package in sorted(packages):
         try:
             yield package, version(package)
