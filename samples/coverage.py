@@ -1,4 +1,4 @@
-"""What is found and patched in a corpus of exported graphs: writes docs/evidence/coverage.md.
+"""What is found and patched in a corpus of exported graphs: writes docs/evidence/coverage.md, but for what `exported` writes.
 
     python -m samples.coverage --corpus DIR --expected DIR/expected.json
 
@@ -33,6 +33,7 @@ from atpatch_onnx.cli import progress_bars
 from atpatch_onnx.matching.rules import label
 from atpatch_onnx.matching.sites import Place
 from samples.coverage_page import CHOICES, Expected, document, gap
+from samples.exported_page import BEGIN
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 300
@@ -279,7 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     expected = Expected.read(options.expected)
     command = "python -m samples.coverage --corpus DIR" + (" --expected DIR/expected.json" if expected.graphs else "")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(document(graphs, expected, command + (" --fast" if options.fast else "")))
+    _, found, other_half = options.out.read_text().partition(BEGIN) if options.out.is_file() else ("", "", "")
+    page = document(graphs, expected, command + (" --fast" if options.fast else ""))
+    options.out.write_text(f"{page.rstrip()}\n\n{found}{other_half}" if found else page)
     outcomes = Counter(graph.outcome for graph in graphs)
     console.print(f"{options.out}: {', '.join(f'{count} {outcome}' for outcome, count in outcomes.most_common())}")
     wrong = [graph.name for graph in graphs if "not explained" in (gap(graph, expected) or "")]

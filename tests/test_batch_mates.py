@@ -71,18 +71,18 @@ class Batch:
 
 
 @st.composite
-def batches(draw: st.DrawFn, *, shortest: int = 2) -> tuple[list[np.ndarray], bool, bool]:
-    """Samples of different lengths, whether the mask is causal, whether padding is on the left."""
+def batches(draw: st.DrawFn, *, shortest: int = 2, fewest: int = 0) -> tuple[list[np.ndarray], bool, bool]:
+    """Samples of different lengths, or none; whether the mask is causal, whether padding is on the left."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    lengths = draw(st.lists(st.integers(shortest, 7), min_size=1, max_size=4))
+    lengths = draw(st.lists(st.integers(shortest, 7), min_size=fewest, max_size=4))
     samples = [rng.normal(size=(length, Net().width)).astype(np.float32) for length in lengths]
     return samples, draw(st.booleans()), draw(st.booleans())
 
 
 def pad(samples: list[np.ndarray], style: str, causal: bool, left: bool, extra: int = 0) -> Batch:
     """One batch; padded positions hold large values that must not matter."""
-    tokens = max(map(len, samples)) + extra
-    x = np.full((len(samples), tokens, samples[0].shape[1]), 3, np.float32)
+    tokens = max(map(len, samples), default=3) + extra
+    x = np.full((len(samples), tokens, Net().width), 3, np.float32)
     real = np.zeros((len(samples), tokens), bool)
     for number, sample in enumerate(samples):
         place = slice(tokens - len(sample), tokens) if left else slice(0, len(sample))
@@ -116,12 +116,19 @@ def margin_of(site: int) -> str:
     return f"atpatch/site_{site}/{'carried' if site else 'margin'}"
 
 
+def runs(form: str, batch: Batch) -> bool:
+    """Of no sample onnxruntime's operator makes an error by itself; then there is nothing to say of a patch."""
+    return bool(len(batch.real)) or form in ("decomposed", "guarded")
+
+
 @written
 @drawn
 @given(drawn=batches(), kind=st.sampled_from(KINDS))
 def test_a_sample_is_the_same_alone_and_in_any_batch(form: str, style: str, drawn: tuple, kind: str) -> None:
     samples, causal, left = drawn
     batch = pad(samples, style, causal, left)
+    if not runs(form, batch):
+        return
     expected = run(base(form), batch.feed)
     for conditional in FORMS:
         opened = patched(form, kind, conditional)
@@ -145,6 +152,8 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(form: str, style: str, draw
 def test_any_order_of_the_batch_gives_the_same_samples(form: str, style: str, drawn: tuple, kind: str) -> None:
     samples, causal, left = drawn
     batch = pad(samples, style, causal, left)
+    if not runs(form, batch):
+        return
     order = list(range(len(samples)))[::-1]
     for conditional in FORMS:
         opened = patched(form, kind, conditional)
@@ -164,6 +173,8 @@ def test_padding_does_not_change_flags_of_tokens(form: str, style: str, drawn: t
     samples, causal, left = drawn
     opened = patched(form, kind, False)
     padded = pad(samples, style, causal, left, extra)
+    if not runs(form, padded):
+        return
     together = run(opened, padded.feed)
     for number, sample in enumerate(samples):
         alone = run(opened, pad([sample], style, causal, left).feed)

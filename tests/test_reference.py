@@ -45,7 +45,7 @@ class Site:
 def sites(draw: st.DrawFn) -> Site:
     """Grouped heads, hidden keys, rows in which everything is hidden, samples with no flag and with all of them."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    batch, kv_heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    batch, kv_heads, groups = draw(st.integers(0, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
     queries, keys, depth = draw(st.integers(1, 5)), draw(st.integers(1, 9)), draw(st.integers(1, 4))
     hidden = rng.random((batch, 1, queries, keys)) < draw(st.sampled_from([0.0, 0.3, 0.9]))
     return Site(

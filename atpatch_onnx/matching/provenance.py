@@ -285,11 +285,10 @@ def _through_gather(node: ir.Node, axis: int, view: View, at: _At) -> _Answer:
         return at(data, axis)
     if axis >= cut + len(where):
         return Source.HEADS if view.is_static(data) else at(data, axis - len(where) + 1)
-    if view.is_static(indices) or indices is None:
+    counted = not view.is_static(data) and indices is not None and factors(indices, axis - cut, view) is None
+    if view.is_static(indices) or counted:  # such as those of windows, which are not inputs but positions
         return _part_of(data, cut, view)
-    if view.is_static(data) or factors(indices, axis - cut, view) is not None:
-        return at(indices, axis - cut)
-    return _part_of(data, cut, view)  # indices that are counted, as those of windows that overlap
+    return at(indices, axis - cut)
 
 
 def _part_of(source: ir.Value | None, axis: int, view: View, size: int = 0) -> Source | Sequence[Factor] | None:
