@@ -1,4 +1,4 @@
-"""What is found and patched in a corpus of exported graphs: writes docs/evidence/coverage.md, but for what `exported` writes.
+"""What is found and patched in a corpus of exported graphs: writes its half of docs/evidence/coverage.md.
 
     python -m samples.coverage --corpus DIR --expected DIR/expected.json
 

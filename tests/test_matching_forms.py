@@ -334,7 +334,8 @@ def test_indices_that_come_from_what_they_index_are_not_walked_twice() -> None:
     )
     body = (
         "last = Constant <value_int = 0> () first = Constant <value_ints = [0]> () x0 = Identity (x) "
-        f"{steps} k = Transpose <perm = [0, 2, 1]> (x60) s = MatMul (x60, k) p = Softmax <axis = -1> (s) y = MatMul (p, x60)"
+        f"{steps} k = Transpose <perm = [0, 2, 1]> (x60) s = MatMul (x60, k) p = Softmax <axis = -1> (s) "
+        "y = MatMul (p, x60)"
     )
     begun = time.process_time()
     assert len(explain(text_model(body, "float[1,7,8] x", "float[1,7,8] y")).sites) == 1
