@@ -19,7 +19,7 @@ from atpatch_onnx.matching import find_sites
 from atpatch_onnx.measuring import rehearse as rehearsal
 from atpatch_onnx.measuring.drawn import draw_patch
 from atpatch_onnx.measuring.rehearse import rehearse
-from atpatch_onnx.measuring.rehearse_aiming import aimed
+from atpatch_onnx.measuring.rehearse_aiming import aimed, threshold_of
 from atpatch_onnx.measuring.rehearse_base import mixing_outputs, run_base
 from atpatch_onnx.running.sessions import Session
 
@@ -352,3 +352,10 @@ def test_inputs_that_are_no_arrays():
     result = rehearse(Net(layers=1).model(), {"x": [[[0.5] * 8] * 3] * 2})
     assert not result.runs
     assert "float64[2, 3, 8]" in result.reason
+
+
+@pytest.mark.parametrize("highest", [0.0, 1.0, -2.0, 1e-30])
+def test_tokens_fire_where_the_highest_scores_of_all_samples_are_alike(highest: float) -> None:
+    """As where a ReLU in front of the keys leaves nothing of them."""
+    scores = np.array([[highest, highest - 1, highest], [highest, highest, highest - 0.5]])
+    assert (scores > threshold_of(scores)).any()

@@ -42,7 +42,7 @@ def aimed(
         keys = _keys(base, site, before, runs, threads)
         with np.errstate(over="ignore", invalid="ignore"):
             scores = detector.scores(keys)
-        threshold = _threshold(scores)
+        threshold = threshold_of(scores)
         entries[site.name] = replace(entries[site.name], detector=replace(detector, threshold=threshold))
         own = (scores > threshold).any(axis=1)
         shared = site.parts == 0 and bool(own.any())  # samples share a map
@@ -65,8 +65,15 @@ def _keys(
     return session.run(wanted)[key_output(site)]
 
 
-def _threshold(scores: NDArray[np.float64]) -> float:
-    """In the widest gap between scores of the sample with the highest one, above all others' and its own median."""
+def threshold_of(scores: NDArray[np.float64]) -> float:
+    """In the widest gap between scores of the sample with the highest one, above all others' and its own median.
+
+    Args:
+        scores: Of each token, float `[samples, tokens]`.
+
+    Raises:
+        RunError: There are none.
+    """
     if not scores.size:
         raise RunError(
             "the inputs",
@@ -80,6 +87,6 @@ def _threshold(scores: NDArray[np.float64]) -> float:
     own = np.unique(scores[best])[::-1]
     ends = [max(low, floor) for low in own[1:]] + [floor]
     width, high, low = max((high - low, high, low) for high, low in zip(own, ends, strict=True))
-    if width < _GAP * max(abs(high), abs(low)):  # equal samples, or tokens that are all alike
+    if width <= _GAP * max(abs(high), abs(low)):  # equal samples, or tokens that are all alike
         return float(np.float32(own[0] - max(abs(float(own[0])), 1.0) * 1e-2))
     return float(np.float32((high + low) / 2))
