@@ -25,7 +25,10 @@ SAMPLE_STEP = 12
 TWO_PRODUCTS = {"diffllama.a.onnx": 2, "diffllama.d.onnx": 2}
 """Softmaxes that feed a second product with values; the survey counted softmaxes, each product is a site."""
 
-ALWAYS = {"bert.a.onnx", "convbert.h.onnx", "diffllama.a.onnx", "gpt_oss.a.onnx", "swin.h.onnx", "gpt2.b.onnx"}
+ALWAYS = {"bert.a.onnx", "convbert.h.onnx", "diffllama.a.onnx", "gpt_oss.a.onnx", "swin.h.onnx", "gpt2.b.onnx"} | {
+    "canine.h.onnx",
+    "pixtral.h.onnx",
+}
 
 
 def loader() -> ModuleType:

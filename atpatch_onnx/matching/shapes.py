@@ -164,13 +164,14 @@ def _trials(proto: onnx.ModelProto, symbols: _Symbols) -> tuple[sized_shapes.Tri
     """Two trials, after the sizes that did not fit each other in a first one were made equal."""
     first = sized_shapes.run(proto, {symbol.name: symbol.first for symbol in symbols})
     for _ in symbols:
-        for fewer in itertools.islice(_reconciled(first.conflicts, symbols), _ATTEMPTS):
-            again = sized_shapes.run(proto, {symbol.name: symbol.first for symbol in fewer})
-            if _wrong(again) < _wrong(first):
-                first, symbols = again, fewer
-                break
-        else:
+        attempts = [
+            (sized_shapes.run(proto, {symbol.name: symbol.first for symbol in fewer}), fewer)
+            for fewer in itertools.islice(_reconciled(first.conflicts, symbols), _ATTEMPTS)
+        ]
+        best = min(attempts, key=lambda one: _wrong(one[0]), default=(first, symbols))
+        if _wrong(best[0]) >= _wrong(first):
             break
+        first, symbols = best
     if not symbols:
         return first, first, symbols
     second = sized_shapes.run(proto, {symbol.name: symbol.second for symbol in symbols})
