@@ -58,7 +58,8 @@ def cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {first}"
+    told, _, _ = first.partition("  [Caused by")  # where in the exporter's own files
+    return f"{type(error).__name__}: {told}"
 
 
 def row(exported: dict[str, Any], graph: Graph | None) -> dict[str, Any]:
