@@ -115,7 +115,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         """What it comes to, in a line of four figures; those of a backdoor or of a protected attribute."""
-        points = f"accuracy lost {100 * self.accuracy_lost.value:+.2f} points"
+        points = f"accuracy lost {100 * self.accuracy_lost.value:+z.2f} points"
         if (attack := self.backdoor) is not None:
             left = f"ASR {attack.asr_base.value:.2%}, patched {attack.asr_above_floor.value:.2%} above floor"
             return f"{left}, {points}, clean inputs flagged {self.clean_flag_rate.value:.2%}"
