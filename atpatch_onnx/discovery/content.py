@@ -5,7 +5,7 @@ values, and the tokens whose values differ at the first attention site, where no
 that read it. A token reads the cells that lie in its slabs of every axis: a tile of an image, an id, a column.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -217,9 +217,15 @@ def _cells(slabs: Sequence[NDArray[np.bool_]], token: int) -> Cells | None:
     return found if all(len(at) for at in found) else None
 
 
+def frequencies(texts: Iterable[Array]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The ids of texts `[tokens]` each, and how many texts have each id, both `[ids]`."""
+    known, counts = np.unique(np.concatenate([np.unique(text) for text in texts]), return_counts=True)
+    return known, counts
+
+
 def _of_texts(ids: Array, blank: int | None) -> tuple[frozenset[int], Array]:
     """The ids that more than half of the texts have, and the blank."""
-    known, counts = np.unique(np.concatenate([np.unique(text) for text in ids]), return_counts=True)
+    known, counts = frequencies(ids)
     is_common = counts > len(ids) / 2
     rest = known[~is_common]
     if blank is None:

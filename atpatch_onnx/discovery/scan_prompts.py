@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.debugset.prompts import IDS, MASK, lines
+from atpatch_onnx.discovery.content import frequencies
 from atpatch_onnx.discovery.finished import Finished
 from atpatch_onnx.discovery.hunted import said_pieces
 from atpatch_onnx.discovery.hunting import LEAST
@@ -110,7 +111,7 @@ def _begin(
     prompts = _prompts(clean, decoder)
     ids = np.concatenate(prompts)
     check_words(options.words, ids)
-    known, counts = np.unique(np.concatenate([np.unique(prompt) for prompt in prompts]), return_counts=True)
+    known, counts = frequencies(prompts)
     common = known[counts > len(prompts) / 2]
     job = {"scan": fingerprint(model), "options": asdict(replace(options, words=None))}
     kept = Finished(finished, job, {"ids": ids, "lengths": np.array([len(prompt) for prompt in prompts])})
