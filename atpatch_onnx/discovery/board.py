@@ -6,6 +6,7 @@ flagged token shows every site a neutral key and hands over a neutral value.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,8 +23,10 @@ from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.patch import Neutral
+from atpatch_onnx.running.executors import LOCAL, Executor, Kept
 from atpatch_onnx.running.predictions import classes
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
+from atpatch_onnx.running.shards import Groups, SpreadSession
 
 _SCOPE = "hunt"
 FLAGS = own_name(_SCOPE, "neutral")
@@ -72,27 +75,24 @@ def look(
     output: str,
     *,
     batch_size: int = 32,
+    executor: Executor = LOCAL,
     progress: Progress = silent,
 ) -> Looked:
     """One pass over inputs `[inputs, ...]`: predictions, what tokens draw, and the means over their `parts`."""
-    session = Session(probe(model, sites, masses=True, kept=[output]))
+    session = SpreadSession(probe(model, sites, masses=True, kept=[output]), executor=executor)
     means = {site: Means(site) for site in sites}
     sums = {site: np.zeros((2, site.key.features)) for site in sites}
     predicted, masses = [], []
-    for rows, outputs in session.stream(inputs, batch_size=batch_size, progress=progress, stage="looking at inputs"):
-        drawn = []
-        for site in sites:
-            keys, values = outputs[key_output(site)], outputs[value_output(site)]
-            name = mass_output(site)
-            mass = None if name is None else outputs[name]
-            means[site].add(keys, values, mass, parts[rows])
-            own = keys[parts[rows]].astype(np.float64)
-            sums[site] += own.sum(axis=0), (own**2).sum(axis=0)
-            if mass is not None:
-                drawn.append(mass)
-        predicted.append(classes(outputs[output]))
-        if drawn:
-            masses.append(np.mean(drawn, axis=0, dtype=np.float32))
+    groups: Groups = {"inputs": inputs, "marks": {"parts": parts}}
+    run: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "stage": "looking at inputs"}
+    for _, kept in session.keep(_Looking(tuple(sites), output), groups, **run):
+        for number, site in enumerate(sites):
+            of_site = {name.partition("/")[2]: a for name, a in kept.items() if name.startswith(f"{number}/")}
+            means[site].add_sums(of_site)
+            sums[site] += of_site["own"]
+        predicted.append(kept["predicted"])
+        if "mass" in kept:
+            masses.append(kept["mass"])
     count = max(int(parts.sum()), 1)
     spread = {}
     for site, (total, squares) in sums.items():
@@ -106,6 +106,29 @@ def look(
     )
 
 
+@dataclass(frozen=True)
+class _Looking:
+    """What is kept of a batch: sums of each site, predictions, and the attention that tokens draw."""
+
+    sites: tuple[AttentionSite, ...]
+    output: str
+
+    def __call__(self, sessions: Sequence[Session], batch: Groups) -> Kept:
+        outputs, parts = sessions[0].batch(batch["inputs"]), batch["marks"]["parts"]
+        found: dict[str, Array] = {"predicted": classes(outputs[self.output])}
+        drawn = []
+        for number, site in enumerate(self.sites):
+            keys, values = outputs[key_output(site)], outputs[value_output(site)]
+            name = mass_output(site)
+            mass = None if name is None else outputs[name]
+            own = keys[parts].astype(np.float64)
+            sums = Means.sums(keys, values, mass, parts) | {"own": np.stack([own.sum(axis=0), (own**2).sum(axis=0)])}
+            found |= {f"{number}/{what}": array for what, array in sums.items()}
+            if mass is not None:
+                drawn.append(mass)
+        return found | ({"mass": np.asarray(np.mean(drawn, axis=0, dtype=np.float32))} if drawn else {})
+
+
 class Board:
     """A session in which tokens are made neutral.
 
@@ -115,6 +138,7 @@ class Board:
         neutral: The neutral token of each, by name.
         output: Name of the output that predictions are read from.
         batch_size: Inputs at a time.
+        executor: Who runs it.
     """
 
     def __init__(
@@ -125,6 +149,7 @@ class Board:
         output: str,
         *,
         batch_size: int = 32,
+        executor: Executor = LOCAL,
     ) -> None:
         board = graphs.copy(model)
         flags = ir.Value(name=FLAGS, shape=ir.Shape(["inputs", "tokens"]), type=ir.TensorType(ir.DataType.BOOL))
@@ -139,7 +164,7 @@ class Board:
                 into = Insertion(board.graph, site.name, anchor=ends.get(producer, producer))
                 replace_tokens(into, replacement, decision)
                 ends[producer] = into.end
-        self._session, self._output, self._batch = Session(board), output, batch_size
+        self._session, self._output, self._batch = SpreadSession(board, executor=executor), output, batch_size
         self.passes = 0
         """Inputs that were run."""
 
