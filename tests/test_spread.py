@@ -216,7 +216,9 @@ import sys
 from planted import QUICK
 import atpatch_onnx as atp
 from atpatch_onnx.cli import main
+from atpatch_onnx.measuring.zoo import survey
 atp.fit("base.onnx", atp.DebugSet.load("set.npz"), QUICK, executor="local")
+survey(".")
 main(["evaluate", "--help"])
 print([name for name in sys.modules if name.partition(".")[0] == "ray"], file=sys.stderr)
 """
