@@ -158,6 +158,13 @@ class Nobody:
         raise AssertionError("nothing is left to do")
 
 
+def test_a_cluster_without_room_is_said_in_one_line(cluster):
+    from atpatch_onnx.running.on_ray import Ray
+
+    with pytest.raises(RunError, match=r"room for a worker of 1 CPUs and 1 GPUs; found 3 CPUs and 0 GPUs"), Ray(gpus=1):
+        pass
+
+
 def test_the_command_starts_a_cluster_and_stops_it(tmp_path):
     """As people do it, in a process of its own: nothing but the result is printed, and nothing of Ray stays."""
     (tmp_path / "base.onnx").write_bytes(PLANTED.proto().SerializeToString())

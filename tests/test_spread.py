@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from searched import of_columns, of_words, rows, texts
 from spreading import Shuffling
 
 import atpatch_onnx as atp
+from atpatch_onnx.cli.printing import Rate
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.debugset import column_files as files
 from atpatch_onnx.debugset.inputs import load_inputs
@@ -231,6 +233,11 @@ print([name for name in sys.modules if name.partition(".")[0] == "ray"], file=sy
         env={**os.environ, "PYTHONPATH": where},
     )
     assert done.stderr == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(("speed", "said"), [(None, ""), (3.14, "3.1/s"), (1234.5, "1,234/s")])
+def test_progress_says_how_fast_it_is(speed, said):
+    assert str(Rate().render(SimpleNamespace(speed=speed))) == said
 
 
 def test_the_extra_is_named(monkeypatch):

@@ -110,7 +110,10 @@ def evaluate(
         return
     if target_class is not None:
         debug = debug.with_target(target_class)
-    with executing(on, workers=workers, resume=resume) as executor, progress_bars() as progress:
+    from atpatch_onnx.running.providers import first  # which loads onnxruntime
+
+    gpus = float(first([provider]).device == "cuda")
+    with executing(on, workers=workers, gpus=gpus, resume=resume) as executor, progress_bars() as progress:
         how: dict[str, Any] = {"custom_ops": custom_ops or (), "batch_size": batch_size, "progress": progress}
         result = atp.evaluate(base, patched, debug, output=output, providers=[provider], executor=executor, **how)
     then = atpatch("report", base, patched, data, "--patch", "FIX.safetensors", "-o", "report.html")

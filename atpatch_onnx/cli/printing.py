@@ -48,7 +48,7 @@ def show(
         console.print(f"\nNext: {then}", highlight=False, soft_wrap=True)
 
 
-class _Rate(ProgressColumn):
+class Rate(ProgressColumn):
     """How many are done in a second."""
 
     def render(self, task: Task) -> Text:
@@ -60,7 +60,7 @@ class _Rate(ProgressColumn):
 def progress_bars() -> "Iterator[Progress]":
     """Progress bars on stderr, one for each stage; nothing where stderr is no terminal."""
     console = Console(stderr=True)
-    counts = (MofNCompleteColumn(), _Rate(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
+    counts = (MofNCompleteColumn(), Rate(), TimeElapsedColumn(), TimeRemainingColumn(compact=True))
     columns = (TextColumn("{task.description}"), BarColumn(20), *counts)
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}

@@ -175,8 +175,8 @@ BATCHES = 8
 AHEAD = 4
 """Pieces, for each worker, that may be done before an earlier one is: they are held until it is."""
 
-_ASKED = 64
-"""Items that are asked for together: many times as many as there are workers, and few enough to be held."""
+_ASKED = 1024
+"""Items that are asked for together: many times as many as there are workers."""
 
 
 def _packed(kept: Sequence[Kept]) -> bytes:
@@ -223,7 +223,11 @@ def key_of(**parts: Any) -> bytes:
 
 @contextmanager
 def executing(
-    on: "Executor | str", *, workers: int | None = None, resume: str | os.PathLike[str] | None = None
+    on: "Executor | str",
+    *,
+    workers: int | None = None,
+    gpus: float = 0,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Iterator[Executor]:
     """The executor itself, or the one of a name, which is stopped at the end.
 
@@ -231,17 +235,18 @@ def executing(
         on: `local`, `ray` (a cluster on this machine, for this work), `ray://HOST:PORT` (one that is there), or an
             executor.
         workers: How many a cluster is asked for; None: as many as it has room for.
+        gpus: Of a worker of a cluster, for sessions with a provider that needs one.
         resume: A folder for finished pieces; None: nothing is kept.
 
     Raises:
         RunError: There is no such executor, or the cluster cannot be reached.
         MissingExtraError: Ray is not installed.
     """
-    with _named(on, workers) if isinstance(on, str) else nullcontext(on) as executor:
+    with _named(on, workers, gpus) if isinstance(on, str) else nullcontext(on) as executor:
         yield executor if resume is None else Resuming(executor, Path(resume))
 
 
-def _named(on: str, workers: int | None) -> AbstractContextManager[Executor]:
+def _named(on: str, workers: int | None, gpus: float) -> AbstractContextManager[Executor]:
     if on == "local":
         return nullcontext(LOCAL)
     if on != "ray" and not on.startswith("ray://"):
@@ -254,4 +259,4 @@ def _named(on: str, workers: int | None) -> AbstractContextManager[Executor]:
     require("ray", "scale", "running models on Ray")
     from atpatch_onnx.running.on_ray import Ray
 
-    return Ray(None if on == "ray" else on, workers=workers)
+    return Ray(None if on == "ray" else on, workers=workers, gpus=gpus)
