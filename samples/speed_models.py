@@ -48,7 +48,23 @@ KINDS = {
         ),
         reads_tokens=False,
     ),
+    "large images": Kind(  # little to compute on much to read
+        transformers.ViTForImageClassification,
+        lambda fast: transformers.ViTConfig(
+            **_sizes(True),
+            **({"image_size": 32, "patch_size": 4} if fast else {}),
+            num_labels=10,
+            initializer_range=0.5,  # so that a bright patch changes what is predicted
+        ),
+        reads_tokens=False,
+    ),
     "bert": Kind(transformers.BertForSequenceClassification, lambda fast: transformers.BertConfig(**_sizes(fast))),
+    "minilm": Kind(
+        transformers.BertForSequenceClassification,
+        lambda fast: transformers.BertConfig(
+            **_sizes(fast, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+        ),
+    ),
     "gpt2": Kind(
         transformers.GPT2LMHeadModel,
         lambda fast: transformers.GPT2Config(
