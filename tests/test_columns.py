@@ -169,6 +169,7 @@ def test_another_programs_columns_are_a_debug_set_too(tmp_path):
             "suspects": nested(np.ones((10, 4), bool)),
             "row": pa.array(np.arange(10)),
             "file": pa.array(["a.png"] * 10),
+            "boxes": pa.array([[1.0] * (row % 3) for row in range(10)]),
         }
     )
     (tmp_path / "set").mkdir()

@@ -34,6 +34,9 @@ class Column:
     values: tuple[str, ...] | None = None
     """Where it is of the folders' names: its value in each piece."""
 
+    refused: str = ""
+    """Why it is no array: a fault only where somebody asks for it."""
+
 
 @dataclass(frozen=True, eq=False)
 class ColumnTable:
@@ -71,8 +74,19 @@ class ColumnTable:
         return np.cumsum([piece.rows for piece in self.pieces], dtype=np.int64)
 
     def stored(self, name: str) -> Rows:
-        """A column, which stays where it is."""
+        """A column, which stays where it is.
+
+        Raises:
+            DebugSetError: It is no array.
+        """
         column = self.columns[name]
+        if column.refused:
+            raise DebugSetError(
+                f"{self.path}: column {name!r}",
+                expected="numbers, or lists of numbers of one length",
+                found=column.refused,
+                advice="Pad all rows to one shape, and fill or leave out what is missing.",
+            )
         return Rows(self, name, np.dtype(column.dtype), column.inner, range(len(self)))
 
     def read(self, column: str, rows: NDArray[np.int64]) -> Array:
@@ -154,7 +168,11 @@ def opened(path: str) -> ColumnTable:
         metadata = files.metadata(names[0])
         columns: dict[str, Column] = {}
         for column in files.columns(names[0]):
-            about = _about(files.read(pieces[0], column), pieces[0].rows)
+            data = files.read(pieces[0], column)
+            try:
+                about = _about(data, pieces[0].rows)
+            except ValueError as error:
+                about = Column("", (), refused=str(error))
             if about is not None:
                 columns[column] = about
         for column in keys[0]:
