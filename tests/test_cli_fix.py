@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_without_the_packages_for_reports_all_else_is_written(place, here, pairs
     assert call(place, "fix @base.onnx pairs.npz -o fixed.onnx --json") == 0
     assert "report" not in json.loads(capsys.readouterr().out)
     assert files(here) == {"pairs.npz", "fixed.onnx", "fixed.safetensors"}
+
+
+def test_pairs_without_labels_as_a_hunt_finds_them(place, here, capsys):
+    replace(PLANTED.debug(560), labels=None).save("found.npz")
+    assert call(place, "fix @base.onnx found.npz -o fixed.onnx") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "No labels: the base's predictions on clean inputs stand in for them." in shown
+    assert "verified: all" in shown
+    assert "stand in for them" in Path("fixed.html").read_text()
 
 
 def test_a_missed_goal_writes_nothing(place, here, pairs, capsys):

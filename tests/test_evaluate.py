@@ -279,11 +279,22 @@ def test_another_base_than_the_patched_file_names():
         evaluate(Planted(seed=1).model(), patched, pairs(planted))
 
 
-def test_no_labels():
-    planted = Planted()
+@pytest.mark.parametrize("kind", ["backdoor", "attribute"])
+def test_without_labels_the_predictions_on_clean_inputs_stand_in_for_them(kind):
+    planted = Planted(kind) if kind == "attribute" else Planted()
     model = planted.model()
-    with pytest.raises(DebugSetError, match="expected true labels; found none"):
-        evaluate(model, bake(model, fitted(planted)), replace(pairs(planted), labels=None))
+    patched = bake(model, fitted(planted))
+    known = pairs(planted, **({"sensitive": np.arange(PAIRS) % 2} if kind == "attribute" else {}))
+    bare = replace(known, labels=None)
+    found = evaluate(model, patched, bare)
+    predictions = run(model, dict(bare.clean))["logits"].argmax(axis=1)
+    against = evaluate(model, patched, replace(known, labels=predictions))
+    assert found.accuracy_base.value == 1.0
+    assert not found.labelled
+    assert against.labelled
+    odds = {f"equalized_odds_difference_{when}": None for when in ("base", "patched")}
+    fairness = against.fairness and replace(against.fairness, **odds)
+    assert replace(found, labelled=True) == replace(against, fairness=fairness), "equalized odds ask for true labels"
 
 
 def test_no_single_target():

@@ -77,7 +77,7 @@ class Fairness:
 
     confidence_gap_patched: float
     demographic_parity_difference_base: Difference | None
-    """Only for two classes and a known attribute, like the next three."""
+    """Only for two classes and a known attribute, like the next three; of equalized odds, only with true labels."""
 
     demographic_parity_difference_patched: Difference | None
     equalized_odds_difference_base: Difference | None
@@ -112,6 +112,9 @@ class Evaluation:
 
     ran: Mapping[str, Any] | None = None
     """How many nodes ran on which provider, of the patched model and of the patch; None where all did on the CPU."""
+
+    labelled: bool = True
+    """Whether the pairs have true labels; else the base's predictions on clean inputs stand in for them."""
 
     def __str__(self) -> str:
         """What it comes to, in a line of four figures; those of a backdoor or of a protected attribute."""
@@ -159,7 +162,8 @@ def evaluate(
     Args:
         base: The model before, or its path.
         patched: The model after, or its path.
-        debug: Pairs with labels; the target of a backdoor, where it is not known, is inferred.
+        debug: Pairs; where they have no labels, the base's own predictions on clean inputs stand in for them. The
+            target of a backdoor, where it is not known, is inferred.
         output: Output that predictions are read from; None: the first float output `[batch, classes]`.
         providers: What is to run both, names of `running.providers.PROVIDERS`.
         batch_size: Inputs at a time.
@@ -167,7 +171,7 @@ def evaluate(
         progress: Told after every batch.
 
     Raises:
-        DebugSetError: The debug set does not fit the model, or has no labels.
+        DebugSetError: The debug set does not fit the model.
         UnbakeError: `patched` is not patched.
         PatchMismatchError: `base` is not the model that `patched` names.
         RunError: onnxruntime has no such provider, or it does not start.
@@ -183,7 +187,6 @@ def evaluate(
             found="prompts of a language model",
             advice="Measure what it writes, with evaluate_prompts.",
         )
-    require_labels(debug)
     debug.check_inputs(input_specs(base))
     output = prediction_output(base, output, batching(base))
     record = read_record(patched)
@@ -198,21 +201,6 @@ def evaluate(
         return found
     where = placement(patched, draw_inputs(patched, np.random.default_rng(0)), providers)
     return replace(found, ran=where.to_json())
-
-
-def require_labels(debug: DebugSet) -> None:
-    """Refuse an evaluation set without true labels.
-
-    Raises:
-        DebugSetError: It has none.
-    """
-    if debug.labels is None:
-        raise DebugSetError(
-            "the evaluation set",
-            expected="true labels",
-            found="none",
-            advice="Give labels: without them there is no accuracy and no ASR.",
-        )
 
 
 def run_side(
@@ -240,8 +228,7 @@ def run_side(
 
 
 def _evaluation(debug: DebugSet, clean: Side, other: Side, *, edits: bool) -> Evaluation:
-    labels = debug.labels
-    assert labels is not None
+    labels = classes(clean.base) if debug.labels is None else debug.labels
     right_before, right_after = (classes(logits) == labels for logits in (clean.base, clean.patched))
     flagged = np.any(clean.flags, axis=1)
     same = same_samples(clean.base, clean.patched)
@@ -263,6 +250,7 @@ def _evaluation(debug: DebugSet, clean: Side, other: Side, *, edits: bool) -> Ev
         input_level=inputs,
         backdoor=_backdoor(debug, labels, clean, other) if debug.kind == "backdoor" else None,
         fairness=_fairness(debug, labels, clean, other) if debug.kind == "attribute" else None,
+        labelled=debug.labels is not None,
     )
 
 
@@ -310,7 +298,7 @@ def _fairness(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Si
     binary = all(set(np.unique(c)) <= {0, 1} for c in (labels, before[0], after[0]))
     groups = {
         f"{metric.__name__}_difference_{name}": metric(labels, predictions, debug.sensitive)
-        if binary and debug.sensitive is not None
+        if binary and debug.sensitive is not None and (debug.labels is not None or metric is demographic_parity)
         else None
         for metric in (demographic_parity, equalized_odds)
         for name, predictions in (("base", before[0]), ("patched", after[0]))

@@ -179,6 +179,11 @@ def facts(patch: Patch | PatchRecord) -> list[tuple[str, str]]:
     return found
 
 
+def standing_in(evaluation: Evaluation) -> str:
+    """What stands in for labels that pairs do not have; empty where they have them."""
+    return "" if evaluation.labelled else "No labels: the base's predictions on clean inputs stand in for them."
+
+
 def before_after(evaluation: Evaluation) -> tuple[MetricRow, ...]:
     """The metrics of base and patched model."""
     rows = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from atpatch_onnx.baking.metadata import PatchRecord
 from atpatch_onnx.patches.patch import Patch
-from atpatch_onnx.report.rows import goal_rows, number, percent, residual, shown
+from atpatch_onnx.report.rows import goal_rows, number, percent, residual, shown, standing_in
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
     from atpatch_onnx.measuring.evaluate import Evaluation
@@ -115,4 +115,4 @@ def _summary(figures: Mapping[str, Any], evaluation: Evaluation | None) -> str:
     if evaluation.clean_bit_identical:
         parts.append("inputs without a flag keep their outputs bit for bit")
     sentence = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
-    return f"On {evaluation.inputs:,} pairs, {sentence}."
+    return f"On {evaluation.inputs:,} pairs, {sentence}. {standing_in(evaluation)}".strip()
