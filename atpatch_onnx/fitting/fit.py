@@ -3,13 +3,15 @@
 suspects -> split -> collect (fit part) -> train detectors -> switchboard
 -> thresholds (calibration part) -> sites (validation part) -> patch
 
-From the training on once more where the goal is missed: with a hidden layer in the detectors.
+From the training on once more where the goal is missed: with a hidden layer in the detectors. Of a fix that is always
+on (`FitOptions.always`) nothing is trained: its detectors name tokens by where they stand.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx.baking.edits import edited
@@ -20,7 +22,7 @@ from atpatch_onnx.fitting.collect import Tokens, collect
 from atpatch_onnx.fitting.cost import Cost
 from atpatch_onnx.fitting.forced import OUTPUT, forced
 from atpatch_onnx.fitting.goal import PROMPTS
-from atpatch_onnx.fitting.options import FitOptions, Kind
+from atpatch_onnx.fitting.options import PLACE, FitOptions, Kind
 from atpatch_onnx.fitting.preparation import Prepared, prepare
 from atpatch_onnx.fitting.scored import ScoredPart
 from atpatch_onnx.fitting.search import Found, Search
@@ -28,7 +30,7 @@ from atpatch_onnx.fitting.switchboard import Switchboard
 from atpatch_onnx.graph import ModelOrPath, beginning, fingerprint
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.compose import compose
-from atpatch_onnx.patches.patch import Patch, SitePatch
+from atpatch_onnx.patches.patch import Patch, Places, SitePatch
 from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.sessions import Progress, silent
 
@@ -56,19 +58,20 @@ def fit(
     Raises:
         NoSiteError: The model has no attention site that can be patched.
         DebugSetError: The debug set does not fit the model, is too small, or shows no effect.
-        FitError: A detector cannot be trained, a backdoor's target class cannot be inferred, or a patch of `after` is
-            one of attention.
+        FitError: A detector cannot be trained, a backdoor's target class cannot be inferred, a fix is to be always on
+            where inputs differ in length, or a patch of `after` is one of attention.
         PatchMismatchError: The patches of `after` are of another model.
         RunError: There are prompts, and the model is no decoder.
-        MissingExtraError: torch or scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed, or torch, which a fix that is always on does without.
         TargetMissedError: The goal is not reached on the validation part; says by how much. With `force` there is a
             patch all the same.
     """
-    require("torch", "fit", "fitting a patch")
+    options = options or FitOptions()
+    if not options.always:
+        require("torch", "fit", "fitting a patch")
     require("sklearn", "fit", "fitting a patch")
     base = as_model(model, custom_ops)
     model = beginning(_with(base, after))
-    options = options or FitOptions()
     kind = debug.kind
     if kind == "generation":
         run: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
@@ -119,7 +122,7 @@ Entries = Sequence[tuple[AttentionSite, SitePatch]]
 class _Attempt:
     """What came of one kind of detectors."""
 
-    detectors: Kind
+    detectors: str
     entries: Entries
     calibration: Calibration
     found: Found
@@ -131,8 +134,7 @@ def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress
     """One after the other, as they are asked for."""
     run: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
     tokens = collect(model, prepared.sites, prepared.parts.fit, seed=options.seed, **run)
-    for kind in options.detectors:
-        entries = train(tokens, kind, options, progress)
+    for kind, entries in _candidates(tokens, prepared.debug, options, progress):
         board = Switchboard(model, entries, prepared.output)
         calibration_part = ScoredPart(board, prepared.parts.calibration, stage=f"calibrating, {kind}", **run)
         calibration = Calibration.of(calibration_part, options)
@@ -141,6 +143,18 @@ def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress
         search = Search(validation_part, calibration, options, progress, cost)
         found = search.run()
         yield _Attempt(kind, entries, calibration, found, search.attempts, cost)
+
+
+def _candidates(
+    tokens: Sequence[Tokens], debug: DebugSet, options: FitOptions, progress: Progress
+) -> Iterator[tuple[str, Entries]]:
+    """What there is to try, by what its detectors go by, one after the other, as it is asked for."""
+    if not options.always:
+        yield from ((kind, train(tokens, kind, options, progress)) for kind in options.detectors)
+        return
+    assert debug.suspects is not None, "the suspects were found before, the same in every pair"
+    marks = Places(debug.suspects[0].astype(np.float32))
+    yield PLACE, [(one.site, SitePatch(one.site.name, marks, one.neutral)) for one in tokens]
 
 
 def train(tokens: Sequence[Tokens], kind: Kind, options: FitOptions, progress: Progress = silent) -> Entries:

@@ -53,7 +53,7 @@ class Search:
     ) -> None:
         self._scored, self._calibration, self._cost = scored, calibration, cost
         self._options, self._progress = options, progress
-        self._all = options.redistribute == "all"
+        self._all = options.always or options.redistribute == "all"
         self._known: dict[Setting, Outcome | None] = {}
         """None where a setting was given up."""
 
