@@ -61,7 +61,7 @@ class Search:
         """Search; the outcome found may still miss the goal."""
         names = list(self._scored.clean.margins)
         start, outcome = self._begin(names)
-        if outcome.shortfalls(self._options.goal):
+        if outcome.shortfalls(self._options.goal) or self._meets(()):  # where nothing is to be done, nothing is minimal
             return Found(tuple(start), self._calibration.setting(start), outcome, {})
         elements = self._minimal(start)
         if self._cost is not None and self._options.prefer_few:
