@@ -259,14 +259,13 @@ def test_suspects_are_found_on_the_patchs_own_token_axis(monkeypatch):
     planted = Planted()
     model = planted.model()
     patched = bake(model, fitted(planted))
-    module = sys.modules["atpatch_onnx.measuring.evaluate"]
     inspection = sys.modules["atpatch_onnx.measuring.inspect"]
     sites = inspection.find_sites(model)
     asked = []
-    find = module.find_suspects
+    find = inspection.find_suspects
     monkeypatch.setattr(inspection, "find_sites", lambda _: (replace(sites[0], token_axis="elsewhere"), *sites[1:]))
     monkeypatch.setattr(
-        module, "find_suspects", lambda m, s, *rest, **options: (asked.extend(s), find(m, s, *rest, **options))[1]
+        inspection, "find_suspects", lambda m, s, *rest, **options: (asked.extend(s), find(m, s, *rest, **options))[1]
     )
     evaluate(model, patched, planted.debug(40))
     assert [site.name for site in asked] == list(planted.sites[1:])

@@ -50,6 +50,7 @@ def fit(
     flags_per_million: args.TokenFlagGoal = None,
     thresholds: args.Thresholds = None,
     redistribute: args.Redistribute = "needed",
+    always: args.Always = False,
     prefer_few: Annotated[
         bool,
         typer.Option(
@@ -83,6 +84,7 @@ def fit(
         ),
         thresholds=thresholds,
         redistribute=redistribute,
+        always=always,
         prefer_few=prefer_few,
         output=output,
         steps=steps,

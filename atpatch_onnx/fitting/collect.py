@@ -86,6 +86,7 @@ def find_suspects(
     sites: Sequence[AttentionSite],
     debug: DebugSet,
     *,
+    always: bool = False,
     batch_size: int = 32,
     progress: Progress = silent,
 ) -> DebugSet:
@@ -93,7 +94,8 @@ def find_suspects(
 
     At the first site of a token axis no attention has mixed the tokens yet, so only those differ that the trigger or
     the attribute is in. Of a trigger that lies across several, those that hold little of it draw no attention: taken
-    for anomalous, they would teach the detector that benign columns are (`_CARRIES`).
+    for anomalous, they would teach the detector that benign columns are (`_CARRIES`). Of a fix that is `always` on,
+    which teaches nothing, suspects are all tokens that differ in any pair, the same in every pair.
 
     Raises:
         NoSiteError: There are no sites.
@@ -116,7 +118,7 @@ def find_suspects(
                 found=f"{columns}",
                 advice="Mark positions of the model's token axis, class token included, or use suspects='auto'.",
             )
-        return debug
+        return _everywhere(debug) if always else debug
     name = value_output(first)
     session = Session(probe(model, [first]), batching=batching(model))  # what lies behind it is not run
     clean = session.stream(debug.clean, [name], batch_size=batch_size)
@@ -128,7 +130,8 @@ def find_suspects(
         difference = np.abs(after[name] - before[name]).max(axis=2)
         largest = np.abs(before[name]).max(axis=(1, 2))
         most = difference.max(axis=1)
-        found.append(difference > np.maximum(_DIFFERENCE * largest, _CARRIES * most)[:, None])
+        least = np.maximum(_DIFFERENCE * largest, 0 if always else _CARRIES * most)
+        found.append(difference > least[:, None])
     suspects = np.concatenate(found)
     if not suspects.any():
         raise DebugSetError(
@@ -137,7 +140,14 @@ def find_suspects(
             found="none in any pair",
             advice="Check that the trigger survives preprocessing, or name the suspects yourself.",
         )
-    return debug.with_suspects(suspects)
+    debug = debug.with_suspects(suspects)
+    return _everywhere(debug) if always else debug
+
+
+def _everywhere(debug: DebugSet) -> DebugSet:
+    """The debug set in which the suspects of any pair are those of all."""
+    assert debug.suspects is not None, "the suspects were found before"
+    return debug.with_suspects(np.broadcast_to(debug.suspects.any(axis=0), debug.suspects.shape))
 
 
 def anomalous_columns(debug: DebugSet) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

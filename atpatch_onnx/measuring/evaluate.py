@@ -13,9 +13,9 @@ from atpatch_onnx.baking.expose import expose
 from atpatch_onnx.baking.metadata import PatchRecord, read_record
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, require
-from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
+from atpatch_onnx.fitting.collect import anomalous_columns, input_specs
 from atpatch_onnx.matching import batching
-from atpatch_onnx.measuring.inspect import axis_sites, last_margin, require_base
+from atpatch_onnx.measuring.inspect import last_margin, require_base, with_columns
 from atpatch_onnx.running.bits import same_samples
 from atpatch_onnx.running.drawing import draw_inputs
 from atpatch_onnx.running.groups import demographic_parity, equalized_odds
@@ -192,7 +192,7 @@ def evaluate(
     record = read_record(patched)
     require_base(base, record)
     if record.detects:
-        debug = find_suspects(base, axis_sites(base, record), debug, batch_size=batch_size, progress=progress)
+        debug = with_columns(base, patched, record, debug, batch_size=batch_size, progress=progress)
     run = (base, patched, record, output, providers, batch_size, progress)
     clean = run_side("clean", debug.clean, *run)
     other = run_side("counterfactual", debug.counterfactual, *run)

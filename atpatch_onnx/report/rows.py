@@ -132,7 +132,11 @@ def residual(figures: Mapping[str, Any]) -> str:
 
 def reading(figures: Mapping[str, Any]) -> str | None:
     """What detectors read and why, in words; None where the fit does not say."""
-    kinds = {"linear": "one product with each token's key", "hidden": "each token's key, by a hidden layer"}
+    kinds = {
+        "linear": "one product with each token's key",
+        "hidden": "each token's key, by a hidden layer",
+        "place": "where tokens stand: the fix is always on",
+    }
     chosen = kinds.get(str(figures.get("detectors")))
     others = [
         f"{shown(one.get('detectors', NONE))} ones missed {shown('; '.join(map(str, one['shortfalls'])))}"
