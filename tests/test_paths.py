@@ -87,7 +87,6 @@ OPS = {
     "unsqueeze": Op("Unsqueeze", OWN, (ints(-1),)),
     "class token": Op("Gather", NONE, (np.array(0),), {"axis": 1}),
     "all tokens but it": Op("Gather", NONE, (ints(0, 1, 3, -1),), {"axis": 1}),
-    "places of the first axes": Op("GatherND", OWN, (ints(0)[None],)),
     "slice with it": Op("Slice", OWN, (ints(0), ints(2**62), ints(1), ints(1))),
     "slice without it": Op("Slice", NONE, (ints(3), ints(2**62), ints(1))),
     "split": Op("Split", ALL, (ints(2, 3),), {"axis": 1}, outputs=2),
@@ -150,6 +149,11 @@ STEPS = {
     "neutral": [("Where", [MASK[None], floats(1, 1, WIDTH), "x"], {})],
     "neutral feature": [("Where", [np.arange(WIDTH) == 3, floats(WIDTH), "x"], {})],
     "turned": [("Gather", ["x", ints(1, 2, 0, 4, 3)], {"axis": 1})],
+    "turned, tokens first": [
+        ("Transpose", ["x"], {"perm": [1, 0, 2]}),
+        ("GatherND", ["0", ints(1, 2, 0, 4, 3)[:, None]], {}),
+        ("Transpose", ["1"], {"perm": [1, 0, 2]}),
+    ],
     "heads": [
         ("Reshape", ["x", ints(0, 0, 2, 3)], {}),
         ("Transpose", ["0"], {"perm": [0, 2, 1, 3]}),
@@ -408,6 +412,6 @@ def test_the_tests_of_operators_cover_every_rule():
 
     left = set(_RULES) - set(_ELEMENTWISE) - {op.name for op in OPS.values()}
     assert {name for name in left if not name.startswith("Reduce")} == {
-        "ArgMin", "Attention", "Cast", "CastLike", "Constant", "ConstantOfShape", "Gemm", "Identity", "LogSoftmax",
-        "RMSNormalization", "Range", "Squeeze",
+        "ArgMin", "Attention", "Cast", "CastLike", "Constant", "ConstantOfShape", "GatherND", "Gemm", "Identity",
+        "LogSoftmax", "RMSNormalization", "Range", "Squeeze",
     }  # fmt: skip
