@@ -20,6 +20,17 @@ class AtPatchError(Exception):
         self.advice = advice
         super().__init__(f"{said(where)}: expected {said(expected)}; found {said(found)}. {said(advice)}")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Goes from a worker to who gave it the work."""
+        return _again, (type(self), self.where, self.expected, self.found, self.advice)
+
+
+def _again(kind: type[AtPatchError], where: str, expected: str, found: str, advice: str) -> AtPatchError:
+    """The same error in another process; not all kinds take these arguments."""
+    error = kind.__new__(kind)
+    AtPatchError.__init__(error, where, expected=expected, found=found, advice=advice)
+    return error
+
 
 LONGEST = 2000
 """Characters of one part of a message: a name in a file may be of any length."""

@@ -13,7 +13,8 @@ from atpatch_onnx.baking.probe import key_output, probe, value_output
 from atpatch_onnx.debugset import DebugSet, InputSpec
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
 from atpatch_onnx.fitting import collect as collecting
-from atpatch_onnx.fitting.collect import MAX_BENIGN, anomalous_columns, collect, find_suspects, input_specs
+from atpatch_onnx.fitting.collect import anomalous_columns, collect, find_suspects, input_specs
+from atpatch_onnx.fitting.sampled import MAX_BENIGN
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.running.sessions import Session

@@ -9,7 +9,7 @@ from planted import Planted, fitted
 
 import atpatch_onnx as atp
 
-EXTRAS = ("torch", "transformers", "sklearn", "fairlearn", "matplotlib", "jinja2")
+EXTRAS = ("torch", "transformers", "sklearn", "fairlearn", "matplotlib", "jinja2", "ray", "pyarrow")
 
 WITHOUT = f"""
 import sys

@@ -10,14 +10,20 @@ from atpatch_onnx.graph import External
 TARGETS = ("cpu", "cuda", "tensorrt", "directml", "coreml", "web", "openvino", "portable")
 """The keys of `atpatch_onnx.TARGETS`, spelt out so that help loads nothing that bakes."""
 
-GOAL, BUDGET, EXPERT = "Goal: what must be gone", "Budget: what the fix may cost", "Expert: the defaults will do"
+GOAL, BUDGET, MACHINES, EXPERT = (
+    "Goal: what must be gone",
+    "Budget: what the fix may cost",
+    "Machines: who runs the model",
+    "Expert: the defaults will do",
+)
 """The groups of options in help, behind those that most people need."""
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The base, an .onnx file.", show_default=False)]
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="The base, an .onnx file.", show_default=False)]
 Patched = Annotated[Path, typer.Argument(metavar="PATCHED", help="The patched .onnx file.", show_default=False)]
 Data = Annotated[
-    Path, typer.Argument(metavar="DATA", help="A debug set: .npz, or a folder of .npy.", show_default=False)
+    Path,
+    typer.Argument(metavar="DATA", help="A debug set: .npz, a folder of .npy, or Parquet files.", show_default=False),
 ]
 Patches = Annotated[
     list[Path],
@@ -125,5 +131,30 @@ CustomOps = Annotated[
         help="A library with operators of the model, such as onnxruntime-extensions' tokenizers; its code is run.",
         show_default=False,
         rich_help_panel=EXPERT,
+    ),
+]
+On = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        metavar="local|ray|ray://HOST:PORT",
+        help="This process; Ray on this machine; a Ray cluster that is there.",
+        rich_help_panel=MACHINES,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Of Ray: how many; else as many as there are CPUs.", show_default=False, rich_help_panel=MACHINES
+    ),
+]
+Pieces = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="FOLDER",
+        help="Finished pieces are kept there: what was stopped goes on where it was.",
+        show_default=False,
+        rich_help_panel=MACHINES,
     ),
 ]

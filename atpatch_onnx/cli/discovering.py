@@ -17,6 +17,7 @@ from atpatch_onnx.debugset.inputs import load_inputs
 from atpatch_onnx.discovery.options import HuntOptions, ScanOptions
 from atpatch_onnx.discovery.vocabulary import read_vocabulary
 from atpatch_onnx.report import text
+from atpatch_onnx.running.executors import executing
 
 if TYPE_CHECKING:
     from atpatch_onnx.discovery.verdict import Search
@@ -42,7 +43,10 @@ Wanted = Annotated[int, typer.Option("--pairs", min=1, help="Pairs to write, abo
 def hunt(
     model: args.Model,
     traffic: Annotated[
-        Path, typer.Argument(metavar="TRAFFIC", help="Inputs, a .npz file with an array each.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="TRAFFIC", help="Inputs: a .npz file with an array each, or Parquet.", show_default=False
+        ),
     ],
     out: Pairs,
     report: Report = None,
@@ -57,6 +61,8 @@ def hunt(
     output: args.Output = None,
     batch_size: args.BatchSize = HuntOptions.batch_size,
     seed: args.Seed = 0,
+    on: args.On = "local",
+    workers: args.Workers = None,
     as_json: args.AsJson = False,
 ) -> None:
     """Look for a trigger in TRAFFIC: inputs without labels, of which some may have it. Exit code 3: found."""
@@ -71,15 +77,18 @@ def hunt(
     if dry_run:
         _show_cost(*hunting.cost(model, inputs, options), as_json)
         return
-    with progress_bars() as progress:
-        found = atp.hunt(atp.load(model), inputs, options, finished=resume, progress=progress)
+    with executing(on, workers=workers) as executor, progress_bars() as progress:
+        found = atp.hunt(atp.load(model), inputs, options, finished=resume, executor=executor, progress=progress)
     _conclude(found, model, out, report, f"hunt in {traffic.name}", as_json)
 
 
 def scan(
     model: args.Model,
     clean: Annotated[
-        Path, typer.Argument(metavar="CLEAN", help="Clean inputs, a .npz file with an array each.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="CLEAN", help="Clean inputs: a .npz file with an array each, or Parquet.", show_default=False
+        ),
     ],
     out: Pairs,
     tokenizer: Annotated[
@@ -110,6 +119,8 @@ def scan(
     output: args.Output = None,
     batch_size: args.BatchSize = ScanOptions.batch_size,
     seed: args.Seed = 0,
+    on: args.On = "local",
+    workers: args.Workers = None,
     as_json: args.AsJson = False,
 ) -> None:
     """Look for a trigger with CLEAN inputs only, or for what a table's predictions lean on. Exit code 3: found."""
@@ -135,8 +146,8 @@ def scan(
     if dry_run:
         _show_cost(*scanning.cost(model, inputs, options), as_json)
         return
-    with progress_bars() as progress:
-        found = atp.scan(atp.load(model), inputs, options, finished=resume, progress=progress)
+    with executing(on, workers=workers) as executor, progress_bars() as progress:
+        found = atp.scan(atp.load(model), inputs, options, finished=resume, executor=executor, progress=progress)
     _conclude(found, model, out, report, f"scan with {clean.name}", as_json)
 
 

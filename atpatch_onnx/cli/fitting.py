@@ -18,6 +18,7 @@ from atpatch_onnx.fitting.goal import Goal
 from atpatch_onnx.matching.hidden import find_hidden_layers
 from atpatch_onnx.report import text
 from atpatch_onnx.report.summary import patchable
+from atpatch_onnx.running.executors import executing
 
 
 def sites(
@@ -69,6 +70,9 @@ def fit(
     seed: args.Seed = 0,
     force: args.Force = False,
     custom_ops: args.CustomOps = None,
+    on: args.On = "local",
+    workers: args.Workers = None,
+    resume: args.Pieces = None,
     as_json: args.AsJson = False,
 ) -> None:
     """Fit a patch for MODEL on the pairs of DATA."""
@@ -95,7 +99,9 @@ def fit(
     require_place(out, model, data, *(after or []))
     before = [atp.Patch.load(path) for path in after or []]
     then = atpatch("bake", model, *(after or []), out, "-o", "patched.onnx")
-    _make(partial(atp.fit, options=options, after=before), model, data, out, text.fit_table, as_json, then, custom_ops)
+    with executing(on, workers=workers, resume=resume) as executor:
+        make = partial(atp.fit, options=options, after=before, executor=executor)
+        _make(make, model, data, out, text.fit_table, as_json, then, custom_ops)
 
 
 def isolate(

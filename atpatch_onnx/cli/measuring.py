@@ -14,18 +14,22 @@ from atpatch_onnx.cli.arguments import (
     BatchSize,
     CustomOps,
     Data,
+    On,
     Out,
     Output,
     Patched,
+    Pieces,
     Provider,
     Seed,
     Steps,
+    Workers,
 )
 from atpatch_onnx.cli.paths import require_place
 from atpatch_onnx.cli.printing import atpatch, progress_bars, require_passed, show
 from atpatch_onnx.cli.trusting import PublicKey, Roots, Signature, checked_signature
 from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.report import text
+from atpatch_onnx.running.executors import executing
 
 Decode = Annotated[
     tuple[Path, Path] | None,
@@ -89,6 +93,9 @@ def evaluate(
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     custom_ops: CustomOps = None,
+    on: On = "local",
+    workers: Workers = None,
+    resume: Pieces = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure BASE and PATCHED on pairs, or prompts, that the fit never saw."""
@@ -103,9 +110,9 @@ def evaluate(
         return
     if target_class is not None:
         debug = debug.with_target(target_class)
-    with progress_bars() as progress:
+    with executing(on, workers=workers, resume=resume) as executor, progress_bars() as progress:
         how: dict[str, Any] = {"custom_ops": custom_ops or (), "batch_size": batch_size, "progress": progress}
-        result = atp.evaluate(base, patched, debug, output=output, providers=[provider], **how)
+        result = atp.evaluate(base, patched, debug, output=output, providers=[provider], executor=executor, **how)
     then = atpatch("report", base, patched, data, "--patch", "FIX.safetensors", "-o", "report.html")
     show(result.to_json(), [text.evaluation_table(result)], as_json, then=then)
 

@@ -10,7 +10,7 @@ from types import FrameType
 
 import typer
 
-from atpatch_onnx.cli import baking, demo, discovering, fitting, fixing, measuring, pairs, serving, signing
+from atpatch_onnx.cli import baking, demo, discovering, fitting, fixing, measuring, pairs, serving, signing, surveying
 from atpatch_onnx.errors import AtPatchError
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ COMMANDS = {
         measuring.report,
         baking.unbake,
     ),
-    "Find what nobody told of": (discovering.hunt, discovering.scan),
+    "Find what nobody told of": (discovering.hunt, discovering.scan, surveying.zoo),
     "Other fixes": (fitting.isolate, fitting.repair, fitting.compare),
     "Say what is in a file": (signing.inspect, signing.sign),
     "Deploy": (baking.quantize, measuring.benchmark, serving.serve_config),

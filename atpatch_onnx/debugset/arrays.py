@@ -4,11 +4,12 @@
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from atpatch_onnx.debugset.rows import stored
 from atpatch_onnx.errors import DebugSetError, one_line
 
 Array = NDArray[Any]
@@ -23,7 +24,7 @@ _BLOCK_BYTES = 2**26
 def as_array(values: ArrayLike, where: str) -> Array:
     """`values` as a read-only array of numbers, bools or strings; a view where `values` is an array already."""
     try:
-        array = np.asarray(values)
+        array = cast(Array, values) if stored(values) is not None else np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a torch tensor that requires grad
         raise DebugSetError(
             where,
@@ -254,5 +255,6 @@ def listed(names: Iterable[str]) -> str:
 
 def read_only(array: Array) -> Array:
     """Return the array itself, from now on not writeable."""
-    array.flags.writeable = False
+    if stored(array) is None:
+        array.flags.writeable = False
     return array

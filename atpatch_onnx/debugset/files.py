@@ -1,4 +1,4 @@
-"""A debug set on disk: arrays by key, in one `.npz` file or in a folder of `.npy` files.
+"""A debug set on disk: arrays by key, in one `.npz` file, in a folder of `.npy` files, or in Parquet or Arrow files.
 
 | key                      | holds                                                                                   |
 |--------------------------|-----------------------------------------------------------------------------------------|
@@ -11,8 +11,10 @@
 | `debugset.json`          | `{"format": "atpatch-onnx debug set", "version": 1, "kind": "backdoor", "target": 3}`   |
 
 In a `.npz` file a key is an entry, the json a text array without axes. In a folder a key is the file `<key>.npy`, the
-json a file of that name; the arrays are memory-mapped. `kind` is "backdoor", "attribute" or "generation",
-`target` a class or null. `"found": true` says that the pairs were found by a search, so that they resemble the attack.
+json a file of that name; the arrays are memory-mapped. In Parquet and Arrow files (`columns`) a key is a column, the
+json stands in the schema under its "format", and both sides are read row by row. `kind` is "backdoor", "attribute" or
+"generation", `target` a class or null. `"found": true` says that a search
+found the pairs, so that they resemble the attack.
 
 Where there is a json, `<input>` is the input's name with every character but letters, digits and `_.-~` written as `%`
 and two hex digits for each UTF-8 byte. Files written by hand may leave the json out and use plain names; they are taken
@@ -34,8 +36,10 @@ from urllib.parse import quote, unquote
 import numpy as np
 from numpy.typing import ArrayLike
 
+from atpatch_onnx.debugset import column_files, columns
 from atpatch_onnx.debugset.archives import map_file, read_member
 from atpatch_onnx.debugset.arrays import Array
+from atpatch_onnx.debugset.rows import as_stored
 from atpatch_onnx.errors import DebugSetError, one_line
 from atpatch_onnx.files import staging
 
@@ -67,7 +71,7 @@ class Stored:
 
 
 def write(stored: Stored, path: str | os.PathLike[str]) -> None:
-    """Write to a `.npz` file where `path` ends so, else to a folder."""
+    """Write to a `.npz` or `.parquet` file where `path` ends so, else to a folder."""
     path = Path(path)
     arrays = {
         **{f"{side}/{quote(name, safe='')}": a for side in SIDES for name, a in getattr(stored, side).items()},
@@ -82,6 +86,9 @@ def write(stored: Stored, path: str | os.PathLike[str]) -> None:
             staged = made / "new"
             if path.suffix == ".npz":
                 _write_npz(staged, {HEADER: np.array(header), **arrays})
+                os.replace(staged, path)
+            elif path.suffix == ".parquet":
+                column_files.write(os.fspath(staged), arrays, {FORMAT: header})
                 os.replace(staged, path)
             else:
                 _write_folder(staged, header, arrays)
@@ -146,16 +153,43 @@ def _check_ours(path: Path) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Stored:
-    """Read a `.npz` file or a folder of `.npy` files; a folder's arrays are memory-mapped."""
-    path = Path(path)
+    """Read a `.npz` file, a folder of `.npy` files, whose arrays are memory-mapped, or Parquet and Arrow files.
+
+    Of the latter, both sides stay where they are, and rows are read when they are asked for.
+    """
+    text, path = columns.as_text(path), Path(path)
+    if columns.is_columns(text):
+        return _read_columns(text)
     if path.is_dir():
         header, arrays = _read_folder(path)
     elif path.is_file():
         header, arrays = _read_npz(path)
     else:
         raise DebugSetError(
-            str(path), expected="a .npz file or a folder of .npy files", found="nothing there", advice="Check the path."
+            str(path),
+            expected="a .npz file, a folder of .npy files, or Parquet files",
+            found="nothing there",
+            advice="Check the path.",
         )
+    return _sorted(path, header, arrays)
+
+
+def _read_columns(path: str) -> Stored:
+    """Columns that are no debug set's, such as a number of the row, are left alone."""
+    table = columns.opened(path)
+    said = table.metadata.get(FORMAT.encode())
+    arrays: dict[str, Array] = {}
+    for name in table.columns:
+        if name.partition("/")[0] in SIDES:
+            arrays[name] = as_stored(table.stored(name))
+        elif name in EXTRAS:
+            arrays[name] = np.asarray(table.stored(name))
+    with _refusing_damage(path):
+        header = None if said is None else said.decode("utf-8")
+    return _sorted(Path(path), header, arrays)
+
+
+def _sorted(path: Path, header: str | None, arrays: Mapping[str, Array]) -> Stored:
     kind, target, found = ("backdoor", None, False) if header is None else _parsed(header, f"{path}: {HEADER}")
     sides: dict[str, dict[str, Array]] = {side: {} for side in SIDES}
     extras: dict[str, Array] = {}

@@ -18,17 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from atpatch_onnx.debugset import builders, checks, files, whole
 from atpatch_onnx.debugset import prompts as prompting
 from atpatch_onnx.debugset import split as splitting
-from atpatch_onnx.debugset.arrays import (
-    Array,
-    as_class,
-    as_inputs,
-    as_labels,
-    as_suspects,
-    read_only,
-)
+from atpatch_onnx.debugset.arrays import Array, as_class, as_inputs, as_labels, as_suspects, read_only
 from atpatch_onnx.debugset.builders import Trigger
 from atpatch_onnx.debugset.checks import InputSpec
 from atpatch_onnx.debugset.prompts import Tokenizer
+from atpatch_onnx.debugset.rows import rows_of
 from atpatch_onnx.errors import DebugSetError
 
 Kind = Literal["backdoor", "attribute", "generation"]
@@ -226,7 +220,7 @@ class DebugSet:
         return cls._checked(files.Stored(found.clean, found.counterfactual, extras, "generation", None), "")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a `.npz` file where `path` ends so, else to a folder of `.npy` files; an older set is replaced.
+        """Write to a `.npz` or `.parquet` file where `path` ends so, else to a folder; an older set is replaced.
 
         Raises:
             DebugSetError: The place cannot be written to or holds something else, or the set would be refused by
@@ -241,7 +235,9 @@ class DebugSet:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a `.npz` file, or a folder of `.npy` files, whose arrays stay on disk and are memory-mapped.
+        """Read a `.npz` file, a folder of `.npy` files, which are memory-mapped, or Parquet and Arrow files.
+
+        Of the latter, rows are read when they are asked for, in parts of the set as well (see `debugset.columns`).
 
         Raises:
             DebugSetError: Nothing there, damaged or foreign files, or what `from_pairs` refuses.
@@ -265,7 +261,7 @@ class DebugSet:
         return replace(self, target=whole.as_target(target, self.kind, "target"))
 
     def take(self, indices: ArrayLike) -> Self:
-        """Return the pairs at `indices` `[n]`, integers or a bool mask `[pairs]`; arrays are copied into memory.
+        """Return the pairs at `indices` `[n]`, integers or a bool mask `[pairs]`; what is in memory is copied.
 
         Raises:
             DebugSetError: No indices, or indices that no pair has.
@@ -281,7 +277,9 @@ class DebugSet:
                 found=f"{rows.dtype} {list(rows.shape)}" + (f" up to {rows.max()}" if whole else ""),
                 advice="Take pairs that the set holds.",
             )
-        chosen: dict[str, Any] = {name: {k: v[rows] for k, v in getattr(self, name).items()} for name in files.SIDES}
+        chosen: dict[str, Any] = {
+            name: {k: rows_of(v, rows) for k, v in getattr(self, name).items()} for name in files.SIDES
+        }
         chosen |= {name: array[rows] for name in files.EXTRAS if (array := getattr(self, name)) is not None}
         return replace(self, **chosen)
 

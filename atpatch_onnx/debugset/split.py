@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from atpatch_onnx.debugset.arrays import Array
 from atpatch_onnx.errors import DebugSetError
 
+_AT_ONCE = 2**24
+"""Bytes of rows that are read together: they may be stored in a file."""
+
 
 def part_rows(
     clean: Mapping[str, Array],
@@ -58,11 +61,15 @@ def part_rows(
 def _digests(inputs: Mapping[str, Array]) -> list[bytes]:
     """Hash each row over all inputs; the byte length of a row is the same for all rows."""
     digests = []
-    for row in range(len(next(iter(inputs.values())))):
-        content = hashlib.blake2b(digest_size=16)
-        for name in sorted(inputs):
-            content.update(inputs[name][row].tobytes())
-        digests.append(content.digest())
+    rows = len(next(iter(inputs.values())))
+    step = max(1, _AT_ONCE * rows // max(1, sum(array.nbytes for array in inputs.values())))
+    for start in range(0, rows, step):
+        some = [inputs[name][start : start + step] for name in sorted(inputs)]
+        for cells in zip(*some, strict=True):
+            content = hashlib.blake2b(digest_size=16)
+            for cell in cells:
+                content.update(cell.tobytes())
+            digests.append(content.digest())
     return digests
 
 

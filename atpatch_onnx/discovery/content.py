@@ -187,7 +187,7 @@ def read_content(
     if is_kind == "texts":
         common, usual = _of_texts(array, blank)
     elif is_kind == "tables":
-        usual = np.array([_mode(column) for column in array.T], array.dtype)
+        usual = np.array([_mode(column) for column in np.asarray(array).T], array.dtype)
     return Content(name, is_kind, found[name], common, usual)
 
 

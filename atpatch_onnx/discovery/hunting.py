@@ -9,6 +9,7 @@ one graph (`fitting.board`).
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +32,7 @@ from atpatch_onnx.fitting.board import Board
 from atpatch_onnx.fitting.collect import input_specs
 from atpatch_onnx.graph import ModelOrPath, fingerprint
 from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.running.executors import LOCAL, Executor, executing
 from atpatch_onnx.running.opening import as_model
 from atpatch_onnx.running.predictions import prediction_output
 from atpatch_onnx.running.sessions import Array, Progress, silent
@@ -48,6 +50,7 @@ def hunt(
     options: HuntOptions | None = None,
     *,
     finished: str | os.PathLike[str] | None = None,
+    executor: Executor | str = LOCAL,
     progress: Progress = silent,
 ) -> Search:
     """Search a trigger in unlabelled inputs. Same arguments, same result.
@@ -57,6 +60,7 @@ def hunt(
         traffic: Arrays `[inputs, ...]` by the model's input names, from before any fix.
         options: How.
         finished: A folder for finished pieces; a hunt that was stopped goes on where it was.
+        executor: Who runs the model: `local`, `ray`, `ray://HOST:PORT`, or an executor (see `running.executors`).
         progress: Told of long work.
 
     Raises:
@@ -67,7 +71,18 @@ def hunt(
         MissingExtraError: scipy is not installed.
     """
     require("scipy", "discover", "hunting for a trigger")
-    options, model = options or HuntOptions(), as_model(model)
+    with executing(executor) as runs:
+        return _hunt(as_model(model), traffic, options or HuntOptions(), finished, runs, progress)
+
+
+def _hunt(
+    model: ir.Model,
+    traffic: Mapping[str, ArrayLike],
+    options: HuntOptions,
+    finished: str | os.PathLike[str] | None,
+    executor: Executor,
+    progress: Progress,
+) -> Search:
     inputs, sites, output = begin(model, traffic, options.output)
     kept = Finished(finished, {"hunt": fingerprint(model), "options": asdict(replace(options, words=None))}, inputs)
     content = read_content(
@@ -76,9 +91,10 @@ def hunt(
     if content.kind == "texts":
         check_words(options.words, inputs[content.name])
     parts = content.parts(inputs)
-    looked = look(model, sites, inputs, parts, output, batch_size=options.batch_size, progress=progress)
+    run: dict[str, Any] = {"batch_size": options.batch_size, "executor": executor}
+    looked = look(model, sites, inputs, parts, output, progress=progress, **run)
     check_classes(looked.predicted)
-    board = Board(model, sites, looked.neutral, output, batch_size=options.batch_size)
+    board = Board(model, sites, looked.neutral, output, **run)
     found = _minimal(board, content, inputs, looked, parts, kept, progress)
     groups = _groups(model, sites, inputs, looked, found, parts, options, progress)
     surgery = Surgery(board, content, inputs, looked, parts, options.seed)

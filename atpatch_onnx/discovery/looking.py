@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,8 +14,10 @@ from atpatch_onnx.fitting.collect import Means
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.patch import Neutral
+from atpatch_onnx.running.executors import LOCAL, Executor, Kept
 from atpatch_onnx.running.predictions import classes
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
+from atpatch_onnx.running.shards import Groups, SpreadSession
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,27 +62,24 @@ def look(
     output: str,
     *,
     batch_size: int = 32,
+    executor: Executor = LOCAL,
     progress: Progress = silent,
 ) -> Looked:
     """One pass over inputs `[inputs, ...]`: predictions, what tokens draw, and the means over their `parts`."""
-    session = Session(probe(model, sites, masses=True, kept=[output]))
+    session = SpreadSession(probe(model, sites, masses=True, kept=[output]), executor=executor)
     means = {site: Means(site) for site in sites}
     sums = {site: np.zeros((2, site.key.features)) for site in sites}
     predicted, masses = [], []
-    for rows, outputs in session.stream(inputs, batch_size=batch_size, progress=progress, stage="looking at inputs"):
-        drawn = []
-        for site in sites:
-            keys, values = outputs[key_output(site)], outputs[value_output(site)]
-            name = mass_output(site)
-            mass = None if name is None else outputs[name]
-            means[site].add(keys, values, mass, parts[rows])
-            own = keys[parts[rows]].astype(np.float64)
-            sums[site] += own.sum(axis=0), (own**2).sum(axis=0)
-            if mass is not None:
-                drawn.append(mass)
-        predicted.append(classes(outputs[output]))
-        if drawn:
-            masses.append(np.mean(drawn, axis=0, dtype=np.float32))
+    groups: Groups = {"inputs": inputs, "marks": {"parts": parts}}
+    run: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "stage": "looking at inputs"}
+    for _, kept in session.keep(_Looking(tuple(sites), output), groups, **run):
+        for number, site in enumerate(sites):
+            of_site = {name.partition("/")[2]: a for name, a in kept.items() if name.startswith(f"{number}/")}
+            means[site].add_sums(of_site)
+            sums[site] += of_site["own"]
+        predicted.append(kept["predicted"])
+        if "mass" in kept:
+            masses.append(kept["mass"])
     count = max(int(parts.sum()), 1)
     spread = {}
     for site, (total, squares) in sums.items():
@@ -91,3 +91,26 @@ def look(
         {site.name: means[site].neutral() for site in sites},
         spread,
     )
+
+
+@dataclass(frozen=True)
+class _Looking:
+    """What is kept of a batch: sums of each site, predictions, and the attention that tokens draw."""
+
+    sites: tuple[AttentionSite, ...]
+    output: str
+
+    def __call__(self, sessions: Sequence[Session], batch: Groups) -> Kept:
+        outputs, parts = sessions[0].batch(batch["inputs"]), batch["marks"]["parts"]
+        found: dict[str, Array] = {"predicted": classes(outputs[self.output])}
+        drawn = []
+        for number, site in enumerate(self.sites):
+            keys, values = outputs[key_output(site)], outputs[value_output(site)]
+            name = mass_output(site)
+            mass = None if name is None else outputs[name]
+            own = keys[parts].astype(np.float64)
+            sums = Means.sums(keys, values, mass, parts) | {"own": np.stack([own.sum(axis=0), (own**2).sum(axis=0)])}
+            found |= {f"{number}/{what}": array for what, array in sums.items()}
+            if mass is not None:
+                drawn.append(mass)
+        return found | ({"mass": np.asarray(np.mean(drawn, axis=0, dtype=np.float32))} if drawn else {})

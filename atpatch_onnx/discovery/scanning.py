@@ -32,8 +32,10 @@ from atpatch_onnx.discovery.vocabulary import check_words
 from atpatch_onnx.errors import DiscoveryError, RunError, require
 from atpatch_onnx.fitting.collect import input_specs
 from atpatch_onnx.graph import ModelOrPath, fingerprint
+from atpatch_onnx.running.executors import LOCAL, Executor, executing
 from atpatch_onnx.running.opening import as_model
-from atpatch_onnx.running.sessions import Progress, Session, silent
+from atpatch_onnx.running.sessions import Progress, silent
+from atpatch_onnx.running.shards import SpreadSession
 
 
 def scan(
@@ -43,6 +45,7 @@ def scan(
     *,
     candidates: Sequence[Candidate] = (),
     finished: str | os.PathLike[str] | None = None,
+    executor: Executor | str = LOCAL,
     progress: Progress = silent,
 ) -> Search:
     """Search a trigger with clean inputs only, or audit a table. Same arguments, same result.
@@ -54,6 +57,8 @@ def scan(
         options: How.
         candidates: Parts from elsewhere, such as a gradient search in the torch model, that are tested as well.
         finished: A folder for finished pieces; a scan that was stopped goes on where it was.
+        executor: Who runs the model, but for prompts, which are written token by token here: `local`, `ray`,
+            `ray://HOST:PORT`, or an executor (see `running.executors`).
         progress: Told of long work.
 
     Raises:
@@ -67,10 +72,11 @@ def scan(
     model, options = as_model(model), options or ScanOptions()
     if reads_prompts(model, options):
         return scan_prompts(model, clean, options, finished, progress)
-    work = _begin(model, clean, options, finished, progress)
-    if work.content.kind == "tables":
-        return _tables(work)
-    return (_texts if work.content.kind == "texts" else _images)(work, candidates)
+    with executing(executor) as runs:
+        work = _begin(model, clean, options, finished, progress, runs)
+        if work.content.kind == "tables":
+            return _tables(work)
+        return (_texts if work.content.kind == "texts" else _images)(work, candidates)
 
 
 def cost(
@@ -105,6 +111,7 @@ def _begin(
     options: ScanOptions,
     finished: str | os.PathLike[str] | None,
     progress: Progress,
+    executor: Executor = LOCAL,
 ) -> Scan:
     assert options.kind != "prompts", "they are scanned in another way"
     inputs, sites, output = begin(model, clean, options.output)
@@ -114,7 +121,7 @@ def _begin(
         check_words(options.words, inputs[content.name])
         inputs = trimmed(inputs, content, isinstance(input_specs(model)[content.name].shape[1], int))
         content = replace(content, cells=content.cells[: inputs[content.name].shape[1]])
-    session = Session(model)
+    session = SpreadSession(model, executor=executor)
     order = np.random.default_rng(options.seed).permutation(len(inputs[content.name]))
     halves = (order, order) if content.kind == "tables" else (order[: len(order) // 2], order[len(order) // 2 :])
     explore, confirm = (

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atpatch_onnx.running.predictions import classes, confidences
-from atpatch_onnx.running.sessions import Array, Progress, Session, silent
+from atpatch_onnx.running.sessions import Array, Progress, silent
+from atpatch_onnx.running.shards import SpreadSession
 
 
 class Trials:
@@ -22,7 +23,7 @@ class Trials:
 
     def __init__(
         self,
-        session: Session,
+        session: SpreadSession,
         output: str,
         inputs: Mapping[str, Array],
         *,

@@ -18,8 +18,10 @@ from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.patch import Neutral
 from atpatch_onnx.running.batching import AS_GIVEN, Batching
+from atpatch_onnx.running.executors import LOCAL, Executor
 from atpatch_onnx.running.predictions import classes
-from atpatch_onnx.running.sessions import Array, Progress, Session, silent
+from atpatch_onnx.running.sessions import Array, Progress, silent
+from atpatch_onnx.running.shards import SpreadSession
 
 _SCOPE = "hunt"
 FLAGS = own_name(_SCOPE, "neutral")
@@ -36,6 +38,7 @@ class Board:
         output: Name of the output that predictions are read from.
         batch_size: Inputs at a time.
         batching: How samples are given to the model.
+        executor: Who runs it.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Board:
         *,
         batch_size: int = 32,
         batching: Batching = AS_GIVEN,
+        executor: Executor = LOCAL,
     ) -> None:
         board = graphs.copy(model)
         flags = ir.Value(name=FLAGS, shape=ir.Shape(["inputs", "tokens"]), type=ir.TensorType(ir.DataType.BOOL))
@@ -61,7 +65,8 @@ class Board:
                 into = Insertion(board.graph, site.name, anchor=ends.get(producer, producer))
                 replace_tokens(into, replacement, decision)
                 ends[producer] = into.end
-        self._session, self._output, self._batch = Session(board, batching=batching), output, batch_size
+        self._session = SpreadSession(board, executor=executor, batching=batching)
+        self._output, self._batch = output, batch_size
         self.passes = 0
         """Inputs that were run."""
 

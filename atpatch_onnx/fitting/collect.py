@@ -1,12 +1,14 @@
 """Stream keys and values over a debug set: what detectors are trained on, and what neutral tokens are the mean of.
 
 Of keys, those of anomalous tokens, those at the same positions on the clean side, and a sample of the others are kept,
-each kind up to a third of `MAX_BYTES` a site, and of what both sides have, half of that for either. For the means, keys
-and values of clean benign tokens are only summed up, those of padding and of attention sinks left out.
+each kind up to a third of `MAX_BYTES` a site, and of what both sides have, half of that for either: beyond it, those
+that are drawn for the number of their row (`fitting.sampled`). For the means, keys and values of clean benign tokens
+are only summed up, those of padding and of attention sinks left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,20 +17,20 @@ from numpy.typing import NDArray
 from atpatch_onnx.baking.probe import key_output, mass_output, probe, value_output
 from atpatch_onnx.debugset import DebugSet, InputSpec
 from atpatch_onnx.errors import DebugSetError, FitError, NoSiteError
+from atpatch_onnx.fitting.sampled import Bounded, Draw, Shares
 from atpatch_onnx.graph import weights
 from atpatch_onnx.matching import batching
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.patch import Array, Neutral
+from atpatch_onnx.running.executors import LOCAL, Executor, Kept
 from atpatch_onnx.running.sessions import Progress, Session, silent
+from atpatch_onnx.running.shards import Groups, SpreadSession
 
 MAX_BYTES = 2**27
 """Keys kept for one site, all kinds together."""
 
 SINK = 4.0
 """A token that draws more than so many even shares of the attention is a sink, and stays out of the neutral token."""
-
-MAX_BENIGN = 8
-"""Benign tokens kept of one input, besides the suspects' own positions."""
 
 _DIFFERENCE = 1e-3
 """A token's values differ when they do by this share of the largest value of the pair: far above rounding."""
@@ -88,6 +90,7 @@ def find_suspects(
     *,
     always: bool = False,
     batch_size: int = 32,
+    executor: Executor = LOCAL,
     progress: Progress = silent,
 ) -> DebugSet:
     """The debug set with its suspects: those it has, or the tokens whose values differ most at the first site.
@@ -119,19 +122,11 @@ def find_suspects(
                 advice="Mark positions of the model's token axis, class token included, or use suspects='auto'.",
             )
         return _everywhere(debug) if always else debug
-    name = value_output(first)
-    session = Session(probe(model, [first]), batching=batching(model))  # what lies behind it is not run
-    clean = session.stream(debug.clean, [name], batch_size=batch_size)
-    other = session.stream(
-        debug.counterfactual, [name], batch_size=batch_size, progress=progress, stage="finding the suspect tokens"
-    )
-    found = []
-    for (_, before), (_, after) in zip(clean, other, strict=True):
-        difference = np.abs(after[name] - before[name]).max(axis=2)
-        largest = np.abs(before[name]).max(axis=(1, 2))
-        most = difference.max(axis=1)
-        least = np.maximum(_DIFFERENCE * largest, 0 if always else _CARRIES * most)
-        found.append(difference > least[:, None])
+    probed = probe(model, [first])  # what lies behind it is not run
+    session = SpreadSession(probed, executor=executor, batching=batching(model))
+    sides = {"clean": debug.clean, "counterfactual": debug.counterfactual}
+    run: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "stage": "finding the suspect tokens"}
+    found = [kept["suspects"] for _, kept in session.keep(_Differing(value_output(first), always), sides, **run)]
     suspects = np.concatenate(found)
     if not suspects.any():
         raise DebugSetError(
@@ -148,6 +143,23 @@ def _everywhere(debug: DebugSet) -> DebugSet:
     """The debug set in which the suspects of any pair are those of all."""
     assert debug.suspects is not None, "the suspects were found before"
     return debug.with_suspects(np.broadcast_to(debug.suspects.any(axis=0), debug.suspects.shape))
+
+
+@dataclass(frozen=True)
+class _Differing:
+    """Which tokens' values differ between the two sides, bool `[pairs, tokens]`."""
+
+    name: str
+    always: bool
+    """Whether tokens count that differ little beside others of their input."""
+
+    def __call__(self, sessions: Sequence[Session], batch: Groups) -> Kept:
+        before, after = (sessions[0].batch(batch[side], [self.name])[self.name] for side in ("clean", "counterfactual"))
+        difference = np.abs(after - before).max(axis=2)
+        largest = np.abs(before).max(axis=(1, 2))
+        most = difference.max(axis=1)
+        least = np.maximum(_DIFFERENCE * largest, 0 if self.always else _CARRIES * most)
+        return {"suspects": difference > least[:, None]}
 
 
 def anomalous_columns(debug: DebugSet) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -167,6 +179,7 @@ def collect(
     *,
     batch_size: int = 32,
     seed: int = 0,
+    executor: Executor = LOCAL,
     progress: Progress = silent,
 ) -> tuple[Tokens, ...]:
     """Keys and values of every site over a debug set whose suspects are known.
@@ -174,29 +187,60 @@ def collect(
     Raises:
         FitError: A site's token axis is not the one that the suspects are positions of.
     """
-    session = Session(probe(model, sites, masses=True), batching=batching(model))
-    kept = {site: _Kept(site) for site in sites}
-    generator = np.random.default_rng(seed)
-    clean, counterfactual = anomalous_columns(debug)
+    session = SpreadSession(probe(model, sites, masses=True), executor=executor, batching=batching(model))
     suspects = debug.suspects
     assert suspects is not None
-    sides = (("clean", debug.clean, clean), ("counterfactual", debug.counterfactual, counterfactual))
-    for side, inputs, anomalous in sides:
-        stage = f"collecting, {side} inputs"
-        for part, outputs in session.stream(inputs, batch_size=batch_size, progress=progress, stage=stage):
-            for site in sites:
-                keys, values = outputs[key_output(site)], outputs[value_output(site)]
-                if keys.shape[1] != suspects.shape[1]:
-                    raise FitError(
-                        f"site {site.name}",
-                        expected=f"{suspects.shape[1]} tokens, as the suspects have positions",
-                        found=f"{keys.shape[1]}",
-                        advice="Fit the sites of one token axis only (option sites=).",
-                    )
-                name = mass_output(site)
-                mass = None if name is None else outputs[name]
-                kept[site].add(keys, values, mass, suspects[part], anomalous[part], generator, is_clean=side == "clean")
-    return tuple(kept[site].tokens() for site in sites)
+    anomalous = dict(zip(("clean", "counterfactual"), anomalous_columns(debug), strict=True))
+    means, bounded = [Means(site) for site in sites], [Bounded(site.key.features) for site in sites]
+    for side, inputs in (("clean", debug.clean), ("counterfactual", debug.counterfactual)):
+        marks = {"suspects": suspects, "anomalous": anomalous[side]}
+        shares = tuple(one.shares(MAX_BYTES, side, suspects, anomalous[side]) for one in bounded)
+        start = np.arange(len(debug)) + (side != "clean") * len(debug)
+        work = _Reading(tuple(sites), seed, side == "clean", shares)
+        run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        groups: Groups = {"inputs": inputs, "marks": {**marks, "row": start}}
+        for _, kept in session.keep(work, groups, stage=f"collecting, {side} inputs", **run):
+            for number, (mean, rows) in enumerate(zip(means, bounded, strict=True)):
+                of_site = {name.partition("/")[2]: a for name, a in kept.items() if name.startswith(f"{number}/")}
+                if side == "clean":
+                    mean.add_sums(of_site)
+                rows.add(side, of_site)
+    return tuple(
+        Tokens(site=site, neutral=mean.neutral(), left_out=mean.left_out, **rows.rows())
+        for site, mean, rows in zip(sites, means, bounded, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is kept of a batch: sums of each site, and the keys that detectors may be trained on."""
+
+    sites: tuple[AttentionSite, ...]
+    seed: int
+    is_clean: bool
+    shares: tuple[Shares, ...]
+
+    def __call__(self, sessions: Sequence[Session], batch: Groups) -> Kept:
+        outputs = sessions[0].batch(batch["inputs"])
+        suspects, anomalous, rows = (batch["marks"][name] for name in ("suspects", "anomalous", "row"))
+        draw = Draw(self.seed, rows, suspects.shape[1], len(self.sites))
+        found: dict[str, Array] = {}
+        for number, site in enumerate(self.sites):
+            keys, values = outputs[key_output(site)], outputs[value_output(site)]
+            if keys.shape[1] != suspects.shape[1]:
+                raise FitError(
+                    f"site {site.name}",
+                    expected=f"{suspects.shape[1]} tokens, as the suspects have positions",
+                    found=f"{keys.shape[1]}",
+                    advice="Fit the sites of one token axis only (option sites=).",
+                )
+            name = mass_output(site)
+            if self.is_clean:
+                sums = Means.sums(keys, values, None if name is None else outputs[name], ~anomalous)
+                found |= {f"{number}/{what}": array for what, array in sums.items()}
+            kept = draw.kept(keys, suspects, anomalous, self.shares[number], number)
+            found |= {f"{number}/{what}": array for what, array in kept}
+        return found
 
 
 class Means:
@@ -210,11 +254,24 @@ class Means:
 
     def add(self, keys: Array, values: Array, mass: Array | None, benign: NDArray[np.bool_]) -> None:
         """Add one batch: keys and values `[batch, tokens, features]`, the rest `[batch, tokens]`."""
+        self.add_sums(self.sums(keys, values, mass, benign))
+
+    @staticmethod
+    def sums(keys: Array, values: Array, mass: Array | None, benign: NDArray[np.bool_]) -> dict[str, Array]:
+        """What one batch adds: sums `[features]` in float64, and how many tokens are in them, and left out."""
         plain = benign if mass is None else benign & _plain(mass)
-        self.key_sum += keys[plain].sum(axis=0, dtype=np.float64)
-        self.value_sum += values[plain].sum(axis=0, dtype=np.float64)
-        self.count += int(plain.sum())
-        self.left_out += int((benign & ~plain).sum())
+        return {
+            "keys": keys[plain].sum(axis=0, dtype=np.float64),
+            "values": values[plain].sum(axis=0, dtype=np.float64),
+            "counts": np.array([plain.sum(), (benign & ~plain).sum()]),
+        }
+
+    def add_sums(self, sums: Mapping[str, Array]) -> None:
+        """Add what one batch does; batches in their order, so that the sum has the same bits wherever they were run."""
+        self.key_sum += sums["keys"]
+        self.value_sum += sums["values"]
+        self.count += int(sums["counts"][0])
+        self.left_out += int(sums["counts"][1])
 
     def neutral(self) -> Neutral:
         """The neutral token."""
@@ -229,46 +286,3 @@ def _plain(mass: Array) -> NDArray[np.bool_]:
     """Which tokens `[batch, tokens]` are seen, and draw no more than `SINK` times an even share of the attention."""
     seen = mass > 0
     return np.asarray(seen & (mass * seen.sum(axis=1, keepdims=True) <= SINK))
-
-
-class _Kept:
-    """What is kept of one site while streaming."""
-
-    def __init__(self, site: AttentionSite) -> None:
-        self.site = site
-        self.rows: dict[str, list[Array]] = {"anomalous": [], "hard": [], "benign": []}
-        self.bytes = dict.fromkeys(self.rows, 0)
-        self.means = Means(site)
-
-    def add(
-        self,
-        keys: Array,
-        values: Array,
-        mass: Array | None,
-        suspects: NDArray[np.bool_],
-        anomalous: NDArray[np.bool_],
-        generator: np.random.Generator,
-        *,
-        is_clean: bool,
-    ) -> None:
-        """Keep of one batch: keys and values `[batch, tokens, features]`, the rest `[batch, tokens]`."""
-        benign = ~anomalous
-        if is_clean:
-            self.means.add(keys, values, mass, benign)
-        share = 0.5 if is_clean else 1.0  # the clean side comes first, and leaves room for the other
-        self._keep("anomalous", keys[anomalous], share)
-        self._keep("hard", keys[suspects & benign], 1.0)  # of the clean side only
-        rank = np.where(benign & ~suspects, generator.random(benign.shape), np.inf).argsort(axis=1).argsort(axis=1)
-        self._keep("benign", keys[benign & ~suspects & (rank < MAX_BENIGN)], share)
-
-    def _keep(self, kind: str, rows: Array, share: float) -> None:
-        left = int(share * MAX_BYTES / len(self.rows)) - self.bytes[kind]
-        rows = rows[: max(left, 0) // rows[0].nbytes] if len(rows) else rows
-        if len(rows):
-            self.rows[kind].append(np.ascontiguousarray(rows))
-            self.bytes[kind] += rows.nbytes
-
-    def tokens(self) -> Tokens:
-        empty = np.zeros((0, self.site.key.features), np.float32)
-        kept = {kind: np.concatenate([empty, *rows]) for kind, rows in self.rows.items()}
-        return Tokens(site=self.site, neutral=self.means.neutral(), left_out=self.means.left_out, **kept)

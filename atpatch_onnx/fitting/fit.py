@@ -32,6 +32,7 @@ from atpatch_onnx.graph import ModelOrPath, beginning, fingerprint
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.compose import compose
 from atpatch_onnx.patches.patch import Patch, Places, SitePatch
+from atpatch_onnx.running.executors import LOCAL, Executor, executing
 from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.sessions import Progress, silent
 
@@ -43,9 +44,10 @@ def fit(
     *,
     after: Sequence[Patch] = (),
     custom_ops: Libraries = (),
+    executor: Executor | str = LOCAL,
     progress: Progress = silent,
 ) -> Patch:
-    """Fit a patch. The same model, debug set and options give the same patch, byte for byte.
+    """Fit a patch. The same model, debug set and options give the same patch, byte for byte, whoever runs the model.
 
     Args:
         model: The base, or its path.
@@ -54,6 +56,7 @@ def fit(
         after: Patches of hidden units that are in the model already while this one is fitted, and are to be baked
             before it.
         custom_ops: Libraries that operators of the model come from, as of `load`.
+        executor: Who runs the model: `local`, `ray`, `ray://HOST:PORT`, or an executor (see `running.executors`).
         progress: Told of what is done.
 
     Raises:
@@ -81,12 +84,13 @@ def fit(
         goal = options.goal
         flags = PROMPTS if goal.flags_per_million is None else goal.flags_per_million
         options = replace(options, output=OUTPUT, goal=replace(goal, flags_per_million=flags))
-    prepared = prepare(model, debug, options, progress)
     attempts: list[_Attempt] = []
-    for attempt in _attempts(model, prepared, options, progress):
-        attempts.append(attempt)
-        if not attempt.found.outcome.shortfalls(options.goal):
-            break
+    with executing(executor) as runs:
+        prepared = prepare(model, debug, options, progress, runs)
+        for attempt in _attempts(model, prepared, options, progress, runs):
+            attempts.append(attempt)
+            if not attempt.found.outcome.shortfalls(options.goal):
+                break
     best = min(attempts, key=lambda attempt: attempt.found.outcome.nearness(options.goal))
     possible = None
     if kind != "generation" and best.found.outcome.shortfalls(options.goal):
@@ -139,12 +143,14 @@ class _Attempt:
     cost: Cost
 
 
-def _attempts(model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress) -> Iterator[_Attempt]:
+def _attempts(
+    model: ir.Model, prepared: Prepared, options: FitOptions, progress: Progress, executor: Executor
+) -> Iterator[_Attempt]:
     """One after the other, as they are asked for."""
     run: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
-    tokens = collect(model, prepared.sites, prepared.parts.fit, seed=options.seed, **run)
+    tokens = collect(model, prepared.sites, prepared.parts.fit, seed=options.seed, executor=executor, **run)
     for kind, entries in _candidates(tokens, prepared.debug, options, progress):
-        board = Switchboard(model, entries, prepared.output)
+        board = Switchboard(model, entries, prepared.output, executor=executor)
         calibration_part = ScoredPart(board, prepared.parts.calibration, stage=f"calibrating, {kind}", **run)
         calibration = Calibration.of(calibration_part, options)
         validation_part = ScoredPart(board, prepared.parts.validation, stage=f"validating, {kind}", **run)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx.debugset import DebugSet, Split
@@ -13,9 +14,11 @@ from atpatch_onnx.fitting.collect import find_suspects, input_specs
 from atpatch_onnx.fitting.options import FitOptions
 from atpatch_onnx.matching import batching, find_sites
 from atpatch_onnx.matching.sites import AttentionSite
+from atpatch_onnx.running.executors import LOCAL, Executor, Kept
 from atpatch_onnx.running.metrics import infer_target
 from atpatch_onnx.running.predictions import classes, prediction_output
 from atpatch_onnx.running.sessions import Progress, Session, silent
+from atpatch_onnx.running.shards import Groups, SpreadSession, joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,13 @@ class Prepared:
     """Name of the output that predictions are read from."""
 
 
-def prepare(model: ir.Model, debug: DebugSet, options: FitOptions, progress: Progress = silent) -> Prepared:
+def prepare(
+    model: ir.Model,
+    debug: DebugSet,
+    options: FitOptions,
+    progress: Progress = silent,
+    executor: Executor = LOCAL,
+) -> Prepared:
     """Check the debug set against the model, find its target and, at the axis's first site, its suspects; split it.
 
     Raises:
@@ -50,7 +59,7 @@ def prepare(model: ir.Model, debug: DebugSet, options: FitOptions, progress: Pro
     first = next(site for site in found if site.token_axis == sites[0].token_axis)
     if options.always:
         _require_same_places(first)
-    run: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
+    run: dict[str, Any] = {"batch_size": options.batch_size, "executor": executor, "progress": progress}
     debug, output = complete(model, debug, output=options.output, effect=not options.always, **run)
     debug = find_suspects(model, [first], debug, always=options.always, **run)
     parts = debug.split(seed=options.seed)
@@ -79,6 +88,7 @@ def complete(
     output: str | None,
     batch_size: int,
     effect: bool = True,
+    executor: Executor = LOCAL,
     progress: Progress = silent,
 ) -> tuple[DebugSet, str]:
     """Check the debug set against the model and find its target; the set with that, and the output of predictions.
@@ -90,16 +100,14 @@ def complete(
     debug.check_inputs(input_specs(model))
     where = batching(model)
     output = prediction_output(model, output, where)
-    session = Session(model, batching=where)
-    sides = (("clean", debug.clean), ("counterfactual", debug.counterfactual))
-    logits = [
-        session.collect(inputs, [output], batch_size=batch_size, progress=progress, stage=f"predicting, {side} inputs")[
-            output
-        ]
-        for side, inputs in sides
+    session = SpreadSession(model, executor=executor, batching=where)
+    run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    found = [
+        joined(session.keep(_Predicting(output), {"inputs": inputs}, stage=f"predicting, {side} inputs", **run))
+        for side, inputs in (("clean", debug.clean), ("counterfactual", debug.counterfactual))
     ]
-    _check_classes(debug, max(logits[0].shape[-1], 2))
-    clean, counterfactual = map(classes, logits)
+    _check_classes(debug, max(int(found[0]["width"][0]), 2))
+    clean, counterfactual = (side["classes"] for side in found)
     if effect:
         check_effect(clean, counterfactual, pairs=len(debug), attribute=debug.kind == "attribute")
     if debug.kind == "backdoor" and debug.target is None:
@@ -113,6 +121,17 @@ def complete(
             )
         debug = debug.with_target(target)
     return debug, output
+
+
+@dataclass(frozen=True)
+class _Predicting:
+    """The class of each input, and how many there are."""
+
+    output: str
+
+    def __call__(self, sessions: Sequence[Session], batch: Groups) -> Kept:
+        logits = sessions[0].batch(batch["inputs"], [self.output])[self.output]
+        return {"classes": classes(logits), "width": np.array([logits.shape[-1]])}
 
 
 def _check_classes(debug: DebugSet, count: int) -> None:

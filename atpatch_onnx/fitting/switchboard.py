@@ -18,7 +18,9 @@ from atpatch_onnx.graph.names import own_name
 from atpatch_onnx.matching import batching
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.patch import SitePatch
-from atpatch_onnx.running.sessions import Array, Progress, Session, silent
+from atpatch_onnx.running.executors import LOCAL, Executor
+from atpatch_onnx.running.sessions import Array, Progress, silent
+from atpatch_onnx.running.shards import SpreadSession
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Switchboard:
         entries: Every candidate site with its detector and neutral token, on one token axis.
         output: Name of the output that predictions are read from.
         change: What else is done to the graph, in place: another way to redistribute, to compare with.
+        executor: Who runs it.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Switchboard:
         output: str,
         *,
         change: Callable[[ir.Model, Sequence[Written]], None] = lambda board, written: None,
+        executor: Executor = LOCAL,
     ) -> None:
         board = graphs.copy(model)
         self._margins: dict[str, str] = {}
@@ -95,7 +99,7 @@ class Switchboard:
             self._offsets[name] = np.asarray(offset, np.float32)
         change(board, written)
         self._logits = output
-        self._session = Session(board, batching=batching(model))
+        self._session = SpreadSession(board, executor=executor, batching=batching(model))
 
     def run(
         self,

@@ -5,26 +5,26 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
-from atpatch_onnx.baking.expose import expose
-from atpatch_onnx.baking.metadata import PatchRecord, read_record
+from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, require
 from atpatch_onnx.fitting.collect import anomalous_columns, input_specs
 from atpatch_onnx.matching import batching
-from atpatch_onnx.measuring.inspect import last_margin, require_base, with_columns
-from atpatch_onnx.running.bits import same_samples
+from atpatch_onnx.measuring.inspect import require_base, with_columns
+from atpatch_onnx.measuring.sides import Side, Sides, run_sides
+from atpatch_onnx.running.counted import Counts
 from atpatch_onnx.running.drawing import draw_inputs
+from atpatch_onnx.running.executors import LOCAL, Executor, executing
 from atpatch_onnx.running.groups import demographic_parity, equalized_odds
 from atpatch_onnx.running.metrics import Difference, Rate, attack_above_floor, attack_success, flip_rate, infer_target
 from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.placement import placement
-from atpatch_onnx.running.predictions import classes, confidences, prediction_output
+from atpatch_onnx.running.predictions import prediction_output
 from atpatch_onnx.running.providers import Providers, on_cpu
-from atpatch_onnx.running.sessions import Array, Progress, Session, silent
+from atpatch_onnx.running.sessions import Progress, silent
 
 CURVE_POINTS = 200
 """Points kept of a precision-recall curve."""
@@ -131,21 +131,6 @@ class Evaluation:
         return asdict(self)
 
 
-@dataclass(frozen=True, eq=False)
-class Side:
-    """What base and patched model make of one side of a debug set."""
-
-    base: Array
-    """Logits `[inputs, classes]`."""
-
-    patched: Array
-    flags: NDArray[np.bool_]
-    """`[inputs, tokens]`."""
-
-    scores: NDArray[np.float64]
-    """Largest margin of each token over all detecting sites `[inputs, tokens]`."""
-
-
 def evaluate(
     base: graphs.ModelOrPath,
     patched: graphs.ModelOrPath,
@@ -155,6 +140,7 @@ def evaluate(
     providers: Providers = ("cpu",),
     batch_size: int = 32,
     custom_ops: Libraries = (),
+    executor: Executor | str = LOCAL,
     progress: Progress = silent,
 ) -> Evaluation:
     """Measure base and patched model on pairs that the fit never saw.
@@ -168,6 +154,7 @@ def evaluate(
         providers: What is to run both, names of `running.providers.PROVIDERS`.
         batch_size: Inputs at a time.
         custom_ops: Libraries that operators of the model come from, as of `load`.
+        executor: Who runs both: `local`, `ray`, `ray://HOST:PORT`, or an executor (see `running.executors`).
         progress: Told after every batch.
 
     Raises:
@@ -191,53 +178,31 @@ def evaluate(
     output = prediction_output(base, output, batching(base))
     record = read_record(patched)
     require_base(base, record)
-    if record.detects:
-        debug = with_columns(base, patched, record, debug, batch_size=batch_size, progress=progress)
-    run = (base, patched, record, output, providers, batch_size, progress)
-    clean = run_side("clean", debug.clean, *run)
-    other = run_side("counterfactual", debug.counterfactual, *run)
-    found = _evaluation(debug, clean, other, edits=bool(record.layers))
+    with executing(executor) as runs:
+        how: dict[str, Any] = {"batch_size": batch_size, "executor": runs, "progress": progress}
+        if record.detects:
+            debug = with_columns(base, patched, record, debug, **how)
+        sides = run_sides(base, patched, record, debug, output, providers=providers, **how)
+    found = _evaluation(debug, sides, edits=bool(record.layers))
     if on_cpu(providers):
         return found
     where = placement(patched, draw_inputs(patched, np.random.default_rng(0)), providers)
     return replace(found, ran=where.to_json())
 
 
-def run_side(
-    name: str,
-    inputs: Mapping[str, Array],
-    base: ir.Model,
-    patched: ir.Model,
-    record: PatchRecord,
-    output: str,
-    providers: Providers,
-    batch_size: int,
-    progress: Progress,
-) -> Side:
-    """Run one side through both models."""
-    margins = [last_margin(record.sites)] if record.detects else []
-    stage = f"evaluating {name} inputs"
-    run: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    how: dict[str, Any] = {"batching": batching(base), "providers": providers}
-    before, after = Session(base, **how), Session(expose(patched, margins), **how)
-    logits = before.collect(inputs, [output], stage=f"{stage}, base", **run)
-    inner = after.collect(inputs, [output, *margins], stage=f"{stage}, patched", **run)
-    samples = len(logits[output])  # neuron edits detect nothing
-    scores = np.asarray(inner[margins[0]] if margins else np.zeros((samples, 0)), np.float64).reshape(samples, -1)
-    return Side(logits[output], inner[output], scores > 0, scores)
-
-
-def _evaluation(debug: DebugSet, clean: Side, other: Side, *, edits: bool) -> Evaluation:
-    labels = classes(clean.base) if debug.labels is None else debug.labels
-    right_before, right_after = (classes(logits) == labels for logits in (clean.base, clean.patched))
-    flagged = np.any(clean.flags, axis=1)
-    same = same_samples(clean.base, clean.patched)
+def _evaluation(debug: DebugSet, sides: Sides, *, edits: bool) -> Evaluation:
+    clean, other = sides.clean, sides.other
+    labels = clean.base if debug.labels is None else debug.labels
+    right_before, right_after = (predicted == labels for predicted in (clean.base, clean.patched))
+    flagged, same = np.any(clean.flags, axis=1), clean.same
     detects = clean.flags.shape[1] > 0
     anomalous = anomalous_columns(debug) if detects else (clean.flags, other.flags)
     wanted, flags = np.concatenate(anomalous), np.concatenate([clean.flags, other.flags])
-    scores = np.concatenate([clean.scores, other.scores])
-    columns = _detection(wanted.ravel(), flags.ravel(), scores.ravel()) if detects else None
-    inputs = _detection(np.any(wanted, axis=1), np.any(flags, axis=1), scores.max(axis=1)) if detects else None
+    columns = inputs = None
+    if detects:
+        columns = _detection(wanted, flags, _curve_of_counts(sides.scores))
+        of_inputs, largest = np.any(wanted, axis=1), np.concatenate([clean.largest, other.largest])
+        inputs = _detection(of_inputs, np.any(flags, axis=1), _curve(of_inputs, largest))
     return Evaluation(
         inputs=len(debug),
         accuracy_base=Rate.of(right_before),
@@ -249,29 +214,37 @@ def _evaluation(debug: DebugSet, clean: Side, other: Side, *, edits: bool) -> Ev
         columns=columns,
         input_level=inputs,
         backdoor=_backdoor(debug, labels, clean, other) if debug.kind == "backdoor" else None,
-        fairness=_fairness(debug, labels, clean, other) if debug.kind == "attribute" else None,
+        fairness=_fairness(debug, labels, sides) if debug.kind == "attribute" else None,
         labelled=debug.labels is not None,
     )
 
 
-def _detection(wanted: NDArray[np.bool_], flags: NDArray[np.bool_], scores: NDArray[np.float64]) -> Detection:
+def _detection(wanted: NDArray[np.bool_], flags: NDArray[np.bool_], curve: Curve) -> Detection:
+    return Detection(precision=Rate.of(wanted[flags]), recall=Rate.of(flags[wanted]), curve=curve)
+
+
+def _curve(
+    wanted: NDArray[np.bool_], scores: NDArray[np.floating[Any]], counts: NDArray[np.int64] | None = None
+) -> Curve:
+    """The curve of scores, each of which stands for as many as `counts` says, or for one."""
     from sklearn.metrics import average_precision_score, precision_recall_curve
 
-    precision, recall, _ = precision_recall_curve(wanted, scores, drop_intermediate=True)
+    precision, recall, _ = precision_recall_curve(wanted, scores, sample_weight=counts, drop_intermediate=True)
     keep = np.unique(np.linspace(0, len(precision) - 1, CURVE_POINTS).astype(int))
-    return Detection(
-        precision=Rate.of(wanted[flags]),
-        recall=Rate.of(flags[wanted]),
-        curve=Curve(
-            precision=tuple(float(value) for value in precision[keep]),
-            recall=tuple(float(value) for value in recall[keep]),
-            average_precision=float(average_precision_score(wanted, scores)),
-        ),
+    return Curve(
+        precision=tuple(float(value) for value in precision[keep]),
+        recall=tuple(float(value) for value in recall[keep]),
+        average_precision=float(average_precision_score(wanted, scores, sample_weight=counts)),
     )
 
 
+def _curve_of_counts(found: Counts) -> Curve:
+    wanted = np.repeat([True, False], len(found.scores))
+    return _curve(wanted, np.tile(found.scores, 2), np.concatenate([found.wanted, found.others]))
+
+
 def _backdoor(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Side) -> Backdoor:
-    before, triggered = classes(clean.base), classes(other.base)
+    before, triggered = clean.base, other.base
     target = infer_target(before, triggered) if debug.target is None else debug.target
     if target is None:
         raise DebugSetError(
@@ -280,7 +253,7 @@ def _backdoor(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Si
             found="none named, and changed predictions that go to several classes",
             advice="Name it: DebugSet.with_target(class), or --target-class.",
         )
-    repaired, others = classes(other.patched), labels != target
+    repaired, others = other.patched, labels != target
     return Backdoor(
         target=target,
         asr_base=attack_success(triggered, labels, target),
@@ -293,8 +266,10 @@ def _backdoor(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Si
     )
 
 
-def _fairness(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Side) -> Fairness:
-    before, after = (classes(clean.base), classes(other.base)), (classes(clean.patched), classes(other.patched))
+def _fairness(debug: DebugSet, labels: NDArray[np.int64], sides: Sides) -> Fairness:
+    clean, other = sides.clean, sides.other
+    before, after = (clean.base, other.base), (clean.patched, other.patched)
+    assert sides.gaps is not None, "they are of an attribute"
     binary = all(set(np.unique(c)) <= {0, 1} for c in (labels, before[0], after[0]))
     groups = {
         f"{metric.__name__}_difference_{name}": metric(labels, predictions, debug.sensitive)
@@ -306,11 +281,7 @@ def _fairness(debug: DebugSet, labels: NDArray[np.int64], clean: Side, other: Si
     return Fairness(
         uf_base=flip_rate(*before),
         uf_patched=flip_rate(*after),
-        confidence_gap_base=_confidence_gap(clean.base, other.base),
-        confidence_gap_patched=_confidence_gap(clean.patched, other.patched),
+        confidence_gap_base=float(sides.gaps[0].mean()),
+        confidence_gap_patched=float(sides.gaps[1].mean()),
         **groups,
     )
-
-
-def _confidence_gap(clean: Array, other: Array) -> float:
-    return float(np.abs(confidences(clean) - confidences(other)).max(axis=1).mean())

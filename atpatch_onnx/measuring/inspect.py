@@ -16,6 +16,7 @@ from atpatch_onnx.fitting.collect import find_suspects
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite, Place
 from atpatch_onnx.patches.patch import Places
+from atpatch_onnx.running.executors import LOCAL, Executor
 from atpatch_onnx.running.sessions import Array, Progress, silent
 
 
@@ -56,6 +57,7 @@ def with_columns(
     debug: DebugSet,
     *,
     batch_size: int = 32,
+    executor: Executor = LOCAL,
     progress: Progress = silent,
 ) -> DebugSet:
     """The debug set with its suspects, as a fit finds them; of a patch that is always on, the same in every pair.
@@ -63,8 +65,8 @@ def with_columns(
     Raises:
         DebugSetError: The suspects do not fit the token axis, or no token differs in any pair.
     """
-    how: dict[str, Any] = {"always": always_on(patched, record), "batch_size": batch_size, "progress": progress}
-    return find_suspects(base, axis_sites(base, record), debug, **how)
+    how: dict[str, Any] = {"batch_size": batch_size, "executor": executor, "progress": progress}
+    return find_suspects(base, axis_sites(base, record), debug, always=always_on(patched, record), **how)
 
 
 def margins(

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -44,12 +45,39 @@ def session_options(optimize: bool = True, threads: int | None = None) -> Sessio
     return options
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """A model as onnxruntime is given it: what another process needs to open it, of plain types."""
+
+    source: bytes | str
+    """The model itself, or the path of its file."""
+
+    where: str
+    """For messages."""
+
+    folder: str | None
+    """What external data of `bytes` is relative to."""
+
+    libraries: tuple[str, ...]
+    """With custom operators."""
+
+    @classmethod
+    def of(cls, model: graphs.ModelOrPath, custom_ops: Libraries = ()) -> Self:
+        """A model in memory knows its own libraries."""
+        if not isinstance(model, ir.Model):
+            path = os.fspath(model)
+            return cls(path, path, None, tuple(os.fspath(library) for library in custom_ops))
+        folder = graphs.external_folder(model)
+        where = None if folder is None else os.fspath(folder)
+        return cls(graphs.to_bytes(model), "the model", where, graphs.custom_ops(model))
+
+
 class Session:
     """One onnxruntime session of a model.
 
     Args:
         model: The model, whose external data is read by onnxruntime from where it lies; or a file, which onnxruntime
-            reads by itself.
+            reads by itself; or either as it was shipped from another process.
         optimize: Whether onnxruntime may optimise the graph (its default) or must run it node by node.
         threads: Threads within an operator; None: as many as the environment variable `OMP_NUM_THREADS` says, which
             torch and numpy heed as well, else onnxruntime's choice.
@@ -63,7 +91,7 @@ class Session:
 
     def __init__(
         self,
-        model: graphs.ModelOrPath,
+        model: "graphs.ModelOrPath | Shipped",
         *,
         optimize: bool = True,
         threads: int | None = None,
@@ -118,17 +146,27 @@ class Session:
             progress: Told after every batch.
             stage: What to tell it.
         """
-        samples, fixed = len(next(iter(inputs.values()))), self._fixed(inputs)
-        size = fixed or batch_size
+        samples = len(next(iter(inputs.values())))
+        size = self._fixed(inputs) or batch_size
         for start in range(0, samples, size):
             part = slice(start, min(start + size, samples))
-            count = part.stop - part.start
-            batch = self.filled({name: np.ascontiguousarray(array[part]) for name, array in inputs.items()})
-            results = self.run({**batch, **(constants or {})}, outputs)
-            if fixed and count < size:
-                results = {name: _cut_off(array, count, size) for name, array in results.items()}
-            yield part, results
+            batch = {name: np.ascontiguousarray(array[part]) for name, array in inputs.items()}
+            yield part, self.batch(batch, outputs, constants=constants)
             progress(stage, part.stop, samples)
+
+    def batch(
+        self,
+        inputs: Mapping[str, Array],
+        outputs: Sequence[str] | None = None,
+        *,
+        constants: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """One batch of `stream`, of no more samples than the model takes at a time."""
+        count, fixed = len(next(iter(inputs.values()))), self._fixed(inputs)
+        results = self.run({**self.filled(inputs), **(constants or {})}, outputs)
+        if fixed and count < fixed:
+            results = {name: _cut_off(array, count, fixed) for name, array in results.items()}
+        return results
 
     def _fixed(self, inputs: Mapping[str, Array]) -> int | None:
         """The batch size, where the model has one."""
@@ -201,7 +239,7 @@ class FileSession:
 
 
 def opened(
-    model: graphs.ModelOrPath,
+    model: graphs.ModelOrPath | Shipped,
     options: SessionOptions,
     providers: Providers,
     custom_ops: Libraries = (),
@@ -213,19 +251,17 @@ def opened(
     Raises:
         RunError: As of `Session`.
     """
-    where = "the model" if isinstance(model, ir.Model) else os.fspath(model)
-    folder = graphs.external_folder(model) if isinstance(model, ir.Model) else None
-    if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
-    for library in graphs.custom_ops(model) if isinstance(model, ir.Model) else custom_ops:
-        _register(os.fspath(library), options)
-    source = graphs.to_bytes(model) if isinstance(model, ir.Model) else os.fspath(model)
+    shipped = model if isinstance(model, Shipped) else Shipped.of(model, custom_ops)
+    if shipped.folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", shipped.folder)
+    for library in shipped.libraries:
+        _register(library, options)
     wanted = chosen(providers, recorded=recorded)
     try:
-        session = ort.InferenceSession(source, options, providers=wanted, enable_fallback=0)
+        session = ort.InferenceSession(shipped.source, options, providers=wanted, enable_fallback=0)
     except Exception as error:  # onnxruntime raises a dozen types without a common base
-        raise _refused(where, "one that onnxruntime loads", error) from error
-    require_started(session, wanted, where)
+        raise _refused(shipped.where, "one that onnxruntime loads", error) from error
+    require_started(session, wanted, shipped.where)
     return session
 
 
