@@ -30,7 +30,7 @@ from atpatch_onnx.serving.genai import write_genai_folder
 BUILDER = Path(__file__).with_name("genai_builder.py")
 
 pytest.importorskip("onnxruntime_genai")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 LAYERS = 3
 SIZES = {

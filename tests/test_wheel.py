@@ -123,7 +123,7 @@ def test_without_extras_it_bakes_verifies_unbakes_and_serves(empty, place, here)
     goes_the_whole_way(empty, place)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
 def test_another_python_writes_the_same_bytes(version, wheel, place, here, tmp_path_factory):
     python, folder = other_python(version), tmp_path_factory.mktemp("other")
