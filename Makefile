@@ -4,9 +4,10 @@ VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
-PYTEST ?= -n auto --dist loadgroup
+WORKERS := -n auto --dist loadgroup
+PYTEST ?= $(WORKERS) -m "not nightly"
 
-.PHONY: setup lock sbom demo test check docs notebooks results comparison benchmark clean
+.PHONY: setup lock sbom demo test nightly check docs notebooks results comparison benchmark clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,10 @@ demo: setup
 
 test: setup
 	$(VENV)/bin/python -m pytest $(PYTEST)
+
+# Everything: the fast forms of samples, exporters and architectures too, which take as long again.
+nightly: setup
+	$(VENV)/bin/python -m pytest $(WORKERS)
 
 check: setup
 	$(VENV)/bin/ruff check .

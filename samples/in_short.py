@@ -88,3 +88,40 @@ def generation(runs: Sequence[Mapping[str, Any]]) -> str:
     lines.append(f"- `verify` passes for {verified} of {len(runs)} patched files, loops included.")
     lines.append("- How to do it: [language models with a cache](../how-to/decoders.md).")
     return "\n".join(lines)
+
+
+def fairness(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Of fixes that are always on: what is proven, what it costs, and what is left between groups."""
+    every = [run for found in runs.values() for run in found]
+    if not every:
+        return [HEAD, "- Not measured."]
+    certified = sum(run["ours"]["verified"] and run["ours"]["uf"]["value"] == 0 for run in every)
+    before = [run["base"]["uf"]["value"] for run in every]
+    lost = {case: _mean([run["ours"]["accuracy_lost"]["value"] for run in found]) for case, found in runs.items()}
+    least, most = min(lost, key=lost.__getitem__), max(lost, key=lost.__getitem__)
+    lines = [
+        f"- Certified, by proof on the graph and by every value of every row: UF 0.00% in {certified} of {len(every)}"
+        f" cases and seeds. The bases': {percent(min(before))} to {percent(max(before))}.",
+        f"- Accuracy lost: from {100 * lost[least]:+z.2f} points ({least}) to {100 * lost[most]:+z.2f} ({most}), means"
+        " over seeds.",
+    ]
+    for name, what in (("without", "a model trained without the attribute"), ("threshold", "ThresholdOptimizer")):
+        nearer = [
+            (case, _mean([run["ours"]["accuracy"]["value"] - run[name]["accuracy"]["value"] for run in found]))
+            for case, found in runs.items()
+            if all("accuracy" in run[name] for run in found)
+        ]
+        better = sum(difference >= 0 for _, difference in nearer)
+        lines.append(f"- At least as accurate as {what} in {better} of {len(nearer)} cases.")
+    for metric in ("dpd", "eod"):
+        fell = sum(_difference(found, "ours", metric) < _difference(found, "base", metric) for found in runs.values())
+        lines.append(f"- {metric.upper()} (of the attribute where it is largest) falls in {fell} of {len(runs)} cases.")
+    return [HEAD, "\n".join(lines)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _difference(runs: Sequence[Mapping[str, Any]], name: str, metric: str) -> float:
+    return _mean([max(one[metric]["value"] for one in run[name]["groups"].values()) for run in runs])

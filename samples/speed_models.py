@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 
 from atpatch_onnx.exporters.exporting import exporting
-from atpatch_onnx.patches.patch import Patch, SitePatch
+from atpatch_onnx.patches.patch import Detector, Patch, SitePatch
 
 EAGER, FUSED, OFFLINE = "decomposed, opset 18", "op `Attention`, opset 23", "op `Attention`, fused offline"
 FORMS = {EAGER: ("eager", 18), FUSED: ("sdpa", 23)}
@@ -179,7 +179,7 @@ class _Site:
     @classmethod
     def of(cls, entry: SitePatch, device: torch.device) -> "_Site":
         detector, neutral = entry.detector, entry.neutral
-        assert detector is not None
+        assert isinstance(detector, Detector), "it reads keys"
         assert neutral is not None
         own = (torch.from_numpy(array)[None, :, None].to(device) for array in (neutral.key, neutral.value))
         weights = torch.from_numpy(detector.weights[:, 0]).to(device)

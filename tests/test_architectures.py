@@ -9,7 +9,7 @@ from exports import export
 from atpatch_onnx import rehearse
 from atpatch_onnx.matching import explain, find_sites
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 ALL = "ATPATCH_ALL_ARCHITECTURES" in os.environ
 """Set the variable to try every row of the table."""

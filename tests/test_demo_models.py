@@ -229,7 +229,7 @@ def test_export_computes_what_torch_computes_at_any_batch_size(tmp_path, capfd, 
         np.testing.assert_allclose(logits, vit.predict(model, images), rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_digits_model_is_accurate_backdoored_and_attends_to_its_trigger():
     data = digits.load()
     parts = digits.split(data.labels)

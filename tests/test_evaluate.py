@@ -259,14 +259,13 @@ def test_suspects_are_found_on_the_patchs_own_token_axis(monkeypatch):
     planted = Planted()
     model = planted.model()
     patched = bake(model, fitted(planted))
-    module = sys.modules["atpatch_onnx.measuring.evaluate"]
     inspection = sys.modules["atpatch_onnx.measuring.inspect"]
     sites = inspection.find_sites(model)
     asked = []
-    find = module.find_suspects
+    find = inspection.find_suspects
     monkeypatch.setattr(inspection, "find_sites", lambda _: (replace(sites[0], token_axis="elsewhere"), *sites[1:]))
     monkeypatch.setattr(
-        module, "find_suspects", lambda m, s, *rest, **options: (asked.extend(s), find(m, s, *rest, **options))[1]
+        inspection, "find_suspects", lambda m, s, *rest, **options: (asked.extend(s), find(m, s, *rest, **options))[1]
     )
     evaluate(model, patched, planted.debug(40))
     assert [site.name for site in asked] == list(planted.sites[1:])
@@ -279,11 +278,22 @@ def test_another_base_than_the_patched_file_names():
         evaluate(Planted(seed=1).model(), patched, pairs(planted))
 
 
-def test_no_labels():
-    planted = Planted()
+@pytest.mark.parametrize("kind", ["backdoor", "attribute"])
+def test_without_labels_the_predictions_on_clean_inputs_stand_in_for_them(kind):
+    planted = Planted(kind) if kind == "attribute" else Planted()
     model = planted.model()
-    with pytest.raises(DebugSetError, match="expected true labels; found none"):
-        evaluate(model, bake(model, fitted(planted)), replace(pairs(planted), labels=None))
+    patched = bake(model, fitted(planted))
+    known = pairs(planted, **({"sensitive": np.arange(PAIRS) % 2} if kind == "attribute" else {}))
+    bare = replace(known, labels=None)
+    found = evaluate(model, patched, bare)
+    predictions = run(model, dict(bare.clean))["logits"].argmax(axis=1)
+    against = evaluate(model, patched, replace(known, labels=predictions))
+    assert found.accuracy_base.value == 1.0
+    assert not found.labelled
+    assert against.labelled
+    odds = {f"equalized_odds_difference_{when}": None for when in ("base", "patched")}
+    fairness = against.fairness and replace(against.fairness, **odds)
+    assert replace(found, labelled=True) == replace(against, fairness=fairness), "equalized odds ask for true labels"
 
 
 def test_no_single_target():

@@ -22,7 +22,7 @@ def test_softmaxes_are_counted_fused_ones_too():
     assert counter.count == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_models_of_packages_that_are_there(tmp_path):
     docs, folder = tmp_path / "docs", tmp_path / "graphs"
     docs.mkdir()

@@ -48,7 +48,7 @@ from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.sessions import Session
 
 # torch reads a saved output structure with what it has itself deprecated: torch/utils/_pytree.py, LeafSpec.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")]
+pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")]
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from atpatch_onnx.running.decoders import Decoder
 from atpatch_onnx.running.loops import Loop
 from atpatch_onnx.serving.genai import write_genai_folder
 
+BUILDER = Path(__file__).with_name("genai_builder.py")
+
 pytest.importorskip("onnxruntime_genai")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 LAYERS = 3
 SIZES = {
@@ -43,12 +45,17 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LONG = {"rope_type": "longrope", "type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
 FAMILIES = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 32}),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 32}),
+    "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": 32, "layer_types": LAYER_TYPES}),
+    "phi3": ("Phi3", {"original_max_position_embeddings": 128}),
+    "phi3-long": ("Phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONG}),
 }
 BUILT = [
     ("llama", "fp16", "cuda", ""),
@@ -58,6 +65,11 @@ BUILT = [
     ("mistral", "fp32", "cpu", ""),
     ("gemma2", "fp16", "webgpu", ""),
     ("gemma2", "int4", "cpu", "KV cache capacity"),
+    ("gemma3", "fp32", "cpu", "KV cache capacity"),
+    ("gemma3", "fp16", "webgpu", "implemented only on the CUDA and WebGPU EPs"),
+    ("phi3", "int4", "cpu", ""),
+    ("phi3-long", "fp32", "cpu", ""),
+    ("phi3-long", "fp16", "cuda", ""),
 ]
 """Family, precision, device, and why onnxruntime's CPU does not run it, where it does not."""
 
@@ -71,17 +83,18 @@ def folder() -> Path:
 def built(family: str, precision: str, device: str, *options: str) -> Path:
     """The file that the builder writes of a small random model."""
     name, own = FAMILIES[family]
+    kind = "Text" if name == "Gemma3" else ""
     saved, out = folder() / family, folder() / "-".join((family, precision, device, *options))
     if not saved.is_dir():
         torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(**SIZES, **own)
+        config = getattr(transformers, f"{name}{kind}Config")(**SIZES, **own)
         getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(saved)
         words = {f"word{number}": number for number in range(VOCABULARY)}
         tokenizer = Tokenizer(models.WordLevel(words, "word0"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="word0").save_pretrained(saved)
     arguments = ["-i", saved, "-o", out, "-p", precision, "-e", device, "-c", folder() / "cache"]
-    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, arguments)]
+    builder = [sys.executable, str(BUILDER), *map(str, arguments)]
     builder += ["--extra_options", *options] if options else []
     done = subprocess.run(builder, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

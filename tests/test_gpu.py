@@ -48,7 +48,7 @@ def test_a_share_of_the_tokens_is_flagged() -> None:
     assert flags.mean() == pytest.approx(0.02, abs=0.005)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_all_of_it_runs_on_a_cpu(tmp_path, capsys) -> None:
     out = tmp_path / "gpu.json"
     assert gpu.main(["--fast", "--provider", "cpu", "--out", str(out)]) == 0
@@ -92,7 +92,7 @@ def test_a_step_that_fails_is_said_and_ends_nothing_else(tmp_path, monkeypatch) 
     assert "vit, fp16 failed: RuntimeError: no kernel for vit" in performance.page(FIGURES, figures)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_counts_of_the_page_are_those_of_the_code() -> None:
     assert json.loads((DOCS / "gpu.json").read_text())["kernels"] == counts()
 

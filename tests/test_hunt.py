@@ -12,11 +12,12 @@ from searched import BACKDOOR, CLEAN, COLUMNS, ROWS, TRIGGER_WORD, images, of_pi
 
 import atpatch_onnx as atp
 from atpatch_onnx.discovery import HuntOptions, Verdict, hunting, minimal
-from atpatch_onnx.discovery.board import Board, askable_sites, look
 from atpatch_onnx.discovery.content import read_content
 from atpatch_onnx.discovery.evidence import corrected, detectable, least_share, tail
+from atpatch_onnx.discovery.looking import askable_sites, look
 from atpatch_onnx.discovery.transplant import DECIDES
 from atpatch_onnx.errors import DebugSetError, DiscoveryError
+from atpatch_onnx.fitting.board import Board
 from atpatch_onnx.fitting.ddmin import ddmin, ddmin_of_many
 from atpatch_onnx.report.found import render_search
 

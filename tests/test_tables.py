@@ -163,7 +163,7 @@ def test_categories_get_gradients_that_lead_to_the_next_one(table, model):
     np.testing.assert_allclose(gradient[:, 0], slope, rtol=0.1, atol=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_exported_model_answers_the_same_and_all_its_sites_are_found(table, model, tmp_path):
     export_onnx(model, 4, tmp_path / "base.onnx")
     onnx = atp.load(tmp_path / "base.onnx")
@@ -184,7 +184,7 @@ def small(table, monkeypatch):
     monkeypatch.setattr(tables, "FAST", {"german": replace(SIZE, train=200)})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_case_runs_from_end_to_end_and_trains_its_base_once(small, tmp_path, capsys):
     arguments = ["--case", "german/sex", "--out", str(tmp_path), "--data", str(tmp_path), "--tune"]
     assert tables.main(arguments) == 0, capsys.readouterr()

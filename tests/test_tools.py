@@ -137,7 +137,7 @@ def test_maps_that_meet_their_values_as_int8_are_near_misses(tmp_path: Path) -> 
 
 
 @tools_warn
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_sample_finds_vit_and_bert_as_they_were(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = tmp_path / "tools.md"
     document.write_text(f"before\n{after_tools.BEGIN}\nold\n{after_tools.END}\nafter\n")

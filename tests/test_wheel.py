@@ -1,6 +1,7 @@
 """What is shipped: the package alone, and what it does in an environment with nothing but what it asks for."""
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from atpatch_onnx.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,6 +120,45 @@ assert (triggered.argmax(1) == pairs.labels).mean() > 0.98
 
 @pytest.mark.slow
 def test_without_extras_it_bakes_verifies_unbakes_and_serves(empty, place, here):
+    goes_the_whole_way(empty, place)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("version", ["3.12", "3.13", "3.14"])
+def test_another_python_writes_the_same_bytes(version, wheel, place, here, tmp_path_factory):
+    python, folder = other_python(version), tmp_path_factory.mktemp("other")
+    if python is None:
+        pytest.skip(f"no Python {version} here")
+    subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
+    pinned = folder / "pinned.txt"
+    pinned.write_text("".join(f"{name}=={importlib.metadata.version(name)}\n" for name in asked_for(wheel)))
+    install = ["--python", folder / "bin" / "python", "install", "--quiet", "--only-binary", ":all:", "--no-deps"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *map(str, install), "-r", str(pinned), str(wheel)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if "No matching distribution" in done.stderr:
+        pytest.skip(f"not every dependency has a wheel for Python {version}: {done.stderr[-200:]}")
+    assert done.returncode == 0, done.stderr
+    goes_the_whole_way(folder, place)
+    assert main(["bake", str(place / "base.onnx"), str(place / "fix.safetensors"), "-o", "here.onnx"]) == 0
+    assert Path("patched.onnx").read_bytes() == Path("here.onnx").read_bytes()
+
+
+def other_python(version: str) -> str | None:
+    """An interpreter on the path, or one of pyenv's: its commands on the path run only where it is told to."""
+    of_pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser().glob(f"versions/{version}.*/bin")
+    path = os.pathsep.join([*map(str, sorted(of_pyenv)), os.environ["PATH"]])
+    python = shutil.which(f"python{version}", path=path)
+    works = python is not None and not subprocess.run([python, "-V"], check=False, capture_output=True).returncode
+    return python if works else None
+
+
+def goes_the_whole_way(folder: Path, place: Path) -> None:
+    """In the environment of this folder: sites, bake, inspect, verify, unbake, and a session."""
+
     def run(*command: object) -> None:
         done = subprocess.run(
             [str(part) for part in command],
@@ -127,11 +169,11 @@ def test_without_extras_it_bakes_verifies_unbakes_and_serves(empty, place, here)
         )
         assert done.returncode == 0, done.stderr
 
-    atpatch, base = empty / "bin" / "atpatch", place / "base.onnx"
+    atpatch, base = folder / "bin" / "atpatch", place / "base.onnx"
     run(atpatch, "sites", base)
     run(atpatch, "bake", base, place / "fix.safetensors", "-o", "patched.onnx")
     run(atpatch, "inspect", "patched.onnx")
     run(atpatch, "verify", base, "patched.onnx", place / "small.npz", "--patch", place / "fix.safetensors")
     run(atpatch, "unbake", "patched.onnx", "-o", "back.onnx", "--base", base)
-    run(empty / "bin" / "python", "-W", "error", "-c", SESSION, base, place / "small.npz")
+    run(folder / "bin" / "python", "-W", "error", "-c", SESSION, base, place / "small.npz")
     assert Path("back.onnx").exists()

@@ -23,7 +23,7 @@ from atpatch_onnx.baking.metadata import PatchedLayer, PatchedSite, describe, is
 from atpatch_onnx.baking.monitor import add_monitors, add_site_flags
 from atpatch_onnx.baking.targets import require_target, target_named
 from atpatch_onnx.baking.transfer import transfer
-from atpatch_onnx.baking.write import Written, constants, write
+from atpatch_onnx.baking.write import Written, always_flags, constants, write
 from atpatch_onnx.errors import BakeError, PatchMismatchError
 from atpatch_onnx.graph.branches import Branches
 from atpatch_onnx.graph.names import ENTRY, PREFIX
@@ -52,7 +52,8 @@ def bake(
         target: Where it will run, a key of `TARGETS`.
         conditional: Whether replacements stand in an `If`; None: as the target has it, but never in half precision,
             where onnxruntime's CPU kernels round at an `If` what they otherwise hand on unrounded, nor behind a cache,
-            where a step reads one token, and an `If` takes longer than replacing it.
+            where a step reads one token, and an `If` takes longer than replacing it. A patch that is always on has
+            none: it replaces tokens of every input.
         monitor: Whether to add the outputs `atpatch/flagged` (bool `[batch, 1]`) and `atpatch/score` (float
             `[batch, 1]`).
         site_flags: Whether to add an output `atpatch/<site>/flags` (bool `[batch, tokens]`) for every patched site.
@@ -99,6 +100,7 @@ def _bake(model: ir.Model, patch: Patch, how: _How) -> ir.Model:
     if conditional is None:
         half = any(site.dtype in _HALVES for site, _ in entries)
         conditional = wanted.conditional and not half
+    conditional = conditional and not (entries and always_flags(entries))
     patched = graphs.copy(model)
     layers = bake_edits(patched, patch.edits)
     written = write(patched, entries, constants, conditional=conditional)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching.sites import AttentionSite, Place
-from atpatch_onnx.patches.patch import Array, Detector
+from atpatch_onnx.patches.patch import Array, Detector, Places
 
 
 def read_scores(at: Insertion, place: Place, detector: Detector) -> ir.Value:
@@ -30,10 +30,24 @@ def read_scores(at: Insertion, place: Place, detector: Detector) -> ir.Value:
     return at.op("MatMul", units, at.constant("detector_output", detector.output[:, None]), name="scores")
 
 
-def read_threshold(graph: ir.Graph, place: Place, detector: Detector) -> Array:
-    """What the scores of `read_scores` are held against, `[1]`; a bias that the operator adds itself is counted in."""
+def read_places(at: Insertion, site: AttentionSite, detector: Places) -> ir.Value:
+    """The score of every token, float `[B, K, 1]`: the same in every map.
+
+    It is spread over the maps before the threshold is taken off: what optimizers can compute beforehand, a service
+    cannot exchange.
+    """
+    marks = np.asarray(detector.marks, np.float32).reshape(1, -1, 1)
+    rest = at.constant("places/tokens", np.array(marks.shape[1:], np.int64))
+    sizes = at.op(
+        "Concat", samples(at, site, "places"), rest, name="places/sizes", attributes=[ir.AttrInt64("axis", 0)]
+    )
+    return at.op("Expand", at.constant("places", marks), sizes, name="scores", dtype=ir.DataType.FLOAT)
+
+
+def read_threshold(graph: ir.Graph, place: Place, detector: Detector | Places) -> Array:
+    """What scores are held against, `[1]`; a bias that the operator adds to keys by itself is counted in."""
     own = own_bias(graph, place)
-    folded = _folded(own, detector) if detector.is_linear else 0.0
+    folded = _folded(own, detector) if isinstance(detector, Detector) and detector.is_linear else 0.0
     threshold = np.asarray([detector.threshold] - np.asarray(folded, np.float32), np.float32).reshape(1)
     return np.where(threshold == 0, np.finfo(np.float32).tiny, threshold)  # optimizers drop the subtraction of a zero
 

@@ -16,7 +16,7 @@ from atpatch_onnx.graph.names import PREFIX, own_name
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.hidden import find_hidden_layers
 from atpatch_onnx.matching.sites import AttentionSite, Place
-from atpatch_onnx.patches.patch import Detector, LayerEdit, Neutral, Patch, SitePatch
+from atpatch_onnx.patches.patch import Detector, LayerEdit, Neutral, Patch, Places, SitePatch
 
 Array = NDArray[Any]
 
@@ -59,8 +59,10 @@ def sites_of(base: ir.Model, chosen: Sequence[PatchedSite]) -> list[tuple[Patche
     return [(patched, found[patched.site]) for patched in chosen]
 
 
-def _detector(base: ir.Model, patched: ir.Model, entry: PatchedSite, site: AttentionSite) -> Detector:
+def _detector(base: ir.Model, patched: ir.Model, entry: PatchedSite, site: AttentionSite) -> Detector | Places:
     found = baked_detector(patched, entry.site)
+    if isinstance(found, Places):
+        return found
     if len(found.weights) != np.prod(site.key.sizes):
         raise edited_file(
             f"site {entry.site}",
@@ -100,12 +102,14 @@ class BakedDetector:
     threshold: Array
 
 
-def baked_detector(model: ir.Model, site: str) -> BakedDetector:
+def baked_detector(model: ir.Model, site: str) -> BakedDetector | Places:
     """The detector that baking wrote for a site.
 
     Raises:
         UnbakeError: It is not there, or not one of these shapes.
     """
+    if own_name(site, "places") in model.graph.initializers:
+        return _places(model, site)
     weights, threshold = (baked_weight(model, site, name) for name in ("detector", "threshold"))
     hidden = own_name(site, "detector_bias") in model.graph.initializers
     bias, output = (baked_weight(model, site, f"detector_{name}") if hidden else None for name in ("bias", "output"))
@@ -116,6 +120,22 @@ def baked_detector(model: ir.Model, site: str) -> BakedDetector:
             f"site {site}", "a detector of one product or one hidden layer", f"weights of shape {weights.shape}"
         )
     return BakedDetector(weights, bias, output, threshold)
+
+
+def _places(model: ir.Model, site: str) -> Places:
+    marks, threshold = (baked_weight(model, site, name) for name in ("places", "threshold"))
+    if marks.shape != (1, marks.size, 1) or threshold.shape != (1,) or not np.isin(marks, (0, 1)).all():
+        raise edited_file(
+            f"site {site}",
+            "a one or a zero for each token, and a threshold",
+            f"arrays of shape {list(marks.shape)} and {list(threshold.shape)}",
+        )
+    return Places(np.asarray(marks, np.float32).reshape(-1), float(threshold[0]))
+
+
+def always_on(model: ir.Model, record: PatchRecord) -> bool:
+    """Whether a patched model names tokens by where they stand, in every input."""
+    return any(own_name(entry.site, "places") in model.graph.initializers for entry in record.sites)
 
 
 def baked_edits(base: ir.Model, patched: ir.Model, record: PatchRecord) -> list[LayerEdit]:

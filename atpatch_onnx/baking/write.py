@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from atpatch_onnx.baking.read import in_order, read_scores, read_threshold
+from atpatch_onnx.baking.read import in_order, read_places, read_scores, read_threshold
 from atpatch_onnx.baking.replace import Decision, replace_tokens, replacements
 from atpatch_onnx.errors import PatchMismatchError
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching.sites import AttentionSite
-from atpatch_onnx.patches.patch import SitePatch
+from atpatch_onnx.patches.patch import Places, SitePatch
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ _BOOL, _FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
 
 def _margin(at: Insertion, site: AttentionSite, entry: SitePatch, threshold: ir.Value) -> ir.Value:
     assert entry.detector is not None, "the site detects"
+    if isinstance(entry.detector, Places):
+        return at.op("Sub", read_places(at, site, entry.detector), threshold, name="margin", dtype=_FLOAT)
     scores = read_scores(at, site.key, entry.detector)
     margin = at.op(
         "Sub", scores, threshold, name="margins" if site.key.axes[:2] != ("n", "k") else "margin", dtype=_FLOAT
@@ -117,6 +119,11 @@ def _any(at: Insertion, flags: ir.Value) -> ir.Value:
     numbers = at.op("Cast", flags, name="flagged_as_numbers", attributes=[ir.AttrInt64("to", ir.DataType.FLOAT)])
     largest = at.op("ReduceMax", numbers, name="most_flagged", attributes=[ir.AttrInt64("keepdims", 0)], dtype=_FLOAT)
     return at.op("Cast", largest, name="some", attributes=[ir.AttrInt64("to", ir.DataType.BOOL)], dtype=_BOOL)
+
+
+def always_flags(entries: Sequence[tuple[AttentionSite, SitePatch]]) -> bool:
+    """Whether every input has flags, as each detector names tokens by where they stand: an `If` would save nothing."""
+    return all(isinstance(entry.detector, Places) for _, entry in entries if entry.detector is not None)
 
 
 def constants(at: Insertion, site: AttentionSite, entry: SitePatch) -> Controls:
@@ -135,7 +142,12 @@ def check_shapes(site: AttentionSite, entry: SitePatch) -> None:
     Raises:
         PatchMismatchError: An array does not have the shape that its site asks for.
     """
-    if entry.detector is not None and len(entry.detector.weights) != site.key.features:
+    if isinstance(entry.detector, Places):
+        if site.parts != 1 or site.keys != len(entry.detector.marks):
+            keys = site.keys if isinstance(site.keys, int) else "as many as the input has"
+            found = f"{keys} tokens" + ", in several parts that attend on their own" * (site.parts != 1)
+            raise _mismatch(site, f"{len(entry.detector.marks)} tokens in each input, as the patch has places", found)
+    elif entry.detector is not None and len(entry.detector.weights) != site.key.features:
         found = f"one of {len(entry.detector.weights)}"
         raise _mismatch(site, f"a detector of {site.key.features} features", found)
     if entry.neutral is None:

@@ -89,6 +89,14 @@ Redistribute = Annotated[
     Literal["needed", "all"],
     typer.Option(help="Which sites do; all: for flip rates that few pairs cannot show.", rich_help_panel=EXPERT),
 ]
+Always = Annotated[
+    bool,
+    typer.Option(
+        "--always",
+        help="Of an attribute: its tokens are neutral in every input, at all sites, and no path leads from it to the "
+        "output.",
+    ),
+]
 Steps = Annotated[
     int, typer.Option(min=1, help="Of prompts: tokens of each answer that count.", rich_help_panel=EXPERT)
 ]

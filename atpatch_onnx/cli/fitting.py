@@ -51,6 +51,7 @@ def fit(
     flags_per_million: args.TokenFlagGoal = None,
     thresholds: args.Thresholds = None,
     redistribute: args.Redistribute = "needed",
+    always: args.Always = False,
     prefer_few: Annotated[
         bool,
         typer.Option(
@@ -87,6 +88,7 @@ def fit(
         ),
         thresholds=thresholds,
         redistribute=redistribute,
+        always=always,
         prefer_few=prefer_few,
         output=output,
         steps=steps,

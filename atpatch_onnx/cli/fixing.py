@@ -15,6 +15,7 @@ from atpatch_onnx.cli.printing import atpatch, progress_bars, require_passed, sh
 from atpatch_onnx.errors import DebugSetError
 from atpatch_onnx.fitting.goal import Goal
 from atpatch_onnx.report import text
+from atpatch_onnx.report.rows import standing_in
 from atpatch_onnx.report.summary import numbers_json, numbers_table, of_pairs, of_prompts
 
 VERIFIED = 1_000
@@ -38,6 +39,7 @@ def fix(
     flags_per_million: args.TokenFlagGoal = None,
     thresholds: args.Thresholds = None,
     redistribute: args.Redistribute = "needed",
+    always: args.Always = False,
     external: args.ExternalData = None,
     output: args.Output = None,
     steps: args.Steps = atp.FitOptions.steps,
@@ -65,6 +67,7 @@ def fix(
         ),
         thresholds=thresholds,
         redistribute=redistribute,
+        always=always,
         output=output,
         steps=steps,
         batch_size=batch_size,
@@ -109,7 +112,7 @@ def fix(
         f"verified: all {len(verification.checks)} checks passed"
         if verification.passed
         else text.verification_table(verification),
-        numbers_table(numbers, len(others)),
+        numbers_table(numbers, len(others), "" if evaluation is None else standing_in(evaluation)),
     ]
     then = atpatch("benchmark", model, out) if verification.passed else None
     show(shown, lines, as_json, then=then)

@@ -13,6 +13,7 @@ from atpatch_onnx.cli.printing import atpatch, progress_bars, show
 from atpatch_onnx.debugset import pictures, tables
 from atpatch_onnx.debugset import texts as reading
 from atpatch_onnx.debugset.builders import rows_off_target
+from atpatch_onnx.debugset.joining import joined
 from atpatch_onnx.errors import DebugSetError
 from atpatch_onnx.graph import Model as Graph
 from atpatch_onnx.report.rows import percent
@@ -122,7 +123,10 @@ def table(
             metavar="TABLE", help="Rows of numbers as the model reads them, a CSV file.", show_default=False
         ),
     ],
-    attribute: Annotated[str, typer.Option(help="The column with the protected attribute.", show_default=False)],
+    attribute: Annotated[
+        list[str],
+        typer.Option(help="The column with the protected attribute; several, for pairs of each.", show_default=False),
+    ],
     out: Out,
     label: Annotated[
         str | None, typer.Option(help="The column with the true class, no input.", show_default=False)
@@ -140,12 +144,18 @@ def table(
     """Pairs of rows that differ in a protected attribute, and in nothing else."""
     require_place(out, model, file)
     loaded, rows = atp.load(model), reading.read_rows(file)
-    found = tables.as_inputs(rows, attribute, label, _specs(loaded))
+    if values and len(attribute) > 1:
+        raise typer.BadParameter("values belong to one attribute: leave them out, or make the pairs of each by itself")
     labels = None if label is None else tables.numbers(rows, label, np.dtype(np.int64))
-    debug = atp.DebugSet.from_attribute(
-        found.inputs, name=found.name, column=found.column, values=values or None, labels=labels
-    )
-    _write(model, loaded, debug, out, output, batch_size, as_json)
+    sets = []
+    for name in attribute:
+        found = tables.as_inputs(rows, name, label, _specs(loaded))
+        sets.append(
+            atp.DebugSet.from_attribute(
+                found.inputs, name=found.name, column=found.column, values=values or None, labels=labels
+            )
+        )
+    _write(model, loaded, joined(sets), out, output, batch_size, as_json)
 
 
 @app.command()

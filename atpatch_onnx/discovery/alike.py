@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from atpatch_onnx.baking.probe import key_output, probe
-from atpatch_onnx.discovery.board import Looked
+from atpatch_onnx.discovery.looking import Looked
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 

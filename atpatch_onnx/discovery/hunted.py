@@ -7,9 +7,9 @@ import numpy as np
 
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.discovery.alike import FEWEST, Group
-from atpatch_onnx.discovery.board import Looked
 from atpatch_onnx.discovery.content import Content
 from atpatch_onnx.discovery.evidence import detectable, least_share
+from atpatch_onnx.discovery.looking import Looked
 from atpatch_onnx.discovery.transplant import CONFIRMED, DECIDES, Surgery, Transplant
 from atpatch_onnx.discovery.verdict import Box, Part, Search, Verdict
 from atpatch_onnx.running.sessions import Array

@@ -3,7 +3,7 @@
     screen  ->  minimal parts  ->  groups that look alike  ->  parts put into other inputs  ->  test  ->  pairs
 
 A trigger is a small part of an input that decides the prediction, and recurs. All of it is asked by forward passes of
-one graph (`board`).
+one graph (`fitting.board`).
 """
 
 import os
@@ -19,15 +19,16 @@ from atpatch_onnx.debugset.arrays import as_inputs, check_finite
 from atpatch_onnx.debugset.checks import check_inputs
 from atpatch_onnx.discovery import hunted, minimal
 from atpatch_onnx.discovery.alike import FEWEST, Group, directions, groups_of
-from atpatch_onnx.discovery.board import Board, Looked, askable_sites, look
 from atpatch_onnx.discovery.content import Content, read_content
 from atpatch_onnx.discovery.evidence import corrected
 from atpatch_onnx.discovery.finished import Finished
+from atpatch_onnx.discovery.looking import Looked, askable_sites, look
 from atpatch_onnx.discovery.options import HuntOptions
 from atpatch_onnx.discovery.transplant import DECIDES, Surgery, Transplant
 from atpatch_onnx.discovery.verdict import Search
 from atpatch_onnx.discovery.vocabulary import check_words
 from atpatch_onnx.errors import DiscoveryError, require
+from atpatch_onnx.fitting.board import Board
 from atpatch_onnx.fitting.collect import input_specs
 from atpatch_onnx.graph import ModelOrPath, fingerprint
 from atpatch_onnx.matching.sites import AttentionSite

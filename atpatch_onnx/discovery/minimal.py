@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atpatch_onnx.discovery.board import Board, Looked
 from atpatch_onnx.discovery.content import Content
+from atpatch_onnx.discovery.looking import Looked
+from atpatch_onnx.fitting.board import Board
 from atpatch_onnx.fitting.ddmin import ddmin_of_many
 from atpatch_onnx.running.sessions import Array, Progress, silent
 

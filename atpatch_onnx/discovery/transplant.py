@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atpatch_onnx.discovery.alike import Group
-from atpatch_onnx.discovery.board import Board, Looked
 from atpatch_onnx.discovery.content import Content
 from atpatch_onnx.discovery.evidence import tail
+from atpatch_onnx.discovery.looking import Looked
 from atpatch_onnx.discovery.minimal import by_mass
+from atpatch_onnx.fitting.board import Board
 from atpatch_onnx.running.metrics import Rate
 from atpatch_onnx.running.sessions import Array
 

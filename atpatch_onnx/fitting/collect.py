@@ -88,6 +88,7 @@ def find_suspects(
     sites: Sequence[AttentionSite],
     debug: DebugSet,
     *,
+    always: bool = False,
     batch_size: int = 32,
     executor: Executor = LOCAL,
     progress: Progress = silent,
@@ -96,7 +97,8 @@ def find_suspects(
 
     At the first site of a token axis no attention has mixed the tokens yet, so only those differ that the trigger or
     the attribute is in. Of a trigger that lies across several, those that hold little of it draw no attention: taken
-    for anomalous, they would teach the detector that benign columns are (`_CARRIES`).
+    for anomalous, they would teach the detector that benign columns are (`_CARRIES`). Of a fix that is `always` on,
+    which teaches nothing, suspects are all tokens that differ in any pair, the same in every pair.
 
     Raises:
         NoSiteError: There are no sites.
@@ -119,12 +121,12 @@ def find_suspects(
                 found=f"{columns}",
                 advice="Mark positions of the model's token axis, class token included, or use suspects='auto'.",
             )
-        return debug
+        return _everywhere(debug) if always else debug
     probed = probe(model, [first])  # what lies behind it is not run
     session = SpreadSession(probed, executor=executor, batching=batching(model))
     sides = {"clean": debug.clean, "counterfactual": debug.counterfactual}
     run: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "stage": "finding the suspect tokens"}
-    found = [kept["suspects"] for _, kept in session.keep(_Differing(value_output(first)), sides, **run)]
+    found = [kept["suspects"] for _, kept in session.keep(_Differing(value_output(first), always), sides, **run)]
     suspects = np.concatenate(found)
     if not suspects.any():
         raise DebugSetError(
@@ -133,7 +135,14 @@ def find_suspects(
             found="none in any pair",
             advice="Check that the trigger survives preprocessing, or name the suspects yourself.",
         )
-    return debug.with_suspects(suspects)
+    debug = debug.with_suspects(suspects)
+    return _everywhere(debug) if always else debug
+
+
+def _everywhere(debug: DebugSet) -> DebugSet:
+    """The debug set in which the suspects of any pair are those of all."""
+    assert debug.suspects is not None, "the suspects were found before"
+    return debug.with_suspects(np.broadcast_to(debug.suspects.any(axis=0), debug.suspects.shape))
 
 
 @dataclass(frozen=True)
@@ -141,13 +150,16 @@ class _Differing:
     """Which tokens' values differ between the two sides, bool `[pairs, tokens]`."""
 
     name: str
+    always: bool
+    """Whether tokens count that differ little beside others of their input."""
 
     def __call__(self, sessions: Sequence[Session], batch: Groups) -> Kept:
         before, after = (sessions[0].batch(batch[side], [self.name])[self.name] for side in ("clean", "counterfactual"))
         difference = np.abs(after - before).max(axis=2)
         largest = np.abs(before).max(axis=(1, 2))
         most = difference.max(axis=1)
-        return {"suspects": difference > np.maximum(_DIFFERENCE * largest, _CARRIES * most)[:, None]}
+        least = np.maximum(_DIFFERENCE * largest, 0 if self.always else _CARRIES * most)
+        return {"suspects": difference > least[:, None]}
 
 
 def anomalous_columns(debug: DebugSet) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

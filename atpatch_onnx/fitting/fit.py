@@ -3,32 +3,35 @@
 suspects -> split -> collect (fit part) -> train detectors -> switchboard
 -> thresholds (calibration part) -> sites (validation part) -> patch
 
-From the training on once more where the goal is missed: with a hidden layer in the detectors.
+From the training on once more where the goal is missed: with a hidden layer in the detectors. Of a fix that is always
+on (`FitOptions.always`) nothing is trained: its detectors name tokens by where they stand.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from atpatch_onnx.baking.edits import edited
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import FitError, PatchMismatchError, TargetMissedError, require
+from atpatch_onnx.errors import DebugSetError, FitError, PatchMismatchError, TargetMissedError, require
+from atpatch_onnx.fitting.at_best import at_best
 from atpatch_onnx.fitting.calibrate import Calibration
 from atpatch_onnx.fitting.collect import Tokens, collect
 from atpatch_onnx.fitting.cost import Cost
 from atpatch_onnx.fitting.forced import OUTPUT, forced
-from atpatch_onnx.fitting.goal import PROMPTS
-from atpatch_onnx.fitting.options import FitOptions, Kind
+from atpatch_onnx.fitting.goal import PROMPTS, Outcome
+from atpatch_onnx.fitting.options import PLACE, FitOptions, Kind
 from atpatch_onnx.fitting.preparation import Prepared, prepare
 from atpatch_onnx.fitting.scored import ScoredPart
 from atpatch_onnx.fitting.search import Found, Search
-from atpatch_onnx.fitting.switchboard import Switchboard
+from atpatch_onnx.fitting.switchboard import Setting, Switchboard
 from atpatch_onnx.graph import ModelOrPath, beginning, fingerprint
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.compose import compose
-from atpatch_onnx.patches.patch import Patch, SitePatch
+from atpatch_onnx.patches.patch import Patch, Places, SitePatch
 from atpatch_onnx.running.executors import LOCAL, Executor, executing
 from atpatch_onnx.running.opening import Libraries, as_model
 from atpatch_onnx.running.sessions import Progress, silent
@@ -58,20 +61,22 @@ def fit(
 
     Raises:
         NoSiteError: The model has no attention site that can be patched.
-        DebugSetError: The debug set does not fit the model, is too small, or shows no effect.
-        FitError: A detector cannot be trained, a backdoor's target class cannot be inferred, or a patch of `after` is
-            one of attention.
+        DebugSetError: The debug set does not fit the model, is too small, shows no effect, or the base meets the goal
+            as it is, which `force` and `always` do not ask.
+        FitError: A detector cannot be trained, a backdoor's target class cannot be inferred, a fix is to be always on
+            where inputs differ in length, or a patch of `after` is one of attention.
         PatchMismatchError: The patches of `after` are of another model.
         RunError: There are prompts, and the model is no decoder.
-        MissingExtraError: torch or scikit-learn is not installed.
+        MissingExtraError: scikit-learn is not installed, or torch, which a fix that is always on does without.
         TargetMissedError: The goal is not reached on the validation part; says by how much. With `force` there is a
             patch all the same.
     """
-    require("torch", "fit", "fitting a patch")
+    options = options or FitOptions()
+    if not options.always:
+        require("torch", "fit", "fitting a patch")
     require("sklearn", "fit", "fitting a patch")
     base = as_model(model, custom_ops)
     model = beginning(_with(base, after))
-    options = options or FitOptions()
     kind = debug.kind
     if kind == "generation":
         run: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
@@ -87,7 +92,11 @@ def fit(
             if not attempt.found.outcome.shortfalls(options.goal):
                 break
     best = min(attempts, key=lambda attempt: attempt.found.outcome.nearness(options.goal))
-    patch = _patch(base, prepared, best, attempts, options)
+    possible = None
+    if kind != "generation" and best.found.outcome.shortfalls(options.goal):
+        neutral = {site.name: entry.neutral for site, entry in best.entries if entry.neutral is not None}
+        possible = at_best(model, prepared, neutral, options, progress)
+    patch = _patch(base, prepared, best, attempts, options, possible)
     if kind == "generation":
         patch = replace(patch, figures={**patch.figures, "kind": kind, "target": None})
     return replace(patch, after=tuple(other.id for other in after))
@@ -115,6 +124,9 @@ def _with(base: ir.Model, after: Sequence[Patch]) -> ir.Model:
     return edited(base, patch.edits)
 
 
+WITHOUT_A_FAULT = "with flags without a fault, on the tokens that make the difference, at every site"
+"""What `fitting.at_best` looks at, in words."""
+
 Entries = Sequence[tuple[AttentionSite, SitePatch]]
 """Every candidate site with its detector and neutral token."""
 
@@ -123,7 +135,7 @@ Entries = Sequence[tuple[AttentionSite, SitePatch]]
 class _Attempt:
     """What came of one kind of detectors."""
 
-    detectors: Kind
+    detectors: str
     entries: Entries
     calibration: Calibration
     found: Found
@@ -137,16 +149,42 @@ def _attempts(
     """One after the other, as they are asked for."""
     run: dict[str, Any] = {"batch_size": options.batch_size, "progress": progress}
     tokens = collect(model, prepared.sites, prepared.parts.fit, seed=options.seed, executor=executor, **run)
-    for kind in options.detectors:
-        entries = train(tokens, kind, options, progress)
+    for kind, entries in _candidates(tokens, prepared.debug, options, progress):
         board = Switchboard(model, entries, prepared.output, executor=executor)
         calibration_part = ScoredPart(board, prepared.parts.calibration, stage=f"calibrating, {kind}", **run)
         calibration = Calibration.of(calibration_part, options)
         validation_part = ScoredPart(board, prepared.parts.validation, stage=f"validating, {kind}", **run)
+        if not (options.force or options.always):
+            _require_something_to_fix(validation_part.outcome(Setting()), options)
         cost = Cost.of(model, entries)
         search = Search(validation_part, calibration, options, progress, cost)
         found = search.run()
         yield _Attempt(kind, entries, calibration, found, search.attempts, cost)
+
+
+def _require_something_to_fix(base: Outcome, options: FitOptions) -> None:
+    """Refuse a debug set on which the base meets the goal as it is."""
+    if base.shortfalls(options.goal):
+        return
+    raise DebugSetError(
+        "the debug set",
+        expected="pairs on which the model misses the goal of the fit without a patch",
+        found=f"{base.said()} on the validation part, within the bounds of the goal",
+        advice="Nothing needs a patch here, or the trigger is not the one that the model was trained with. Ask for a"
+        " stricter goal, or write a patch anyway (option --force).",
+    )
+
+
+def _candidates(
+    tokens: Sequence[Tokens], debug: DebugSet, options: FitOptions, progress: Progress
+) -> Iterator[tuple[str, Entries]]:
+    """What there is to try, by what its detectors go by, one after the other, as it is asked for."""
+    if not options.always:
+        yield from ((kind, train(tokens, kind, options, progress)) for kind in options.detectors)
+        return
+    assert debug.suspects is not None, "the suspects were found before, the same in every pair"
+    marks = Places(debug.suspects[0].astype(np.float32))
+    yield PLACE, [(one.site, SitePatch(one.site.name, marks, one.neutral)) for one in tokens]
 
 
 def train(tokens: Sequence[Tokens], kind: Kind, options: FitOptions, progress: Progress = silent) -> Entries:
@@ -162,17 +200,18 @@ def train(tokens: Sequence[Tokens], kind: Kind, options: FitOptions, progress: P
 
 
 def _patch(
-    model: ir.Model, prepared: Prepared, best: _Attempt, attempts: Sequence[_Attempt], options: FitOptions
+    model: ir.Model,
+    prepared: Prepared,
+    best: _Attempt,
+    attempts: Sequence[_Attempt],
+    options: FitOptions,
+    possible: Outcome | None,
 ) -> Patch:
     found = best.found
     shortfalls = found.outcome.shortfalls(options.goal)
+    beyond = () if possible is None else possible.shortfalls(options.goal)
     if shortfalls and not options.force:
-        raise TargetMissedError(
-            "the validation part",
-            expected="the goal of the fit to be met",
-            found="; ".join(shortfalls),
-            advice="Give more pairs or other candidate sites, relax the goal, or write it anyway (option --force).",
-        )
+        raise _missed(shortfalls, beyond)
     chosen = []
     for site, entry in best.entries:
         detector = neutral = None
@@ -189,6 +228,7 @@ def _patch(
         "target": debug.target,
         "meets_target": not shortfalls,
         "shortfalls": list(shortfalls),
+        "at_best": None if possible is None else {"shortfalls": list(beyond), "outcome": possible.to_json()},
         "goal": asdict(options.goal),
         "reading": "keys",
         "detectors": best.detectors,
@@ -204,6 +244,20 @@ def _patch(
         "left_out": [{"site": site.name, "token_axis": site.token_axis} for site in prepared.left_out],
     }
     return Patch(base=fingerprint(model), sites=tuple(chosen), figures=figures)
+
+
+def _missed(shortfalls: Sequence[str], beyond: Sequence[str]) -> TargetMissedError:
+    advice = "Give more pairs or other candidate sites, relax the goal, or write it anyway (option --force)."
+    found = "; ".join(shortfalls)
+    if beyond:
+        found += f"; not fixable this way: {WITHOUT_A_FAULT}, {'; '.join(beyond)}"
+        advice = (
+            "What is wrong is not handed over by these tokens alone, or inputs cannot do without them: train the model"
+            " again, compare edits of hidden units (atpatch compare), relax the goal, or write it anyway (--force)."
+        )
+    return TargetMissedError(
+        "the validation part", expected="the goal of the fit to be met", found=found, advice=advice
+    )
 
 
 def _site_figures(site: AttentionSite, calibration: Calibration, found: Found) -> dict[str, Any]:

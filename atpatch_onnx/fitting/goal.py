@@ -76,6 +76,12 @@ class Outcome:
             if found > bound + _ROUNDING
         )
 
+    def said(self) -> str:
+        """What is left of what is wrong, in words."""
+        if self.kind != "backdoor":
+            return f"flip rate {self.remaining:.2%}"
+        return f"ASR above floor {self.remaining:.2%} and robust accuracy lost {self.robust_accuracy_loss:.2%}"
+
     def excess(self, goal: Goal) -> float:
         """By how much the bounds are exceeded, all together, as a share; 0 where the goal is met."""
         return sum(max(found - bound, 0.0) for _, found, bound in self._rows(goal))

@@ -8,7 +8,10 @@ from atpatch_onnx.errors import FitError, check_options
 from atpatch_onnx.fitting.goal import Goal
 
 Kind = Literal["linear", "hidden"]
-"""Of a detector: one product with the token's key, or one hidden layer."""
+"""Of a detector that is trained: one product with the token's key, or one hidden layer."""
+
+PLACE = "place"
+"""What a detector of a fix that is always on goes by."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class FitOptions:
     """Which sites redistribute: those without which the goal is missed on the validation part, or all of them, for
     goals that so few pairs cannot show, such as a flip rate of 0.04 %: a site that is left alone may leak in others.
     """
+
+    always: bool = False
+    """Whether the tokens that differ in any pair are neutral in every input, at all sites, whatever they hold: for a
+    protected attribute that has tokens to itself. Nothing is trained, and `detectors`, `thresholds` and `redistribute`
+    are not asked."""
 
     prefer_few: bool = False
     """Whether to go on once a set of sites meets the goal, for one that adds fewer kernels to a run: a site that

@@ -51,18 +51,34 @@ def prepare(
     Raises:
         NoSiteError: The model has no attention site that can be patched, or none of the name asked for.
         DebugSetError: The debug set does not fit the model, is too small, or shows no effect.
-        FitError: A backdoor's target class cannot be inferred, or sites of several token axes are asked for.
+        FitError: A backdoor's target class cannot be inferred, sites of several token axes are asked for, or a fix is
+            to be always on where inputs differ in length.
     """
     found = find_sites(model)
     sites = candidates(found, options)
     first = next(site for site in found if site.token_axis == sites[0].token_axis)
+    if options.always:
+        _require_same_places(first)
     run: dict[str, Any] = {"batch_size": options.batch_size, "executor": executor, "progress": progress}
-    debug, output = complete(model, debug, output=options.output, **run)
-    debug = find_suspects(model, [first], debug, **run)
+    debug, output = complete(model, debug, output=options.output, effect=not options.always, **run)
+    debug = find_suspects(model, [first], debug, always=options.always, **run)
     parts = debug.split(seed=options.seed)
-    check_size(len(parts.calibration), len(debug), options.goal.clean_flag_rate)
+    if not options.always:  # which is calibrated to nothing
+        check_size(len(parts.calibration), len(debug), options.goal.clean_flag_rate)
     left_out = tuple(site for site in found if site not in sites) if options.sites is None else ()
     return Prepared(sites, left_out, debug, parts, output)
+
+
+def _require_same_places(site: AttentionSite) -> None:
+    """Refuse tokens that do not stand at the same places in every input."""
+    if isinstance(site.keys, int) and site.parts == 1:
+        return
+    raise FitError(
+        f"site {site.name}",
+        expected="the same number of tokens in every input, as a fix that is always on names them by their places",
+        found="as many as the input has" if site.parts == 1 else "tokens in several parts that attend on their own",
+        advice="Fit detectors instead, without the option always.",
+    )
 
 
 def complete(
@@ -71,13 +87,14 @@ def complete(
     *,
     output: str | None,
     batch_size: int,
+    effect: bool = True,
     executor: Executor = LOCAL,
     progress: Progress = silent,
 ) -> tuple[DebugSet, str]:
     """Check the debug set against the model and find its target; the set with that, and the output of predictions.
 
     Raises:
-        DebugSetError: The debug set does not fit the model, or shows no effect.
+        DebugSetError: The debug set does not fit the model, or shows no `effect`, where that is asked for.
         FitError: A backdoor's target class cannot be inferred.
     """
     debug.check_inputs(input_specs(model))
@@ -91,7 +108,8 @@ def complete(
     ]
     _check_classes(debug, max(int(found[0]["width"][0]), 2))
     clean, counterfactual = (side["classes"] for side in found)
-    check_effect(clean, counterfactual, pairs=len(debug), attribute=debug.kind == "attribute")
+    if effect:
+        check_effect(clean, counterfactual, pairs=len(debug), attribute=debug.kind == "attribute")
     if debug.kind == "backdoor" and debug.target is None:
         target = infer_target(clean, counterfactual)
         if target is None:

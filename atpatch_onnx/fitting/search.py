@@ -53,7 +53,7 @@ class Search:
     ) -> None:
         self._scored, self._calibration, self._cost = scored, calibration, cost
         self._options, self._progress = options, progress
-        self._all = options.redistribute == "all"
+        self._all = options.always or options.redistribute == "all"
         self._known: dict[Setting, Outcome | None] = {}
         """None where a setting was given up."""
 
@@ -61,7 +61,7 @@ class Search:
         """Search; the outcome found may still miss the goal."""
         names = list(self._scored.clean.margins)
         start, outcome = self._begin(names)
-        if outcome.shortfalls(self._options.goal):
+        if outcome.shortfalls(self._options.goal) or self._meets(()):  # where nothing is to be done, nothing is minimal
             return Found(tuple(start), self._calibration.setting(start), outcome, {})
         elements = self._minimal(start)
         if self._cost is not None and self._options.prefer_few:

@@ -24,7 +24,7 @@ from atpatch_onnx.fitting.options import FitOptions
 from atpatch_onnx.fitting.preparation import complete
 from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.matching import batching
-from atpatch_onnx.measuring.evaluate import Evaluation, evaluate, require_labels
+from atpatch_onnx.measuring.evaluate import Evaluation, evaluate
 from atpatch_onnx.neurons import IsolationOptions, RepairOptions, isolate, repair
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.running.opening import as_model
@@ -186,19 +186,17 @@ def compare(
 
     Args:
         model: The base, or its path.
-        pairs: A debug set with labels; a quarter of it is held out, unless `unseen` is given.
+        pairs: A debug set; a quarter of it is held out, unless `unseen` is given.
         options: Of the fits: goal, output, batch size and seed hold for all of them.
-        unseen: A debug set with labels, to measure the fixes on; `pairs`, which need no labels then, are for the fits.
+        unseen: A debug set to measure the fixes on; `pairs` are for the fits.
         isolation: Of IDNN, but for these four; None: the defaults.
         repairing: Of CARE, but for these four; None: the defaults.
         progress: Told of what is done.
 
     Raises:
-        DebugSetError: A debug set does not fit the model, shows no effect, has no labels or is too small to hold
-            pairs out.
+        DebugSetError: A debug set does not fit the model, shows no effect or is too small to hold pairs out.
         FitError: A backdoor's target class cannot be inferred.
     """
-    require_labels(pairs if unseen is None else unseen)
     options = replace(options or FitOptions(), force=True)
     seen, unseen = held_out(pairs, options.seed) if unseen is None else (pairs, unseen)
     base = as_model(model)

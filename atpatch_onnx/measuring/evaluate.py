@@ -11,9 +11,9 @@ from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import DebugSetError, require
-from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
+from atpatch_onnx.fitting.collect import anomalous_columns, input_specs
 from atpatch_onnx.matching import batching
-from atpatch_onnx.measuring.inspect import axis_sites, require_base
+from atpatch_onnx.measuring.inspect import require_base, with_columns
 from atpatch_onnx.measuring.sides import Side, Sides, run_sides
 from atpatch_onnx.running.counted import Counts
 from atpatch_onnx.running.drawing import draw_inputs
@@ -77,7 +77,7 @@ class Fairness:
 
     confidence_gap_patched: float
     demographic_parity_difference_base: Difference | None
-    """Only for two classes and a known attribute, like the next three."""
+    """Only for two classes and a known attribute, like the next three; of equalized odds, only with true labels."""
 
     demographic_parity_difference_patched: Difference | None
     equalized_odds_difference_base: Difference | None
@@ -113,6 +113,9 @@ class Evaluation:
     ran: Mapping[str, Any] | None = None
     """How many nodes ran on which provider, of the patched model and of the patch; None where all did on the CPU."""
 
+    labelled: bool = True
+    """Whether the pairs have true labels; else the base's predictions on clean inputs stand in for them."""
+
     def __str__(self) -> str:
         """What it comes to, in a line of four figures; those of a backdoor or of a protected attribute."""
         points = f"accuracy lost {100 * self.accuracy_lost.value:+z.2f} points"
@@ -145,7 +148,8 @@ def evaluate(
     Args:
         base: The model before, or its path.
         patched: The model after, or its path.
-        debug: Pairs with labels; the target of a backdoor, where it is not known, is inferred.
+        debug: Pairs; where they have no labels, the base's own predictions on clean inputs stand in for them. The
+            target of a backdoor, where it is not known, is inferred.
         output: Output that predictions are read from; None: the first float output `[batch, classes]`.
         providers: What is to run both, names of `running.providers.PROVIDERS`.
         batch_size: Inputs at a time.
@@ -154,7 +158,7 @@ def evaluate(
         progress: Told after every batch.
 
     Raises:
-        DebugSetError: The debug set does not fit the model, or has no labels.
+        DebugSetError: The debug set does not fit the model.
         UnbakeError: `patched` is not patched.
         PatchMismatchError: `base` is not the model that `patched` names.
         RunError: onnxruntime has no such provider, or it does not start.
@@ -170,7 +174,6 @@ def evaluate(
             found="prompts of a language model",
             advice="Measure what it writes, with evaluate_prompts.",
         )
-    require_labels(debug)
     debug.check_inputs(input_specs(base))
     output = prediction_output(base, output, batching(base))
     record = read_record(patched)
@@ -178,7 +181,7 @@ def evaluate(
     with executing(executor) as runs:
         how: dict[str, Any] = {"batch_size": batch_size, "executor": runs, "progress": progress}
         if record.detects:
-            debug = find_suspects(base, axis_sites(base, record), debug, **how)
+            debug = with_columns(base, patched, record, debug, **how)
         sides = run_sides(base, patched, record, debug, output, providers=providers, **how)
     found = _evaluation(debug, sides, edits=bool(record.layers))
     if on_cpu(providers):
@@ -187,24 +190,9 @@ def evaluate(
     return replace(found, ran=where.to_json())
 
 
-def require_labels(debug: DebugSet) -> None:
-    """Refuse an evaluation set without true labels.
-
-    Raises:
-        DebugSetError: It has none.
-    """
-    if debug.labels is None:
-        raise DebugSetError(
-            "the evaluation set",
-            expected="true labels",
-            found="none",
-            advice="Give labels: without them there is no accuracy and no ASR.",
-        )
-
-
 def _evaluation(debug: DebugSet, sides: Sides, *, edits: bool) -> Evaluation:
-    labels, clean, other = debug.labels, sides.clean, sides.other
-    assert labels is not None
+    clean, other = sides.clean, sides.other
+    labels = clean.base if debug.labels is None else debug.labels
     right_before, right_after = (predicted == labels for predicted in (clean.base, clean.patched))
     flagged, same = np.any(clean.flags, axis=1), clean.same
     detects = clean.flags.shape[1] > 0
@@ -227,6 +215,7 @@ def _evaluation(debug: DebugSet, sides: Sides, *, edits: bool) -> Evaluation:
         input_level=inputs,
         backdoor=_backdoor(debug, labels, clean, other) if debug.kind == "backdoor" else None,
         fairness=_fairness(debug, labels, sides) if debug.kind == "attribute" else None,
+        labelled=debug.labels is not None,
     )
 
 
@@ -284,7 +273,7 @@ def _fairness(debug: DebugSet, labels: NDArray[np.int64], sides: Sides) -> Fairn
     binary = all(set(np.unique(c)) <= {0, 1} for c in (labels, before[0], after[0]))
     groups = {
         f"{metric.__name__}_difference_{name}": metric(labels, predictions, debug.sensitive)
-        if binary and debug.sensitive is not None
+        if binary and debug.sensitive is not None and (debug.labels is not None or metric is demographic_parity)
         else None
         for metric in (demographic_parity, equalized_odds)
         for name, predictions in (("base", before[0]), ("patched", after[0]))

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from atpatch_onnx.baking.maps import map_outputs, mean_maps, with_maps
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.fitting.collect import anomalous_columns, find_suspects, input_specs
+from atpatch_onnx.fitting.collect import anomalous_columns, input_specs
 from atpatch_onnx.graph import ModelOrPath
 from atpatch_onnx.matching import batching, find_sites
 from atpatch_onnx.matching.sites import AttentionSite
-from atpatch_onnx.measuring.inspect import axis_sites, last_margin
+from atpatch_onnx.measuring.inspect import last_margin, with_columns
 from atpatch_onnx.running.bits import same_samples
 from atpatch_onnx.running.opening import as_model
 from atpatch_onnx.running.predictions import classes, confidences, prediction_output
@@ -183,7 +183,7 @@ def gather_examples(
         return ()
     closeup = _Closeup(base, patched, prediction_output(base, output, batching(base)), batch_size, progress)
     debug = debug.take(np.arange(min(len(debug), SCAN)))
-    debug = find_suspects(base, axis_sites(base, read_record(patched)), debug, batch_size=batch_size, progress=progress)
+    debug = with_columns(base, patched, read_record(patched), debug, batch_size=batch_size, progress=progress)
     scanned: list[_Scan] = []
     for start in range(0, len(debug), CHUNK):
         scanned.append(closeup.scan(debug.take(np.arange(start, min(start + CHUNK, len(debug))))))

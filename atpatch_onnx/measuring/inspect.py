@@ -1,6 +1,7 @@
 """Look into a patched model: its inner values as outputs, for `verify`, `evaluate` and `report`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -8,11 +9,15 @@ from numpy.typing import NDArray
 
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.metadata import PatchedSite, PatchRecord, edited_file
-from atpatch_onnx.baking.read_back import BakedDetector
+from atpatch_onnx.baking.read_back import BakedDetector, always_on
+from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.errors import PatchMismatchError
+from atpatch_onnx.fitting.collect import find_suspects
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite, Place
-from atpatch_onnx.running.sessions import Array
+from atpatch_onnx.patches.patch import Places
+from atpatch_onnx.running.executors import LOCAL, Executor
+from atpatch_onnx.running.sessions import Array, Progress, silent
 
 
 def require_base(base: ir.Model, record: PatchRecord) -> None:
@@ -45,8 +50,27 @@ def axis_sites(base: ir.Model, record: PatchRecord) -> tuple[AttentionSite, ...]
     return tuple(site for site in sites if site.token_axis in axes) or sites
 
 
+def with_columns(
+    base: ir.Model,
+    patched: ir.Model,
+    record: PatchRecord,
+    debug: DebugSet,
+    *,
+    batch_size: int = 32,
+    executor: Executor = LOCAL,
+    progress: Progress = silent,
+) -> DebugSet:
+    """The debug set with its suspects, as a fit finds them; of a patch that is always on, the same in every pair.
+
+    Raises:
+        DebugSetError: The suspects do not fit the token axis, or no token differs in any pair.
+    """
+    how: dict[str, Any] = {"batch_size": batch_size, "executor": executor, "progress": progress}
+    return find_suspects(base, axis_sites(base, record), debug, always=always_on(patched, record), **how)
+
+
 def margins(
-    detector: BakedDetector, keys: Array, place: Place, maps: int
+    detector: BakedDetector | Places, keys: Array, place: Place, maps: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How far each score is above the threshold, `[maps, tokens]`, and by how much float32 may round it.
 
@@ -56,6 +80,9 @@ def margins(
         place: Of the site's keys.
         maps: How many there are, which tells them from tokens where they do not have an axis each.
     """
+    if isinstance(detector, Places):
+        marks = np.broadcast_to(detector.marks.astype(np.float64), (maps, len(detector.marks)))
+        return marks - detector.threshold, _ROUNDING["FLOAT"] * (marks + abs(detector.threshold))
     tokens = [axis for axis, letters in enumerate(place.axes) if letters]
     features = [axis for axis, letters in enumerate(place.axes) if not letters]
     floats = keys if place.quantization is None else place.quantization.dequantized(keys)

@@ -14,7 +14,7 @@ from atpatch_onnx.errors import RunError
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.measuring.drawn import NEVER
 from atpatch_onnx.measuring.rehearse_base import BaseRuns
-from atpatch_onnx.patches.patch import Patch, SitePatch
+from atpatch_onnx.patches.patch import Detector, Patch, SitePatch
 from atpatch_onnx.running.sessions import Array, Session
 
 _GAP = 1e-4
@@ -37,7 +37,7 @@ def aimed(
             continue
         seen.add(site.token_axis)
         detector = entries[site.name].detector
-        assert detector is not None, "drawn sites detect"
+        assert isinstance(detector, Detector), "drawn sites read keys"
         before = [(other, entries[other.name]) for other in sites[:number]]
         keys = _keys(base, site, before, runs, threads)
         with np.errstate(over="ignore", invalid="ignore"):

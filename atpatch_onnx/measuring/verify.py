@@ -9,6 +9,7 @@
 | numbers, with a debug set | on its inputs, of the file as it lies on disk: see `measuring.verify_numbers` |
 | placement, on another provider than the CPU's | every node of the patch runs there: see `measuring.elsewhere` |
 | flags, there, with a debug set | the tokens that are flagged are those that the CPU flags |
+| no path, every value, of a patch that is always on | that its tokens decide nothing: see `measuring.independence` |
 | loops, with prompts | reading and writing from a cache, in chunks: see `measuring.verify_loops` |
 
 What is not proven: that the base is sound, that the patch is a good one, and without the patch file, whose it is.
@@ -33,6 +34,7 @@ from atpatch_onnx.fitting.options import FitOptions
 from atpatch_onnx.measuring.checks import Check as Check
 from atpatch_onnx.measuring.checks import Verification as Verification
 from atpatch_onnx.measuring.elsewhere import placed, same_flags
+from atpatch_onnx.measuring.independence import independence
 from atpatch_onnx.measuring.verify_loops import loops
 from atpatch_onnx.measuring.verify_numbers import numbers
 from atpatch_onnx.patches.compose import compose
@@ -90,7 +92,9 @@ def verify(
     files = (before if isinstance(base, ir.Model) else base, after if isinstance(patched, ir.Model) else patched)
     if not on_cpu(providers):
         checks.append(placed(files[1], after, providers))
-    if debug is not None:
+    if debug is None:
+        checks += independence(before, after, record, None)
+    else:
         first = graphs.beginning(before), graphs.beginning(after)
         answered = None
         if debug.kind == "generation":
@@ -99,6 +103,7 @@ def verify(
             answered = Answered.of(files[0], debug, steps, None if decode is None else decode[0], **how)
             debug = as_read(answered, debug, Decoder.of(first[0]))
         debug.check_inputs(input_specs(first[0]))
+        checks += independence(*first, read_record(first[1]), debug, files[1], batch_size=batch_size, progress=progress)
         run = files if first[0] is before else first  # one graph of two is run by itself here, and the file in loops
         for optimize in (False, True):
             checks += numbers(*first, read_record(first[1]), debug, optimize, batch_size, progress, run, providers)

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from atpatch_onnx.errors import PatchFileError
 from atpatch_onnx.files import write_whole
-from atpatch_onnx.patches.patch import Array, Detector, LayerEdit, Neutral, Patch, SitePatch
+from atpatch_onnx.patches.patch import Array, Detector, LayerEdit, Neutral, Patch, Places, SitePatch
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 2**30
@@ -34,9 +34,12 @@ def tensors(patch: Patch) -> dict[str, Array]:
     found: dict[str, Array] = {}
     for number, site in enumerate(patch.sites):
         of_site: dict[str, Array | None] = {}
-        if site.detector is not None:
-            detector = site.detector
+        detector = site.detector
+        if isinstance(detector, Detector):
             of_site |= {"weights": detector.weights, "bias": detector.bias, "output": detector.output}
+        elif detector is not None:
+            of_site["places"] = detector.marks
+        if detector is not None:
             of_site["threshold"] = np.array([detector.threshold], np.float32)
         if site.neutral is not None:
             of_site |= {"neutral_key": site.neutral.key, "neutral_value": site.neutral.value}
@@ -51,7 +54,7 @@ def header(patch: Patch, *, patch_id: str | None) -> str:
     sites = [
         {
             "site": site.site,
-            "detects": None if site.detector is None else ("linear" if site.detector.is_linear else "hidden"),
+            "detects": _kind(site.detector),
             "redistributes": site.neutral is not None,
         }
         for site in patch.sites
@@ -66,6 +69,12 @@ def header(patch: Patch, *, patch_id: str | None) -> str:
         "id": patch_id,
     }
     return json.dumps(entries, sort_keys=True)
+
+
+def _kind(detector: Detector | Places | None) -> str | None:
+    if isinstance(detector, Detector):
+        return "linear" if detector.is_linear else "hidden"
+    return None if detector is None else "place"
 
 
 def to_bytes(patch: Patch) -> bytes:
@@ -180,13 +189,19 @@ def _site(entry: Mapping[str, Any], number: int, arrays: Mapping[str, Array]) ->
 
     detects, redistributes = entry["detects"], entry["redistributes"]
     if (
-        detects not in (None, "linear", "hidden")
+        detects not in (None, "linear", "hidden", "place")
         or not isinstance(redistributes, bool)
         or not (detects or redistributes)
     ):
         raise ValueError(f"site {number} says detects={detects!r} and redistributes={redistributes!r}")
-    detector = neutral = None
-    if detects is not None:
+    detector: Detector | Places | None = None
+    neutral = None
+    if detects == "place":
+        marks, threshold = tensor("places", None), tensor("threshold", 1)
+        if not np.isin(marks, (0, 1)).all() or not marks.any():
+            raise ValueError(f"tensor {number}/places does not mark some tokens by ones among zeros")
+        detector = Places(marks, threshold=float(threshold[0]))
+    elif detects is not None:
         weights, threshold = tensor("weights", None, 1 if detects == "linear" else None), tensor("threshold", 1)
         units = weights.shape[1]
         bias, output = (None if detects == "linear" else tensor(name, units) for name in ("bias", "output"))

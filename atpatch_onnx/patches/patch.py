@@ -50,6 +50,23 @@ class Detector:
 
 
 @dataclass(frozen=True, eq=False)
+class Places:
+    """Names tokens by where they stand, whatever they hold: a fix that is always on.
+
+    score = marks, the same in every input. A token is named when its score exceeds the threshold.
+    """
+
+    marks: Array
+    """`[tokens]`: 1 where a token is named, 0 elsewhere."""
+
+    threshold: float = 0.5
+    """Rounded to float32, which its file and the graph hold."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", float(np.float32(self.threshold)))
+
+
+@dataclass(frozen=True, eq=False)
 class Neutral:
     """What a flagged token shows and hands over instead of its own key and value: means over clean data."""
 
@@ -67,7 +84,7 @@ class SitePatch:
     site: str
     """Name of the `AttentionSite`."""
 
-    detector: Detector | None
+    detector: Detector | Places | None
     neutral: Neutral | None
     """None: the site does not redistribute."""
 

@@ -132,7 +132,11 @@ def residual(figures: Mapping[str, Any]) -> str:
 
 def reading(figures: Mapping[str, Any]) -> str | None:
     """What detectors read and why, in words; None where the fit does not say."""
-    kinds = {"linear": "one product with each token's key", "hidden": "each token's key, by a hidden layer"}
+    kinds = {
+        "linear": "one product with each token's key",
+        "hidden": "each token's key, by a hidden layer",
+        "place": "where tokens stand: the fix is always on",
+    }
     chosen = kinds.get(str(figures.get("detectors")))
     others = [
         f"{shown(one.get('detectors', NONE))} ones missed {shown('; '.join(map(str, one['shortfalls'])))}"
@@ -177,6 +181,11 @@ def facts(patch: Patch | PatchRecord) -> list[tuple[str, str]]:
         said = f"{shown(cost.get('kernels'))} kernels a run; {shown(cost.get('all'))} with every site"
         found.append(("Adds", said))
     return found
+
+
+def standing_in(evaluation: Evaluation) -> str:
+    """What stands in for labels that pairs do not have; empty where they have them."""
+    return "" if evaluation.labelled else "No labels: the base's predictions on clean inputs stand in for them."
 
 
 def before_after(evaluation: Evaluation) -> tuple[MetricRow, ...]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from atpatch_onnx.matching.hidden import HiddenLayer
 from atpatch_onnx.matching.sites import Matches
 from atpatch_onnx.report.rows import NONE, shown
-from atpatch_onnx.report.tables import NARROW, WIDE, Columns, measure, table
+from atpatch_onnx.report.tables import INTERVALS, NARROW, WIDE, Columns, measure, table
 from atpatch_onnx.running.metrics import Rate
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
@@ -71,11 +71,11 @@ def of_prompts(found: Written) -> Numbers:
     )
 
 
-def numbers_table(numbers: Numbers, count: int) -> Table:
-    """Numbers before and after with 95 % intervals, on `count` held-out pairs."""
+def numbers_table(numbers: Numbers, count: int, note: str = "") -> Table:
+    """Numbers before and after with 95 % intervals, on `count` held-out pairs; a note, where there is one."""
     columns: Columns = {"Measure": WIDE, "Before": NARROW, "After": NARROW}
     cells = ((name, NONE if before is None else measure(before), measure(after)) for name, before, after in numbers)
-    return table(f"On {count:,} held-out pairs", columns, cells, "In brackets: 95 % intervals.")
+    return table(f"On {count:,} held-out pairs", columns, cells, f"{INTERVALS} {note}".strip())
 
 
 def numbers_json(numbers: Numbers) -> list[dict[str, Any]]:

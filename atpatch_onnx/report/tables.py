@@ -20,6 +20,8 @@ def measure(value: Rate | Difference | float | None) -> str:
     return f"{value.value:.2%} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
 
+INTERVALS = "In brackets: 95 % intervals."
+
 Columns = Mapping[str, Mapping[str, Any]]
 """Names of columns, and what rich is told of each."""
 

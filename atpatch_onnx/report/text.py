@@ -15,7 +15,7 @@ from atpatch_onnx.matching.sites import AttentionSite, Dim, Matches, Place
 from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.report import rows
 from atpatch_onnx.report.rows import NONE, decimal, percent, residual, shown
-from atpatch_onnx.report.tables import FOLD, NARROW, RIGHT, WIDE, Columns, measure, table, texts
+from atpatch_onnx.report.tables import FOLD, INTERVALS, NARROW, RIGHT, WIDE, Columns, measure, table, texts
 from atpatch_onnx.report.verdict import missed_goal
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
@@ -187,7 +187,8 @@ def evaluation_table(evaluation: Evaluation) -> Group:
     cells = ((row.name, measure(row.before), measure(row.after)) for row in rows.before_after(evaluation))
     title = f"Before and after, {evaluation.inputs:,} pairs"
     columns: Columns = {"Measure": WIDE, "Before": NARROW, "After": NARROW}
-    parts: list[RenderableType] = [table(title, columns, cells, "In brackets: 95 % intervals."), _BLANK]
+    note = f"{INTERVALS} {rows.standing_in(evaluation)}".strip()
+    parts: list[RenderableType] = [table(title, columns, cells, note), _BLANK]
     if levels := rows.detector_rows(evaluation):
         columns = {"Level": {"ratio": 1}, "Precision": NARROW, "Recall": NARROW, "Average\nprecision": NARROW}
         found = ((at.level, measure(at.precision), measure(at.recall), decimal(at.average_precision)) for at in levels)

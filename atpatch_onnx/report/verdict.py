@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from atpatch_onnx.baking.metadata import PatchRecord
 from atpatch_onnx.patches.patch import Patch
-from atpatch_onnx.report.rows import goal_rows, number, percent, residual, shown
+from atpatch_onnx.report.rows import goal_rows, number, percent, residual, shown, standing_in
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
     from atpatch_onnx.measuring.evaluate import Evaluation
@@ -50,7 +50,8 @@ def judge(patch: Patch | PatchRecord, evaluation: Evaluation | None, verificatio
     if broken:
         return Verdict(Tone.BAD, "Do not ship", f"The patched file fails its checks. {summary}", objections)
     if missed:
-        return Verdict(Tone.BAD, "Goal missed", f"The fix does not reach its own goal. {summary}", objections)
+        label = "Not fixable this way" if any(_beyond_detectors(figures)) else "Goal missed"
+        return Verdict(Tone.BAD, label, f"The fix does not reach its own goal. {summary}", objections)
     if beyond:
         return Verdict(
             Tone.WARNING, "Look closer", f"The fix held where it was fitted, not here. {summary}", objections
@@ -67,7 +68,15 @@ def missed_goal(figures: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     lines = figures.get("shortfalls")
     found = tuple(f"On the validation part: {shown(line)}." for line in lines) if isinstance(lines, list) else ()
-    return found or ("On the validation part the goal was missed.",)
+    return (*(found or ("On the validation part the goal was missed.",)), *_beyond_detectors(figures))
+
+
+def _beyond_detectors(figures: Mapping[str, Any]) -> Iterator[str]:
+    """That no detector could reach the goal, a line a bound; nothing where one could, or that is not known."""
+    best = figures.get("at_best")
+    lines = best.get("shortfalls") if isinstance(best, Mapping) else None
+    for line in lines if isinstance(lines, list) else ():
+        yield f"Not fixable this way: with flags without a fault, {shown(line)}."
 
 
 def _beyond_goal(figures: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
@@ -115,4 +124,4 @@ def _summary(figures: Mapping[str, Any], evaluation: Evaluation | None) -> str:
     if evaluation.clean_bit_identical:
         parts.append("inputs without a flag keep their outputs bit for bit")
     sentence = ", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]
-    return f"On {evaluation.inputs:,} pairs, {sentence}."
+    return f"On {evaluation.inputs:,} pairs, {sentence}. {standing_in(evaluation)}".strip()

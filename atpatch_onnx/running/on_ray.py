@@ -28,6 +28,9 @@ ATTEMPTS = 4
 QUEUED = 2
 """Pieces that a worker has at a time: one that it is at, and the next."""
 
+STARTS = 3
+"""Starts of a cluster that are tried: half a minute, which Ray gives to each, is short on a busy machine."""
+
 PATIENCE = 120.0
 """Seconds to wait for a first worker."""
 
@@ -35,6 +38,18 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is told to anybody
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its coming default; the other one warns
 }
+
+
+def start(**how: Any) -> None:
+    """Start or join a cluster, as `ray.init` does; once more where the time ran out that Ray gives to its start."""
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(**how)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left or "timed out during startup" not in str(error):
+                raise
 
 
 class Ray(AbstractContextManager["Ray"]):
@@ -99,7 +114,7 @@ class Ray(AbstractContextManager["Ray"]):
             how |= {"address": "local", "include_dashboard": False, "num_cpus": self._cpus_here()}
             how |= {} if self._object_store is None else {"object_store_memory": self._object_store}
         try:
-            ray.init(**how)
+            start(**how)
         except Exception as error:  # gRPC's, OSError, RuntimeError, ValueError
             raise RunError(
                 self.address or "a Ray cluster on this machine",

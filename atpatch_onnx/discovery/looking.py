@@ -1,8 +1,4 @@
-"""One graph that is asked by forward passes only: the base, and for each input which of its tokens are neutral.
-
-The flags of a patch are computed; here they are an input of the graph. Everything else is as in a patched model: a
-flagged token shows every site a neutral key and hands over a neutral value.
-"""
+"""What one pass over inputs tells, before they are asked by forward passes with tokens neutral (`fitting.board`)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.probe import key_output, mass_output, probe, value_output
-from atpatch_onnx.baking.replace import Decision, replace_tokens, replacements
 from atpatch_onnx.errors import NoSiteError
 from atpatch_onnx.fitting.collect import Means
-from atpatch_onnx.graph.insertion import Insertion
-from atpatch_onnx.graph.names import own_name
-from atpatch_onnx.graph.values import find_value
 from atpatch_onnx.matching import find_sites
 from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.patches.patch import Neutral
@@ -27,10 +18,6 @@ from atpatch_onnx.running.executors import LOCAL, Executor, Kept
 from atpatch_onnx.running.predictions import classes
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
 from atpatch_onnx.running.shards import Groups, SpreadSession
-
-_SCOPE = "hunt"
-FLAGS = own_name(_SCOPE, "neutral")
-"""Name of the graph's input that says which tokens are neutral, bool `[inputs, tokens]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,59 +114,3 @@ class _Looking:
             if mass is not None:
                 drawn.append(mass)
         return found | ({"mass": np.asarray(np.mean(drawn, axis=0, dtype=np.float32))} if drawn else {})
-
-
-class Board:
-    """A session in which tokens are made neutral.
-
-    Args:
-        model: The base.
-        sites: On one token axis.
-        neutral: The neutral token of each, by name.
-        output: Name of the output that predictions are read from.
-        batch_size: Inputs at a time.
-        executor: Who runs it.
-    """
-
-    def __init__(
-        self,
-        model: ir.Model,
-        sites: Sequence[AttentionSite],
-        neutral: Mapping[str, Neutral],
-        output: str,
-        *,
-        batch_size: int = 32,
-        executor: Executor = LOCAL,
-    ) -> None:
-        board = graphs.copy(model)
-        flags = ir.Value(name=FLAGS, shape=ir.Shape(["inputs", "tokens"]), type=ir.TensorType(ir.DataType.BOOL))
-        board.graph.inputs.append(flags)
-        at = Insertion(board.graph, _SCOPE, first=True)
-        last = at.constant("last", np.array([2], np.int64))
-        decision = Decision(at.op("Unsqueeze", flags, last, name="flags", dtype=ir.DataType.BOOL), None)
-        ends: dict[ir.Node | None, ir.Node | None] = {None: at.end}
-        for site in sites:
-            for replacement in replacements(board.graph, site, neutral[site.name]):
-                producer = find_value(board.graph, replacement.place.value).producer()
-                into = Insertion(board.graph, site.name, anchor=ends.get(producer, producer))
-                replace_tokens(into, replacement, decision)
-                ends[producer] = into.end
-        self._session, self._output, self._batch = SpreadSession(board, executor=executor), output, batch_size
-        self.passes = 0
-        """Inputs that were run."""
-
-    def predict(
-        self,
-        inputs: Mapping[str, Array],
-        neutral: NDArray[np.bool_],
-        *,
-        progress: Progress = silent,
-        stage: str = "making tokens neutral",
-    ) -> NDArray[np.int64]:
-        """Predicted classes `[inputs]` of inputs with these tokens neutral `[inputs, tokens]`."""
-        self.passes += len(neutral)
-        given = {**inputs, FLAGS: neutral}
-        logits = self._session.collect(given, [self._output], batch_size=self._batch, progress=progress, stage=stage)[
-            self._output
-        ]
-        return classes(logits)
