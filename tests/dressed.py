@@ -9,7 +9,7 @@ import json
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from planted import Planted
+from planted import HEADS, Planted
 
 from atpatch_onnx.debugset import DebugSet
 
@@ -83,6 +83,68 @@ def of_opset(proto: onnx.ModelProto, opset: int, ir_version: int, *, listed: boo
         for tensor in model.graph.initializer:
             model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     onnx.checker.check_model(model)
+    return model
+
+
+def talking(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights mix the heads of each map behind its softmax."""
+    model = copy.deepcopy(proto)
+    mixes = np.array([[0.75, 0.25], [0.25, 0.75]], np.float32).reshape(HEADS, HEADS, 1, 1)
+    model.graph.initializer.append(numpy_helper.from_array(mixes, "mixes"))
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        (name,) = node.output
+        if node.op_type == "Softmax":
+            node.output[0] = f"{name}/alone"
+        model.graph.node.append(node)
+        if node.op_type == "Softmax":
+            model.graph.node.append(helper.make_node("Conv", [f"{name}/alone", "mixes"], [name], name=f"/{name}/mixed"))
+    onnx.checker.check_model(model)
+    return model
+
+
+def as_image(planted: Planted, rows: int = 2) -> onnx.ModelProto:
+    """Tokens are pixels for keys and values, `[batch, width, rows, columns]`, and heads are folded into the batch."""
+    model, tokens, depth = planted.proto(), planted.tokens, planted.depth
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    sizes = {
+        "image": [-1, planted.width, rows, tokens // rows],
+        "pixels": [-1, depth, tokens],
+        "folded": [-1, tokens, depth],
+        "heads": [-1, HEADS, tokens, depth],
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(size), name) for name, size in sizes.items())
+    made: list[onnx.NodeProto] = []
+
+    def op(op_type: str, *inputs: str, out: str, **attributes: object) -> str:
+        made.append(helper.make_node(op_type, inputs, [out], name=f"/{out}", **attributes))
+        return out
+
+    def pixels(x: str, at: str) -> str:
+        kernel = numpy_helper.to_array(weights[f"{at}.weight"]).T[:, :, None, None]
+        weights[f"{at}.weight"].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(kernel), f"{at}.weight"))
+        image = op("Reshape", op("Transpose", x, out=f"{at}/first", perm=[0, 2, 1]), "image", out=f"{at}/image")
+        return op("Reshape", op("Conv", image, f"{at}.weight", out=f"{at}/conv"), "pixels", out=f"{at}/pixels")
+
+    moves = tuple(f"{which}/product/{how}" for which in "kv" for how in ("split", "heads"))
+    for node in model.graph.node:
+        out = node.output[0]
+        if out.endswith(("k/product", "v/product")):
+            pixels(node.input[0], out.removesuffix("/product").replace("/", "."))
+        elif out.endswith("/scores"):
+            at = out.removesuffix("/scores")
+            q = op("Reshape", node.input[0], "folded", out=f"{at}/q/folded")
+            op("MatMul", q, f"{at}.k/pixels", out=out)
+        elif out.endswith("/Y"):
+            at = out.removesuffix("/Y")
+            v = op("Transpose", f"{at}.v/pixels", out=f"{at}/v/folded", perm=[0, 2, 1])
+            op("Reshape", op("MatMul", node.input[0], v, out=f"{at}/y"), "heads", out=out)
+        elif not out.endswith((*moves, "k/transposed")):
+            made.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(made)
+    onnx.checker.check_model(model, full_check=True)
     return model
 
 

@@ -89,6 +89,9 @@ class Form:
     keys: int | None = TOKENS
     """None: not a fixed number."""
 
+    projection: str = "Add"
+    """The operator whose result holds keys and values token by token."""
+
     masked: bool = False
     sums_to_one: bool = True
     self_attention: bool | None = True
@@ -301,6 +304,51 @@ def windows_outside_the_batch(s: Sketch, x: str) -> str:
     return s.reshape(y, -1, TOKENS, WIDTH)
 
 
+def as_image(s: Sketch, x: str) -> str:
+    """The grid of tokens with its channels first, `[batch, width, 4, 4]`."""
+    return s.reshape(s.transpose(x, 0, 2, 1), -1, WIDTH, 4, 4)
+
+
+def of_image(s: Sketch, y: str) -> str:
+    """`[batch * heads, tokens, depth]` as `[batch, tokens, width]`."""
+    return s.transpose(s.reshape(s.transpose(y, 0, 2, 1), -1, WIDTH, TOKENS), 0, 2, 1)
+
+
+def convolved(s: Sketch, x: str, count: int = 1) -> str:
+    return s.op("Conv", x, s.normal(count * WIDTH, WIDTH, 1, 1), s.normal(count * WIDTH))
+
+
+def tokens_on_two_axes(s: Sketch, x: str) -> str:
+    """As BoTNet: one convolution for all three, heads folded into the batch behind it."""
+    parts = [f"part_{len(s.nodes)}_{number}" for number in range(3)]
+    qkv = convolved(s, as_image(s, x), 3)
+    s.nodes.append(helper.make_node("Split", [qkv, s.sizes(*[WIDTH] * 3)], parts, name=f"node/{parts[0]}", axis=1))
+    q, k, v = (s.reshape(part, -1, DEPTH, TOKENS) for part in parts)
+    return of_image(s, s.attend(s.transpose(q, 0, 2, 1), k, s.transpose(v, 0, 2, 1)))
+
+
+def tokens_on_two_axes_packed(s: Sketch, x: str) -> str:
+    """As CvT: keys and values of one convolution, cut from it where heads stand on an axis."""
+    q = s.transpose(s.reshape(convolved(s, as_image(s, x)), -1, DEPTH, TOKENS), 0, 2, 1)
+    both = s.reshape(convolved(s, as_image(s, x), 2), -1, 2, HEADS, DEPTH, 4, 4)
+    k, v = (s.reshape(s.op("Gather", both, s.weight(np.int64(n)), axis=1), -1, DEPTH, TOKENS) for n in range(2))
+    return of_image(s, s.attend(q, k, s.transpose(v, 0, 2, 1)))
+
+
+def windows_on_two_axes(s: Sketch, x: str) -> str:
+    """As HaloNet: windows of the image, each with rows and columns of its own."""
+
+    def apart(y: str) -> str:
+        """`[batch * heads, windows, tokens, depth]`."""
+        y = s.transpose(s.reshape(y, -1, WIDTH, 2, 2, 2, 2), 0, 1, 2, 4, 3, 5)
+        return s.transpose(s.reshape(y, -1, DEPTH, WINDOWS, WINDOW), 0, 2, 3, 1)
+
+    q, k, v = (apart(convolved(s, as_image(s, x))) for _ in range(3))
+    y = s.transpose(s.attend(q, s.transpose(k, 0, 1, 3, 2), v), 0, 3, 1, 2)
+    y = s.transpose(s.reshape(y, -1, WIDTH, 2, 2, 2, 2), 0, 2, 4, 3, 5, 1)
+    return s.reshape(y, -1, TOKENS, WIDTH)
+
+
 def all_samples_in_one_sequence(s: Sketch, x: str) -> str:
     """As Pixtral: the batch is one long sequence, and a mask keeps the samples apart."""
     x = s.reshape(x, 1, -1, WIDTH)
@@ -424,6 +472,11 @@ FORMS = {
     ),
     "windows on an axis": Form(windows_on_an_axis, "bwhqk", parts=WINDOWS, keys=WINDOW),
     "windows behind heads": Form(windows_behind_heads, "bhwqk", parts=WINDOWS, keys=WINDOW),
+    "tokens on two axes": Form(tokens_on_two_axes, **FOLDED, projection="Split"),
+    "tokens on two axes, packed": Form(tokens_on_two_axes_packed, **FOLDED, projection="Gather"),
+    "windows and tokens on two axes": Form(
+        windows_on_two_axes, "(bh)wqk", parts=WINDOWS, keys=WINDOW, projection="Transpose"
+    ),
     "all samples in one sequence": Form(all_samples_in_one_sequence, parts=0, keys=None, masked=True),
     "transposed": Form(transposed, "nhkq"),
     "FusedMatMul": Form(fused_transposed, opsets=MICROSOFT),

@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import onnx
 import pytest
-from dressed import of_opset, of_words, sequence_first, with_a_sequence, with_maps, without_batch, words_debug
+from dressed import (
+    as_image,
+    of_opset,
+    of_words,
+    sequence_first,
+    talking,
+    with_a_sequence,
+    with_maps,
+    without_batch,
+    words_debug,
+)
 from planted import QUICK, Planted
 
 import atpatch_onnx as atp
@@ -26,6 +36,8 @@ BROUGHT = {
     "maps handed out": (lambda: with_maps(Planted().proto()), Planted().debug),
     "opset 12, lifted": (lambda: of_opset(Planted().proto(), 12, 7), Planted().debug),
     "IR version 3, lifted": (lambda: of_opset(Planted(free=True).proto(), 11, 3, listed=True), Planted().debug),
+    "talking heads": (lambda: talking(Planted().proto()), Planted().debug),
+    "pixels, heads in the batch": (lambda: as_image(Planted()), Planted().debug),
     "words": (lambda: of_words(Planted()), lambda pairs=480: words_debug(Planted(), pairs)),
 }
 

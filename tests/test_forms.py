@@ -38,7 +38,7 @@ def test_its_axes_are_found(form: Form, batch: Batch) -> None:
         for place in (site.key, site.value):
             assert (place.heads, place.depth) == (form.kv_heads, WIDTH // form.heads)
             assert place.whole
-            assert find_value(model.graph, place.value).producer().op_type == "Add", "behind the projection's bias"
+            assert find_value(model.graph, place.value).producer().op_type == form.projection, "behind its bias"
         if form.keys is not None:
             assert (site.queries, site.keys) == (form.keys, form.keys)
     shared = matches.sites[0].token_axis == matches.sites[1].token_axis

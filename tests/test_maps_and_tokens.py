@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from form_nets import DEPTH, HEADS, TOKENS, WIDTH, WINDOW, WINDOWS, Sketch
-from models import FORMS, draw_patch, fire_on_some, run, with_outputs
+from models import FORMS, draw_patch, fire_on_some, run, same_bits, with_outputs
 from nudge import assert_places, entries
 from onnx import TensorProto, helper
 
@@ -176,6 +176,24 @@ def test_it_verifies(name: str) -> None:
     assert result.passed, result.failures
 
 
+NONE = [name for name, layer in LAYERS.items() if TOKENS_FIRST not in (layer.keys, layer.values)]
+"""Those whose own sizes hold for no sample: a size of 0 in front of another one is taken for the other."""
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_a_batch_of_none_runs_as_it_does_in_the_base(name: str) -> None:
+    _assert_none_is_none(LAYERS[name].model(), LAYERS[name].feed(0))
+
+
+def _assert_none_is_none(model: ir.Model, feed: dict[str, np.ndarray]) -> None:
+    for conditional in FORMS:
+        found = run(bake(model, draw_patch(model), conditional=conditional, site_flags=True), feed)
+        for output, array in run(model, feed).items():
+            assert same_bits(found[output], array)
+        assert found["atpatch/flagged"].shape == found["atpatch/score"].shape == (0, 1)
+        assert len(found["atpatch/site_0/flags"]) == 0
+
+
 def _by_map(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1, *array.shape[-3:])
 
@@ -237,5 +255,8 @@ def test_where_neither_maps_nor_tokens_are_counted_it_is_refused() -> None:
         (miss,) = matches.near_misses
         assert miss.attention
         assert "its maps and tokens do not have an axis each, and neither" in miss.reason
-        (site,) = explain(replace(layer, keys=APART).model()).sites
+        apart = replace(layer, keys=APART)
+        (site,) = explain(apart.model()).sites
         assert site.key.axes == site.value.axes == APART
+        assert site.parts is None
+        _assert_none_is_none(apart.model(), apart.feed(0))

@@ -19,7 +19,7 @@ from atpatch_onnx import errors
 from atpatch_onnx.baking.metadata import PatchedLayer, PatchedSite
 from atpatch_onnx.cli.root import COMMANDS
 from atpatch_onnx.patches import file as patch_file
-from atpatch_onnx.patches.patch import Detector, LayerEdit, Neutral, Patch, SitePatch
+from atpatch_onnx.patches.patch import Detector, LayerEdit, Neutral, Patch, Places, SitePatch
 
 ROOT = DOCS.parent
 EVIDENCE = DOCS / "evidence"
@@ -112,13 +112,15 @@ def test_the_page_on_patch_files_names_what_is_in_them():
     hidden = Detector(np.ones((4, 2), np.float32), np.ones(2, np.float32), np.ones(2, np.float32), threshold=1.0)
     neutral = Neutral(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32))
     edit = LayerEdit("layer", np.array([0]), np.ones(1, np.float32), np.ones(1, np.float32))
+    places = Places(np.ones(2, np.float32))
     patch = Patch("base", (SitePatch("site", hidden, neutral),), edits=(edit,))
+    always = Patch("base", (SitePatch("site", places, neutral),))
     entry = json.loads(patch_file.header(patch, patch_id=patch.id))
     documented = keys("reference/patch-file.md")
     assert documented["key"] == set(entry)
     assert documented["key of a site"] == set(entry["sites"][0])
     assert documented["key of an edit"] == set(entry["edits"][0])
-    assert {name.replace("N", "0") for name in documented["tensor"]} == set(patch_file.tensors(patch))
+    assert {name.replace("N", "0") for name in documented["tensor"]} == {*patch_file.tensors(patch), *patch_file.tensors(always)}
 
 
 def test_the_page_on_patched_models_names_what_is_in_them():

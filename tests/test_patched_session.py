@@ -435,3 +435,14 @@ def test_a_forked_child_is_told_and_does_not_hang(first, second, tmp_path):
             os._exit(2)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 7
+
+
+@pytest.mark.parametrize("site_flags", [False, True])
+def test_a_batch_of_none_is_served(first, tmp_path, site_flags):
+    path = written(first, tmp_path, site_flags=site_flags)
+    nothing = {name: array[:0] for name, array in inputs().items()}
+    with PatchedSession(path) as session:
+        found = dict(zip([output.name for output in session.get_outputs()], session.run(None, nothing), strict=True))
+        assert found["logits"].shape == (0, PLANTED.classes)
+        assert found["atpatch/flagged"].shape == (0, 1)
+        assert (session.stats().inferences, session.stats().requests) == (0, 1)

@@ -106,7 +106,7 @@ def draws(draw: st.DrawFn) -> Draw:
     )
     if net.bias and net.past is not None:
         net = replace(net, past=None)  # the bias of these nets has no columns for it
-    batch, tokens = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    batch, tokens = draw(st.integers(1 if op else 0, 4)), draw(st.integers(1, 6))  # see `REFUSED`
     feed = net.feed(rng, batch, tokens)
     if net.bias:
         hidden = rng.random((batch, 1, tokens, tokens)) < draw(st.sampled_from([0.0, 0.4]))
@@ -155,7 +155,7 @@ def test_what_is_flagged_is_what_exceeds_the_threshold_and_batch_mates_do_not_ma
         assert np.array_equal(~quiet, flags[1].any(-1))
         assert same_bits(found["hidden"][quiet], run(model, d.feed)["hidden"][quiet])
         first = {name: array[:1] for name, array in d.feed.items()}
-        assert same_bits(run(baked, first)["hidden"][0], found["hidden"][0]), "alone as beside the others"
+        assert same_bits(run(baked, first)["hidden"], found["hidden"][:1]), "alone as beside the others"
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -201,7 +201,6 @@ NEVER_EMPTY = {
     "opset 17, grouped": "it takes its sizes from what is there",
     "Einsum": CRASHES,
     "Einsum of values and map": CRASHES,
-    "all samples in one sequence": "it cannot be told how long a sample is where there is none",
 }
 """Nets that do not run without a sample, or are not asked to, and why."""
 

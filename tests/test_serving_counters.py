@@ -36,6 +36,14 @@ def test_inputs_are_counted_not_requests_or_columns():
     assert (latencies["0.0025"], latencies["0.005"], latencies["5"], latencies["+Inf"]) == (0, 1, 1, 2)
 
 
+@pytest.mark.parametrize("columns", [0, 4])
+def test_a_request_without_an_input_is_counted(columns):
+    counters = Counters()
+    counters.count(np.zeros((0, 1), bool), 0.1, {"layer0": np.zeros((0, columns), bool)})
+    stats = counters.stats()
+    assert (stats.inferences, stats.flagged, stats.requests, stats.flagged_by_site) == (0, 0, 1, {"layer0": 0})
+
+
 def test_before_the_first_request():
     assert Counters().stats() == Stats()
     assert Stats().flagged_ratio == 0

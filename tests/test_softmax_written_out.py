@@ -82,6 +82,17 @@ def less_the_logarithm_written_out(s: Sketch, x: str) -> str:
     return s.op("Exp", s.op("Sub", y, s.op("Log", summed(s, s.op("Exp", y)))))
 
 
+def of_powers_of_two(s: Sketch, x: str) -> str:
+    """As kernels have it, scores in another unit."""
+    e = s.op("Pow", s.weight(np.float32(2)), s.op("Mul", shifted(s, x), s.number(1.442695)))
+    return s.op("Div", e, summed(s, e))
+
+
+def of_powers_times_the_reciprocal(s: Sketch, x: str) -> str:
+    e = s.op("Pow", s.number(10), x)
+    return s.op("Mul", e, s.op("Reciprocal", summed(s, e)))
+
+
 def masked(s: Sketch, x: str) -> str:
     kept = s.op("Mul", s.op("Exp", shifted(s, x)), s.weight(np.tri(16, dtype=np.float32)))
     return s.op("Div", kept, s.op("Add", summed(s, kept), s.number(1e-9)))
@@ -112,6 +123,8 @@ WAYS: tuple[Callable[[Sketch, str], str], ...] = (
     less_the_logarithm_of_the_sum,
     less_the_logarithm_written_out,
     with_a_bias,
+    of_powers_of_two,
+    of_powers_times_the_reciprocal,
     masked,
     masked_by_a_choice,
 )

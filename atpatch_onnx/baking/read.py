@@ -124,7 +124,7 @@ def _maps_first(at: Insertion, site: AttentionSite, place: Place, found: ir.Valu
     elif not place.apart and (known := _known_maps(at.graph, site)) is not None:
         sizes = [known, -1] if place.order == "nk" else [-1, known]
         found = _reshaped(at, found, [*sizes, width], f"{name}/apart")
-    elif not place.apart:
+    elif place.folded:
         maps = _maps(at, site, name)
         folded = sum(bool(letters) for letters in place.axes) == 1
         rest = _tokens(at, found, maps, name) if folded else at.constant(f"{name}/rest", np.array([-1], np.int64))
@@ -132,9 +132,20 @@ def _maps_first(at: Insertion, site: AttentionSite, place: Place, found: ir.Valu
         both.append(at.constant(f"{name}/width", np.array([width], np.int64)))
         whole = at.op("Concat", *both, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
         found = at.op("Reshape", found, whole, name=f"{name}/apart")
+    elif not place.apart:
+        found = _on_one_axis_each(at, place, found, width, name)
     if place.order == "kn":
         found = at.op("Transpose", found, name=f"{name}/maps_first", attributes=[ir.AttrInt64s("perm", [1, 0, 2])])
     return found
+
+
+def _on_one_axis_each(at: Insertion, place: Place, found: ir.Value, width: int, name: str) -> ir.Value:
+    """All maps on one axis and all tokens on the other, in the order of the place; for any number of either."""
+    outer = sum(place.order[0] in letters for letters in place.axes)
+    joined = at.op("Flatten", found, name=f"{name}/joined", attributes=[ir.AttrInt64("axis", outer)])
+    if width > 1:
+        return _reshaped(at, joined, [0, -1, width], f"{name}/apart")
+    return at.op("Unsqueeze", joined, at.constant("last", np.array([2], np.int64)), name=f"{name}/apart")
 
 
 def _tokens(at: Insertion, found: ir.Value, maps: ir.Value, name: str) -> ir.Value:
@@ -189,11 +200,8 @@ def per_sample(at: Insertion, site: AttentionSite, of_maps: ir.Value, width: int
     count = _known_samples(at.graph, site)
     if count is not None:
         return _reshaped(at, of_maps, [count, -1, width], name)
-    axis = [ir.AttrInt64("axis", 0)]
-    if not isinstance(site.parts, int) or not site.parts:  # samples share a map, or it is not known
-        rest = at.constant(f"{name}/rest", np.array([-1, width], np.int64))
-        sizes = at.op("Concat", samples(at, site, name), rest, name=f"{name}/sizes", attributes=axis)
-        return at.op("Reshape", of_maps, sizes, name=name)
+    if _share_maps(at.graph, site):
+        return _shared_out(at, of_maps, samples(at, site, name), width, name)
     shape = at.op("Shape", of_maps, name=f"{name}/of_maps")
     keys = at.op("Gather", shape, at.constant("second", np.array([1], np.int64)), name=f"{name}/keys")
     both = at.op("Mul", keys, at.constant(f"{name}/parts", np.array([site.parts], np.int64)), name=f"{name}/tokens")
@@ -203,9 +211,31 @@ def per_sample(at: Insertion, site: AttentionSite, of_maps: ir.Value, width: int
         both,
         at.constant(f"{name}/width", np.array([width], np.int64)),
         name=f"{name}/sizes",
-        attributes=axis,
+        attributes=[ir.AttrInt64("axis", 0)],
     )
     return at.op("Reshape", of_maps, sizes, name=name)
+
+
+def _share_maps(graph: ir.Graph, site: AttentionSite) -> bool:
+    """Whether samples share a map, or may for all that is known, and neither they nor their tokens are counted."""
+    several = isinstance(site.parts, int) and site.parts > 0
+    return not (several or isinstance(site.columns, int)) and _known_samples(graph, site) is None
+
+
+def _shared_out(at: Insertion, of_maps: ir.Value, count: ir.Value, width: int, name: str) -> ir.Value:
+    """`[maps, tokens, width]` as `[samples, tokens, width]`; of no sample, as of one without a token."""
+    some = at.op("Max", count, at.constant("one_sample", np.array([1], np.int64)), name=f"{name}/some")
+    rest = at.constant(f"{name}/rest", np.array([-1, width], np.int64))
+    sizes = at.op("Concat", some, rest, name=f"{name}/sizes", attributes=[ir.AttrInt64("axis", 0)])
+    return at.op("Reshape", of_maps, sizes, name=name)
+
+
+def of_samples(at: Insertion, site: AttentionSite, found: ir.Value, name: str) -> ir.Value:
+    """What was made of `per_sample`, `[samples, ...]`, without that one sample where there is none."""
+    if site.parts == 1 or not _share_maps(at.graph, site):
+        return found
+    begin = at.constant("first", np.array([0], np.int64))
+    return at.op("Slice", found, begin, samples(at, site, name), begin, name=name)
 
 
 def read_features(at: Insertion, site: AttentionSite, place: Place, name: str) -> ir.Value:

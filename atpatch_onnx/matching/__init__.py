@@ -135,7 +135,7 @@ def _places(candidate: Candidate, order: Mapping[str, int], seen: View) -> tuple
         value = value_place(candidate.values, product, key, order, seen, cut=cut)
     if key is None or value is None:
         return miss(candidate.nodes, _without_place(candidate, key, seen), attention=True)
-    if not (key.apart and value.apart) and not _countable(candidate, key, seen):
+    if (key.folded or value.folded) and not _countable(candidate, key, seen):
         reason = (
             "attention, but its maps and tokens do not have an axis each, and neither how many maps a sample has is "
             "fixed nor how many tokens a map has"

@@ -106,7 +106,7 @@ def tokens_of(site: Candidate, place: Place, view: View) -> Dim:
     Where they share an axis with maps, they are as many as meet the queries, if their numbers agree.
     """
     shape = view.inferred.shapes.get(place.value)
-    if shape is not None and "k" in place.axes:
+    if shape is not None and place.axes.count("k") == 1 and not place.folded:
         return shape[place.axes.index("k")]
     sizes, met, named = view.inferred.sizes.get(place.value), view.sizes(site.keys.value), view.shape(site.keys.value)
     apart = None if met is None else split_by_axes(site.keys, met)

@@ -94,12 +94,17 @@ def _told(name: str, evidence: _Evidence, seen: View) -> int | None:
 def _evidence(seen: View) -> _Evidence:
     """What every attention, and whatever else weighs positions by a softmax, says of the inputs."""
     looked_at = [found for node in seen.model.graph for found in _looked_at(node, seen)]
-    maps = [(value, axis) for value, _, axes in looked_at for axis in axes]
+    maps = [(value, axis) for value, last, axes in looked_at for axis in axes if not _one_map(value, last, seen)]
     return _Evidence(
         tokens=roots(((value, axis) for value, axis, _ in looked_at), seen),
         maps=roots(maps, seen),
         whole=all(_is_known(value, axis, seen) for value, axis in maps),
     )
+
+
+def _one_map(scores: ir.Value, keys: int, seen: View) -> bool:
+    """Whether scores of two axes are one map, of queries and keys, whose keys stand on an input's first axis."""
+    return seen.rank(scores) == 2 and any(axis == 0 for _, axis in roots([(scores, keys)], seen))
 
 
 def _is_known(value: ir.Value, axis: int, seen: View) -> bool:

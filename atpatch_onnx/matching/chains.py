@@ -1,7 +1,8 @@
 """Walks along chains of nodes that only reshape, mask or scale: from the softmax to V, and back to Q and K."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,11 @@ _MOVES = {
 }  # fmt: skip
 """Operators that move, cut or convert the entries of their first input."""
 
-_FORWARD = dict.fromkeys((*_MOVES, "DynamicQuantizeLinear"), (0,)) | {"Where": (1, 2), "Mul": (0, 1), "Div": (0,)}
+_FORWARD = dict.fromkeys((*_MOVES, "Split", "DynamicQuantizeLinear"), (0,)) | {
+    "Where": (1, 2),
+    "Mul": (0, 1),
+    "Div": (0,),
+}
 _BACK = dict.fromkeys((*_MOVES, "Tanh", "Clip", "Flatten"), (0,)) | {
     "Add": (0, 1),
     "Sub": (0, 1),
@@ -52,18 +57,26 @@ class Meeting:
         return self.node.op_type in PRODUCTS
 
 
-def forward(value: ir.Value) -> Iterator[Meeting]:
-    """Every node that the entries of `value` meet after moves, guards and scalings, in graph order of each fan-out."""
+def forward(
+    value: ir.Value, over: Callable[[ir.Node, int, Sequence[ir.Node]], bool] = lambda node, index, path: False
+) -> Iterator[Meeting]:
+    """Every node that the entries of `value` meet after moves, guards and scalings, in graph order of each fan-out.
+
+    Args:
+        value: Where the walk begins.
+        over: Whether it leads over another node as well, by way of this operand, after a path.
+    """
     stack: list[tuple[ir.Value, tuple[ir.Node, ...]]] = [(value, ())]
     seen = {value}
     while stack:
         current, path = stack.pop()
         for use in current.uses():
-            if use.idx in _FORWARD.get(use.node.op_type, ()) and use.node.domain == "":
-                following = use.node.outputs[0]
-                if following not in seen:
-                    seen.add(following)
-                    stack.append((following, (*path, use.node)))
+            known = use.idx in _FORWARD.get(use.node.op_type, ()) and use.node.domain == ""
+            if known or over(use.node, use.idx, path):
+                outputs = use.node.outputs if use.node.op_type == "Split" else use.node.outputs[:1]
+                fresh = [output for output in outputs if output not in seen]
+                seen.update(fresh)
+                stack += [(following, (*path, use.node)) for following in fresh]
             else:
                 yield Meeting(use.node, use.idx, current, path)
 
@@ -76,8 +89,15 @@ class Product:
     path: tuple[ir.Node, ...]
 
 
-def back(value: ir.Value) -> Iterator[Product]:
-    """The products that the entries of `value` were computed from; the first operand of each node comes first."""
+def back(
+    value: ir.Value, over: Callable[[ir.Node, Sequence[ir.Node]], int | None] = lambda node, path: None
+) -> Iterator[Product]:
+    """The products that the entries of `value` were computed from; the first operand of each node comes first.
+
+    Args:
+        value: Where the walk begins.
+        over: The operand by way of which it leads over a node that is none of those known, given the path behind it.
+    """
     stack: list[tuple[ir.Value, tuple[ir.Node, ...]]] = [(value, ())]
     seen = set()
     while stack:
@@ -86,6 +106,12 @@ def back(value: ir.Value) -> Iterator[Product]:
         if node is None or node in seen:
             continue
         seen.add(node)
+        beyond = over(node, path)
+        if beyond is not None:
+            source = node.inputs[beyond]
+            assert source is not None, "it is mixed"
+            stack.append((source, (node, *path)))
+            continue
         if node.op_type in PRODUCTS:
             yield Product(node, path)
             continue
@@ -96,6 +122,27 @@ def back(value: ir.Value) -> Iterator[Product]:
             operand = node.inputs[index]
             if operand is not None:
                 stack.append((operand, (node, *path)))
+
+
+def followed(step: ir.Node, position: int, view: View) -> int | None:
+    """Where a step takes an axis of its first operand; None where the axis does not stay one axis."""
+    before, after = view.sizes(step.inputs[0]), view.sizes(step.outputs[0])
+    if step.op_type == "Transpose":
+        rank = view.rank(step.inputs[0]) or 0
+        perm = step.attributes["perm"].as_ints() if "perm" in step.attributes else range(rank)[::-1]
+        return list(perm).index(position) if position in perm else None
+    if step.op_type == "Gather" and before is not None and after is not None and len(after) < len(before):
+        axis = step.attributes.get_int("axis", 0) % len(before)
+        return None if position == axis else position - (position > axis)
+    if step.op_type not in ("Reshape", "Squeeze", "Unsqueeze"):
+        return position
+    if before is None or after is None:
+        return None
+    stride = prod(before[position + 1 :])
+    for axis, size in enumerate(after):
+        if (size, prod(after[axis + 1 :])) == (before[position], stride):
+            return axis
+    return None
 
 
 def can_hide(path: tuple[ir.Node, ...], view: View) -> bool:

@@ -4,12 +4,14 @@ That is looked at with a wider walk, over any operator, so that a softmax is cal
 reason to: its scores are features of a linear layer, or given, or the same for every input, or its result is an output.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from math import prod
 
 import onnx_ir as ir
 
 from atpatch_onnx.matching import chains
 from atpatch_onnx.matching.linear import LINEAR, weight_of
+from atpatch_onnx.matching.mixing import in_front, same_for_all
 from atpatch_onnx.matching.normalized import Normalized
 from atpatch_onnx.matching.provenance import Source, factors
 from atpatch_onnx.matching.rules import miss
@@ -21,12 +23,14 @@ _FARTHEST = 24
 
 _PRODUCTS = chains.PRODUCTS | LINEAR | {"Conv", "FusedConv"}
 _ASKED = {"Shape", "Size", "IsNaN"}
+_PAIRED = {"Add", "Sub", "Mul", "Div"}
+_NONLINEAR = {"Tanh", "Relu", "LeakyRelu", "Elu", "Gelu", "Sigmoid", "Cast", "Identity", "Dropout", "Reshape"}
 
 
 def scores_of(softmax: Normalized, view: View) -> chains.Product | NearMiss:
     """The product of Q and K that the softmax is taken of, or why there is none."""
     linear: chains.Product | None = None
-    for product in chains.back(softmax.scores):
+    for product in chains.back(softmax.scores, in_front(softmax, view)):
         second = product.node.inputs[1]
         if view.is_static(second) and (view.rank(second) or 3) < 3:
             linear = linear or product
@@ -46,6 +50,13 @@ def _from_weights(softmax: Normalized, linear: ir.Node, path: Sequence[ir.Node],
     if inner is not None and between and _mixes(linear, view):
         reason = "attention, but its heads are mixed by weights in front of the softmax (talking heads)"
         return miss([inner.node, *inner.path, *nodes], reason, attention=True)
+    added = None if before is None or _is_features(softmax, view) else _sum_of_two(before, view)
+    if added is not None:
+        reason = (
+            "attention, but its scores are weights times sums of queries and keys (additive attention); only products "
+            "of both are patched"
+        )
+        return miss([added, *nodes], reason, attention=True)
     what = "convolution" if "Conv" in linear.op_type else "linear layer"
     reason = f"not attention: its scores come from a {what} and not from a product of queries and keys"
     return miss(nodes, reason, attention=False)
@@ -69,6 +80,13 @@ def _without_product(softmax: Normalized, view: View) -> NearMiss:
             return miss([node, unknown, softmax.node], reason, attention=True)
         else:
             linear = linear or node
+    pairs = next((node for node in seen if _of_pairs(node, view)), None)
+    if pairs is not None:
+        reason = (
+            f"attention, it seems, but its scores come from {_kind(pairs)} of each pair of entries of two tensors and "
+            "not from a product of queries and keys; only products are patched"
+        )
+        return miss([pairs, softmax.node], reason, attention=True)
     if linear is not None:
         return _from_weights(softmax, linear, (), view)
     names = ", ".join(dict.fromkeys(_kind(node) for node in seen[:3])) or "an input of the model"
@@ -105,16 +123,31 @@ def without_values(
     return miss(nodes, reason, attention=False)
 
 
-def also_feeds(meetings: Sequence[chains.Meeting], view: View) -> list[ir.Node]:
-    """The products with weights, or behind what is not followed, that a map goes into beside those with its values."""
-    found = []
-    for meeting in meetings:
-        if meeting.node.op_type in _ASKED:
-            continue
-        product = meeting.node if meeting.node.op_type in _PRODUCTS else _product_behind(meeting.node, view)
-        if product is not None:
-            found.append(product)
-    return list(dict.fromkeys(found))
+def also_feeds(
+    meetings: Sequence[chains.Meeting], known: Set[ir.Node], view: View
+) -> tuple[list[ir.Node], list[ir.Node]]:
+    """The products that a map goes into beside those `known`, with its values.
+
+    Those behind what is not followed, in which it meets other values; and those with weights.
+    """
+    others = [meeting for meeting in meetings if meeting.node not in known and meeting.node.op_type not in _ASKED]
+    of_values = [_values_behind(meeting, view, as_large=True) for meeting in others]
+    rest = [meeting for meeting, node in zip(others, of_values, strict=True) if node is None]
+    of_weights = [_weights_behind(meeting, view) for meeting in rest]
+    first, second = (
+        dict.fromkeys(node for node in found if node is not None and node not in known)
+        for found in (of_values, of_weights)
+    )
+    return list(first), list(second)
+
+
+def _weights_behind(meeting: chains.Meeting, view: View) -> ir.Node | None:
+    """The first product of the map with weights, or of what a node makes of it, where that is no smaller."""
+    size = prod(view.sizes(meeting.value) or (0,))
+    for node, read in ((meeting.node, meeting.value), *_ahead(meeting.node)):
+        if node.op_type in _PRODUCTS and prod(view.sizes(read) or (size,)) >= size:
+            return None if _computed_twice(node, view) else node
+    return None
 
 
 def _kind(node: ir.Node) -> str:
@@ -138,6 +171,29 @@ def _mixes(node: ir.Node, view: View) -> bool:
     if shape is None or len(shape) < 2:
         return False
     return shape[0] == shape[1] if "Conv" in node.op_type else shape[-1] == shape[-2]
+
+
+def _sum_of_two(value: ir.Value, view: View) -> ir.Node | None:
+    """The sum of two tensors, either given to entries of the other, behind a nonlinearity at most."""
+    for _ in range(_FARTHEST):
+        node = value.producer()
+        if node is None or not node.inputs or node.inputs[0] is None:
+            return None
+        computed = [operand for operand in node.inputs if operand is not None and not view.is_static(operand)]
+        if node.op_type == "Add" and len(computed) == 2:
+            return node if len({view.sizes(operand) for operand in computed}) == 2 else None
+        if node.op_type not in _NONLINEAR and not (node.op_type == "Add" and len(computed) == 1):
+            return None
+        value = computed[0] if computed else node.inputs[0]
+    return None
+
+
+def _of_pairs(node: ir.Node, view: View) -> bool:
+    """Whether a node meets all entries of one computed tensor with all of another along some axis of each."""
+    if node.op_type not in _PAIRED or len(node.inputs) != 2:
+        return False
+    sizes = [prod(view.sizes(value) or (0,)) for value in (*node.inputs, node.outputs[0])]
+    return max(sizes[:2]) < sizes[2] and not any(same_for_all(value, view) for value in node.inputs)
 
 
 def _is_features(softmax: Normalized, view: View) -> bool:
@@ -177,10 +233,15 @@ def _ahead(node: ir.Node) -> Iterator[tuple[ir.Node, ir.Value]]:
                 pending.append(user)
 
 
-def _values_behind(meeting: chains.Meeting, view: View) -> ir.Node | None:
-    """A product of what a node makes of the map with something else that depends on the input."""
+def _values_behind(meeting: chains.Meeting, view: View, *, as_large: bool = False) -> ir.Node | None:
+    """A product of what a node makes of the map with something else that depends on the input.
+
+    As large as the map, if that is asked for: not what is pooled of it.
+    """
+    size = prod(view.sizes(meeting.value) or (0,))
     for node, read in _ahead(meeting.node):
-        if _computed_twice(node, view) and not _from(meeting.node, node, read):
+        fits = not as_large or prod(view.sizes(read) or (size,)) == size
+        if fits and _computed_twice(node, view) and not _from(meeting.node, node, read):
             return node
     return None
 
@@ -200,7 +261,3 @@ def _through(value: ir.Value) -> set[ir.Node]:
             seen.add(node)
             pending += [source for source in node.inputs if source is not None]
     return seen
-
-
-def _product_behind(node: ir.Node, view: View) -> ir.Node | None:
-    return next((user for user, _ in _ahead(node) if user.op_type in _PRODUCTS), None)

@@ -2,6 +2,7 @@
 
     Softmax(x)
     Exp(x) / sum Exp(x)              both masked or not; the sum kept, reshaped, converted, guarded; times a reciprocal
+    Pow(2, x) / sum Pow(2, x)        or of another number
     Exp(LogSoftmax(x))
     Exp(x - ReduceLogSumExp(x)),  Exp(x - Log(sum Exp(x)))
 
@@ -68,7 +69,7 @@ def _of_quotient(node: ir.Node, view: View) -> _Found:
         if shares is not None and exponential is not None:
             axis = _summed_along(below, shares, view)
             if axis is not None:
-                scores = exponential.inputs[0]
+                scores = _exponent(exponential)
                 return (scores, axis) if exponential is shares else (scores, axis, True)
     return _NONE
 
@@ -90,11 +91,19 @@ def divided_behind(node: ir.Node, view: View) -> ir.Node | None:
 
 def _masked(node: ir.Node) -> ir.Node | None:
     """The exponential that a node is, or that it takes entries away from."""
-    if node.op_type == "Exp":
+    if _exponent(node) is not None:
         return node
     candidates = {"Mul": node.inputs[:2], "Where": node.inputs[1:3]}.get(node.op_type, ())
     found = (_behind(value) for value in candidates)
-    return next((inner for inner in found if inner is not None and inner.op_type == "Exp"), None)
+    return next((inner for inner in found if inner is not None and _exponent(inner) is not None), None)
+
+
+def _exponent(node: ir.Node) -> ir.Value | None:
+    """What a node raises e, or another number, to; None where it does not."""
+    if node.op_type == "Exp":
+        return node.inputs[0]
+    base = _number(node.inputs[0]) if node.op_type == "Pow" else None
+    return node.inputs[1] if base is not None and base > 1 else None
 
 
 def _inverted(value: ir.Value | None) -> ir.Value | None:

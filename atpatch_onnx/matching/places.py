@@ -2,8 +2,9 @@
 
 The last tensor on the way back (`pieces`) with the maps and the tokens each on an axis of their own, or both on one,
 that holds nothing but the keys (or the values) and that nobody else reads. Where there is none, the maps may be spread
-over several axes, as samples and windows are. Where queries, keys and values are one tensor that nobody cuts apart, it
-is that one, and a replacement leaves its other columns as they are.
+over several axes, as samples and windows are, and then tokens, as rows and columns of an image are. Where queries,
+keys and values are one tensor that nobody cuts apart, it is that one, and a replacement leaves its other columns as
+they are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,10 +86,17 @@ def without_cache(place: Place, met: Pieces, view: View) -> bool:
 
 
 def _best(places: list[Place]) -> Place | None:
-    """The last one with all maps on one axis, of keys (or values) alone where there is one; else the last one."""
-    together = [place for place in places if not place.spread] or places
+    """The last one of the least spread, and of those of keys (or values) alone, if there is one."""
+    least = min(map(_spread, places), default=None)
+    together = [place for place in places if _spread(place) == least]
     found = [place for place in together if place.whole] or together
     return found[-1] if found else None
+
+
+def _spread(place: Place) -> tuple[bool, bool]:
+    """Whether tokens, and whether maps, stand on several axes."""
+    tokens, maps = (sum(letter in letters for letters in place.axes) > 1 for letter in "kn")
+    return tokens, maps
 
 
 @dataclass(frozen=True)
@@ -193,13 +201,11 @@ def _place(pieces: Pieces, view: View) -> Place | None:
         axes.append(letters)
     known = view.shape(pieces.value) or ()
     unknown = [letters for letters, size in zip(axes, known, strict=True) if not (letters or isinstance(size, int))]
-    if not any("n" in letters for letters in axes) and all(
-        piece.size == 1 for piece in pieces.pieces if piece.letter == "n"
-    ):
-        axes = [letters.replace("k", "nk") for letters in axes]  # the tokens of the only map
+    alone = all(piece.size == 1 for piece in pieces.pieces if piece.letter == "n")
+    if alone and "k" in axes and not any("n" in letters for letters in axes):
+        axes[axes.index("k")] = "nk"  # the tokens of the only map
     order = "".join(letter for letter, _ in groupby("".join(axes)))
-    tokens = [letters for letters in axes if "k" in letters]
-    if order not in ("nk", "kn") or len(tokens) != 1 or unknown or not _each_in_one(outer_first, parts):
+    if order not in ("nk", "kn") or unknown or not _each_in_one(outer_first, parts):
         return None
     sizes = tuple(1 if letters else extent for letters, extent in zip(axes, shape, strict=True))
     strides = [prod(sizes[axis + 1 :]) for axis in range(len(sizes))]

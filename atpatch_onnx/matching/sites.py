@@ -74,8 +74,8 @@ class Place:
     axes: tuple[str, ...]
     """What each of its axes is: `n` maps, `k` tokens, `nk` or `kn` both in one, outer ones first, "" features.
 
-    Maps may be spread over several axes, as samples and windows are: outer ones first, all before or all behind the
-    tokens.
+    Either may be spread over several axes, as samples and windows are, or rows and columns of an image: outer ones
+    first, all maps before or all behind the tokens.
     """
 
     sizes: tuple[int, ...]
@@ -129,9 +129,9 @@ class Place:
         return sorted(letters for letters in self.axes if letters) == ["k", "n"]
 
     @property
-    def spread(self) -> bool:
-        """Whether the maps stand on several axes."""
-        return sum("n" in letters for letters in self.axes) > 1
+    def folded(self) -> bool:
+        """Whether one axis holds both maps and tokens, so that either has to be counted."""
+        return any(len(letters) > 1 for letters in self.axes)
 
     @property
     def columns(self) -> NDArray[np.int64]:

@@ -6,7 +6,6 @@ attention from class probabilities, routers and token pooling.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
 
 import onnx_ir as ir
 
@@ -18,6 +17,7 @@ from atpatch_onnx.matching.denials import also_feeds, scores_of, without_values
 from atpatch_onnx.matching.keys import keys_of
 from atpatch_onnx.matching.layout import Layout
 from atpatch_onnx.matching.leading import Axis, Leading, name_leading
+from atpatch_onnx.matching.mixing import behind
 from atpatch_onnx.matching.normalized import ANCHORS, Normalized, divided_behind, read_softmax
 from atpatch_onnx.matching.operands import cut_axes
 from atpatch_onnx.matching.pieces import Pieces, from_layout
@@ -40,7 +40,8 @@ def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
         reason = "attention, but its map is divided by its sum behind the product with the values"
         return () if product is None else (miss([product, node], reason, attention=True),)
     scores = scores_of(softmax, view)
-    meetings = [meeting for meeting in chains.forward(softmax.weights) if meeting.node.op_type != "IsNaN"]
+    met = chains.forward(softmax.weights, behind(softmax, view))
+    meetings = [meeting for meeting in met if meeting.node.op_type != "IsNaN"]
     padded = _padded(softmax, meetings, scores, view)
     products = [meeting for meeting in meetings if _meets_values(meeting, scores, view)]
     if not products:
@@ -50,45 +51,62 @@ def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
     if view.opset < MIN_OPSET:
         nodes = (scores.node, *scores.path, node, *(meeting.node for meeting in products))
         return (miss(nodes, f"attention, but the model has opset {view.opset}: {LIFT_ADVICE}", attention=True),)
-    pieces = [meeting for meeting in products if any(_is_a_piece(step) for step in meeting.path)]
-    if pieces:
+    if any(_cuts_keys(softmax, meeting, view) for meeting in products):
         nodes = (scores.node, *scores.path, node, *(meeting.node for meeting in products))
-        return (miss(nodes, f"attention, but {_cut(pieces, products, view)}", attention=True),)
-    beside = also_feeds([meeting for meeting in meetings if meeting not in products], view)
-    return (*(_site(softmax, scores, meeting, view) for meeting in products), *_partly(softmax, products, beside))
-
-
-def _partly(softmax: Normalized, products: Sequence[chains.Meeting], beside: Sequence[ir.Node]) -> Iterator[NearMiss]:
-    """What is said of a map that has other readers than its values."""
-    if beside:
         reason = (
-            f"attention in part: the map that meets values at {label(products[0].node)} also goes into "
-            f"{', '.join(label(node) for node in beside)}, which is left as it is: a flagged token is neutral in this "
-            "map, but what the map draws through that product is not replaced"
+            "attention, but its map is cut into pieces with some of its keys each, which meet values of their own, as "
+            "in block-sparse attention"
         )
-        yield miss([softmax.node, *beside], reason, attention=True)
+        return (miss(nodes, reason, attention=True),)
+    beside = also_feeds(meetings, {meeting.node for meeting in products}, view)
+    return (*(_site(softmax, scores, meeting, view) for meeting in products), *_beside(softmax, products, *beside))
 
 
-def _cut(pieces: Sequence[chains.Meeting], products: Sequence[chains.Meeting], view: View) -> str:
-    """What a map that is cut is for."""
-    if len(pieces) < len(products):
-        return (
-            "a piece of its map, such as one of its heads, meets values of its own "
-            f"({label(pieces[0].node)}) beside the whole map"
+def _beside(
+    softmax: Normalized, products: Sequence[chains.Meeting], of_values: Sequence[ir.Node], of_weights: Sequence[ir.Node]
+) -> Iterator[NearMiss]:
+    """What is said of a map that goes into other products than those with its values.
+
+    Of those with weights, such as relative values of positions, nothing needs to be replaced: in the map a flagged
+    token is neutral, and weights have nothing of a token.
+    """
+    where = f"the map that meets values at {label(products[0].node)} also"
+    if of_values:
+        reason = (
+            f"attention in part: {where} meets values at {_labels(of_values)}, behind what is not followed: a flagged "
+            "token is neutral in this map, but what it hands over there is not replaced"
         )
-    steps = [step for meeting in pieces for step in meeting.path if _is_a_piece(step)]
-    axes = {axis for step in steps for axis in cut_axes(step) or ()}
-    if axes and all(axis < -2 or 0 <= axis < (view.rank(step.inputs[0]) or 0) - 2 for step in steps for axis in axes):
-        return "each of several pieces of its map, such as heads, meets values of its own"
-    return "its map is cut into pieces that meet values of their own (block-sparse attention)"
+        yield miss([softmax.node, *of_values], reason, attention=True)
+    if of_weights:
+        reason = (
+            f"not attention of its own: {where} goes into {_labels(of_weights)}, a product with weights, which is left "
+            "as it is: a flagged token is neutral in this map, and weights, as those of positions, have nothing of it"
+        )
+        yield miss(of_weights, reason, attention=False)
 
 
-def _is_a_piece(step: ir.Node) -> bool:
-    """Whether a step cuts a piece out of the map while other pieces go elsewhere; an attention sink goes nowhere."""
+def _labels(nodes: Sequence[ir.Node]) -> str:
+    return ", ".join(label(node) for node in nodes)
+
+
+def _cuts_keys(softmax: Normalized, meeting: chains.Meeting, view: View) -> bool:
+    """Whether some of the map's keys are cut out for a product while others go elsewhere; a sink goes nowhere."""
+    position: int | None = softmax.axis % (view.rank(softmax.weights) or 1)
+    for step in meeting.path:
+        axes, rank = cut_axes(step), view.rank(step.inputs[0]) or 1
+        along = axes is None or position in [axis % rank for axis in axes]
+        if step.op_type in ("Slice", "Split", "Gather") and along and _goes_elsewhere(step):
+            return True
+        position = None if position is None else chains.followed(step, position, view)
+    return False
+
+
+def _goes_elsewhere(step: ir.Node) -> bool:
+    """Whether others than a step read what it cuts, or several of its pieces are read."""
     source = step.inputs[0]
-    if step.op_type != "Slice" or source is None:
-        return False
-    return any(user is not step and user.op_type not in ("Shape", "IsNaN") for user in source.consumers())
+    users = () if source is None else source.consumers()
+    others = any(user is not step and user.op_type not in ("Shape", "IsNaN") for user in users)
+    return others or sum(bool(output.uses()) for output in step.outputs) > 1
 
 
 def _meets_values(meeting: chains.Meeting, scores: chains.Product | NearMiss, view: View) -> bool:
@@ -120,8 +138,8 @@ def _padded(
 def _site(softmax: Normalized, scores: chains.Product, meeting: chains.Meeting, view: View) -> Candidate | NearMiss:
     nodes = (scores.node, *scores.path, softmax.node, *meeting.path, meeting.node)
     product = read_product(meeting, view)
-    if isinstance(product, Product) and not product.leading:
-        return miss(nodes, "attention, but its map has no axis of samples", attention=True)
+    if isinstance(product, Product) and not product.leading and view.samples != 1:
+        return miss(nodes, "attention, but its map has no axis of samples, and the model has", attention=True)
     leading = product if isinstance(product, str) else _leading(scores, meeting, product, view)
     reason = leading if isinstance(leading, str) else _refusal(softmax, meeting, product, view)  # type: ignore[arg-type]
     if reason is not None:
@@ -132,7 +150,7 @@ def _site(softmax: Normalized, scores: chains.Product, meeting: chains.Meeting, 
     of_map = dict(zip(product.map, view.shape(meeting.value) or (None,) * len(product.map), strict=True))
     map_layout = _layout(product.map, named)
     letters = from_layout(meeting.value, map_layout, _folded(leading), view)
-    keys = None if letters is None else keys_of(letters, scores.node, view)
+    keys = None if letters is None else keys_of(letters, scores.node, (*scores.path, *meeting.path), view)
     values = _values(product, named, leading, view)
     if keys is None or values is None:
         which = "keys" if keys is None else "values"
@@ -202,8 +220,8 @@ def _leading(scores: chains.Product, meeting: chains.Meeting, product: Product, 
         size = values[product.values.index(own)] if own in product.values else 1
         if size == 1 and axis.size not in (1, None) and set(letters) - {"h", "g"}:
             return "its values are shared by several samples or parts"
-        if axis.size == 1 and isinstance(size, int) and size > 1:
-            return "its map is shared by several heads or samples"
+        if axis.size == 1 and isinstance(size, int) and size > 1 and set(letters) - {"h", "g"}:
+            return "its map is shared by several samples or parts"
     return leading
 
 
@@ -219,7 +237,7 @@ def _refusal(softmax: Normalized, meeting: chains.Meeting, product: Product, vie
     """Why the map that meets V cannot be patched as it is; None where it can."""
     position = softmax.axis % (view.rank(softmax.weights) or len(product.map))
     for step in meeting.path:
-        following = _followed(step, position, view)
+        following = chains.followed(step, position, view)
         if following is None:
             reason = "it cannot be told where the keys of its map go between the softmax and the values"
             wrong = undecided(meeting.value, view)
@@ -231,24 +249,6 @@ def _refusal(softmax: Normalized, meeting: chains.Meeting, product: Product, vie
             return f"it cannot be told along which axis its softmax runs: {wrong}"
         return "its softmax does not run over the keys: a row of its map does not share out one query's attention"
     return type_reason(view.dtype(meeting.node.outputs[0]) or view.dtype(meeting.value))
-
-
-def _followed(step: ir.Node, position: int, view: View) -> int | None:
-    """Where a step takes an axis of its first operand; None where the axis does not stay one axis."""
-    before, after = view.sizes(step.inputs[0]), view.sizes(step.outputs[0])
-    if step.op_type == "Transpose":
-        rank = view.rank(step.inputs[0]) or 0
-        perm = step.attributes["perm"].as_ints() if "perm" in step.attributes else range(rank)[::-1]
-        return list(perm).index(position) if position in perm else None
-    if step.op_type not in ("Reshape", "Squeeze", "Unsqueeze"):
-        return position
-    if before is None or after is None:
-        return None
-    stride = prod(before[position + 1 :])
-    for axis, size in enumerate(after):
-        if (size, prod(after[axis + 1 :])) == (before[position], stride):
-            return axis
-    return None
 
 
 RULE = Rule(anchors=ANCHORS, answer=answer)

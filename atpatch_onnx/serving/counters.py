@@ -80,7 +80,9 @@ class Counters:
             seconds: What the request took.
             by_site: Flags of the columns at each site, `[batch, columns]`.
         """
-        sites = {site: int(flags.reshape(len(flags), -1).any(axis=1).sum()) for site, flags in (by_site or {}).items()}
+        sites = {
+            site: int(flags.any(axis=tuple(range(1, flags.ndim))).sum()) for site, flags in (by_site or {}).items()
+        }
         bucket = bisect.bisect_left(BUCKETS, seconds)
         latencies = tuple(int(number == bucket) for number in range(len(BUCKETS) + 1))
         request = Stats(flagged.size, int(flagged.sum()), sites, 1, seconds, latencies)
