@@ -120,7 +120,10 @@ def test_the_page_on_patch_files_names_what_is_in_them():
     assert documented["key"] == set(entry)
     assert documented["key of a site"] == set(entry["sites"][0])
     assert documented["key of an edit"] == set(entry["edits"][0])
-    assert {name.replace("N", "0") for name in documented["tensor"]} == {*patch_file.tensors(patch), *patch_file.tensors(always)}
+    assert {name.replace("N", "0") for name in documented["tensor"]} == {
+        *patch_file.tensors(patch),
+        *patch_file.tensors(always),
+    }
 
 
 def test_the_page_on_patched_models_names_what_is_in_them():
