@@ -261,11 +261,11 @@ REFUSED = {
         "float[4,2,5,2] y",
         "several heads share one map",
     ),
-    "a map of size one for several heads": (
+    "a map of size one for several samples": (
         f"{SCORES} p = Softmax <axis = -1> (s) y = MatMul (p, v)",
-        "float[2,1,5,8] q, float[2,1,7,8] k, float[2,4,7,8] v",
+        "float[1,4,5,8] q, float[1,4,7,8] k, float[2,4,7,8] v",
         "float[2,4,5,8] y",
-        "its map is shared by several heads or samples",
+        "its map is shared by several samples or parts",
     ),
     "an Einsum of heads that share one map": (
         f'{SCORES} p = Softmax <axis = -1> (s) z = Squeeze (p, one) y = Einsum <equation = "nqk,nhkd->nhqd"> (z, v)',
