@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from atpatch_onnx import graph as graphs
 from atpatch_onnx.baking.probe import key_output, mass_output, probe, value_output
 from atpatch_onnx.baking.replace import Decision, replace_tokens, replacements
+from atpatch_onnx.discovery.padding import Padding
 from atpatch_onnx.errors import NoSiteError
 from atpatch_onnx.fitting.collect import Means
 from atpatch_onnx.graph.insertion import Insertion
@@ -115,6 +116,7 @@ class Board:
         neutral: The neutral token of each, by name.
         output: Name of the output that predictions are read from.
         batch_size: Inputs at a time.
+        padding: Of texts that do as well without it.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Board:
         output: str,
         *,
         batch_size: int = 32,
+        padding: Padding | None = None,
     ) -> None:
         board = graphs.copy(model)
         flags = ir.Value(name=FLAGS, shape=ir.Shape(["inputs", "tokens"]), type=ir.TensorType(ir.DataType.BOOL))
@@ -139,7 +142,7 @@ class Board:
                 into = Insertion(board.graph, site.name, anchor=ends.get(producer, producer))
                 replace_tokens(into, replacement, decision)
                 ends[producer] = into.end
-        self._session, self._output, self._batch = Session(board), output, batch_size
+        self._session, self._output, self._batch, self._padding = Session(board), output, batch_size, padding
         self.passes = 0
         """Inputs that were run."""
 
@@ -154,7 +157,14 @@ class Board:
         """Predicted classes `[inputs]` of inputs with these tokens neutral `[inputs, tokens]`."""
         self.passes += len(neutral)
         given = {**inputs, FLAGS: neutral}
-        logits = self._session.collect(given, [self._output], batch_size=self._batch, progress=progress, stage=stage)[
-            self._output
-        ]
-        return classes(logits)
+        if self._padding is None:
+            return self._classes(given, progress, stage)
+        predicted, done = np.zeros(len(neutral), np.int64), 0
+        for rows, batch in self._padding.batches(given, self._batch):
+            predicted[rows], done = self._classes(batch, silent, stage), done + len(rows)
+            progress(stage, done, len(neutral))
+        return predicted
+
+    def _classes(self, given: Mapping[str, Array], progress: Progress, stage: str) -> NDArray[np.int64]:
+        found = self._session.collect(given, [self._output], batch_size=self._batch, progress=progress, stage=stage)
+        return classes(found[self._output])
