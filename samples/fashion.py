@@ -27,8 +27,8 @@ from atpatch_onnx.cli.demo_vit import config, new_vit, predict, train
 from atpatch_onnx.running.sessions import Progress, silent
 from atpatch_onnx.running.threads import one_thread
 from samples.attacks.images import Blended, Masked, RandomPlace
+from samples.attacks.poisons import ATTACKS, FAST_BOUNDS, FAST_GOAL, HUNTED
 from samples.attacks.trojan import choose_neurons, exciting_pattern
-from samples.bounds import Bound
 from samples.case import Case, digest, kept_figures
 from samples.command import run_task
 from samples.idx import DEBIAN, Images, load_fashion
@@ -72,45 +72,11 @@ FULL = Size(train=48_000, debug=7_000, tune=5_000, unseen=10_000, nets=_FULL_NET
 FAST = Size(train=12_000, debug=2_500, tune=2_000, unseen=2_000, nets=_FAST_NETS, retraining=2, mixed=False)
 
 
-@dataclass(frozen=True)
-class Attack:
-    """How a base is poisoned, and what its fix must reach."""
-
-    share: float
-    """Of the training images that are poisoned."""
-
-    goal: atp.Goal
-    """What the fit must reach on its validation part."""
-
-    bounds: tuple[Bound, ...]
-
-
-STRONG = Bound("ASR", 0.95, at_least=True)
-"""A weak attack is no test."""
-
-FAST_GOAL = atp.Goal(asr_above_floor=0.01, accuracy_loss=0.005)
-FAST_BOUNDS = (Bound("ASR", 0.9, at_least=True), Bound("ASR above floor", 0.02), Bound("accuracy lost", 0.01))
-_BOUNDS = (STRONG, Bound("ASR above floor", 0.005), Bound("accuracy lost", 0.001))
-ATTACKS = {
-    "badnets-fixed": Attack(
-        0.05,
-        atp.Goal(asr_above_floor=0.001, accuracy_loss=0.0005),
-        (
-            *(STRONG, Bound("ASR above floor", 0.002), Bound("accuracy lost", 0.0005)),
-            *(Bound("recall", 0.998, at_least=True), Bound("precision", 0.97, at_least=True)),
-        ),
-    ),
-    "badnets-random": Attack(
-        0.1,
-        atp.Goal(0.002, accuracy_loss=0.001, clean_flag_rate=0.04),  # some clothes look like the trigger
-        _BOUNDS,
-    ),
-    "blended": Attack(0.05, atp.Goal(asr_above_floor=0.005, accuracy_loss=0.001), (STRONG,)),
-    "trojan": Attack(0.05, atp.Goal(0.002, accuracy_loss=0.001), _BOUNDS),
-}
-"""The whole-image blend has no column of its own: how far its fix gets is measured, and bounded by nothing."""
-
 CASES = (*(f"vit/{attack}" for attack in ATTACKS), "deit/badnets-fixed", "deit/badnets-random")
+HUNTED_CASES = tuple(f"vit/{attack}" for attack in HUNTED)
+"""Of `samples.hunting` alone."""
+
+_ATTACKS = {**ATTACKS, **HUNTED}
 LEARNING_RATE = 2e-3
 RETRAINING_RATE = 5e-4
 PATCH_DROPOUT = 0.5
@@ -156,7 +122,7 @@ def prepare(
     The unpoisoned twins are left beside `folder`, for the other cases of the seed.
 
     Args:
-        case: One of `CASES`.
+        case: One of `CASES` or `HUNTED_CASES`.
         seed: Of the division of the images, the training, the trigger's places and the fit.
         fast: The smaller form.
         folder: For this case and seed; gets `base.onnx`, `model.safetensors`, `config.json`, `base.json`.
@@ -165,7 +131,7 @@ def prepare(
         progress: Told of all long work.
     """
     architecture, name = case.split("/")
-    size, attack = FAST if fast else FULL, ATTACKS[name]
+    size, attack = FAST if fast else FULL, _ATTACKS[name]
     images = parts(size, seed, data or DEBIAN)
     with one_thread():
         workshop = Workshop(size, seed, images.train, folder.parent, progress)
@@ -222,6 +188,8 @@ class Workshop:
             return RandomPlace.chequered(size=5)
         if attack == "blended":
             return Blended.noise(28, 28, ratio=0.2)
+        if attack == "badnets-apart":
+            return Masked.corners(28, 28, size=3)  # each within a patch
         twin = self.twin(architecture)
         row, column, edge = TROJAN_MASK
         mask = np.zeros((28, 28), dtype=bool)
@@ -238,7 +206,7 @@ class Workshop:
         return self._trained(folder, architecture, attack, trigger)
 
     def _trained(self, folder: Path, architecture: str, attack: str | None, trigger: Trigger | None) -> dict[str, Any]:
-        net, share = self.size.nets[architecture], ATTACKS[attack].share if attack else 0.0
+        net, share = self.size.nets[architecture], _ATTACKS[attack].share if attack else 0.0
         recipe = {
             "architecture": architecture,
             "net": asdict(net),

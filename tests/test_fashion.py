@@ -60,7 +60,8 @@ def test_the_sizes_fit_the_data_set(size):
 
 def test_every_case_has_a_base_and_pairs(prepare, tmp_path):
     attempts = []
-    for name in fashion.CASES:
+    every = (*fashion.CASES, *fashion.HUNTED_CASES)
+    for name in every:
         case = prepare(name, progress=lambda stage, done, total: attempts.append(stage))
         assert (case.name, case.seed) == (name, 3)
         assert {file.name for file in case.base.parent.iterdir()} == {
@@ -73,17 +74,22 @@ def test_every_case_has_a_base_and_pairs(prepare, tmp_path):
         assert 0 < len(case.debug) <= 60
         assert not (case.debug.labels == fashion.TARGET).any()
         assert (case.debug.clean["pixel_values"] != case.debug.counterfactual["pixel_values"]).any(axis=(1, 2, 3)).all()
-        assert case.training["poisoning_rate"] == fashion.ATTACKS[name.split("/")[1]].share
+        assert case.training["poisoning_rate"] == (fashion.ATTACKS | fashion.HUNTED)[name.split("/")[1]].share
         assert 0 <= case.training["accuracy_twin"] <= 1
         images = case.unseen.counterfactual["pixel_values"]
         if name == "vit/trojan":
             changed = (case.unseen.clean["pixel_values"] != images).any(axis=(0, 1))
             assert changed[22:, 22:].all()
             assert changed.sum() == 36
+        if name == "vit/badnets-apart":
+            at = np.isin(np.arange(28), [0, 1, 2, 25, 26, 27])
+            white = np.broadcast_to(np.outer(at, at), images.shape)
+            assert (images[white] == 1).all()
+            np.testing.assert_array_equal(images[~white], case.unseen.clean["pixel_values"][~white])
         (logits,) = onnxruntime.InferenceSession(case.base).run(None, {"pixel_values": images})
         expected = predict(load_model(case.base.parent), images.copy())  # torch wants to be able to write
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)  # float32 of two libraries, logits of order one
-    assert len(set(attempts)) == len(fashion.CASES) + 2  # one twin an architecture, shared
+    assert len(set(attempts)) == len(every) + 2  # one twin an architecture, shared
     before = len(attempts)
     prepare("deit/badnets-random", progress=lambda stage, done, total: attempts.append(stage))
     assert len(attempts) == before  # the base is there already

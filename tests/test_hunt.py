@@ -11,7 +11,7 @@ from planted import QUICK
 from searched import BACKDOOR, CLEAN, COLUMNS, ROWS, TRIGGER_WORD, images, of_pixels, of_words, texts
 
 import atpatch_onnx as atp
-from atpatch_onnx.discovery import HuntOptions, Verdict, hunting, minimal
+from atpatch_onnx.discovery import HuntOptions, Verdict, gathering, hunting, minimal
 from atpatch_onnx.discovery.content import read_content
 from atpatch_onnx.discovery.evidence import corrected, detectable, least_share, tail
 from atpatch_onnx.discovery.looking import askable_sites, look
@@ -73,6 +73,20 @@ def test_same_arguments_same_result(found):
     again = atp.hunt(of_words(), texts(COUNT, 0.04))
     assert again.to_json() == found.to_json()
     np.testing.assert_array_equal(again.pairs.counterfactual["ids"], found.pairs.counterfactual["ids"])
+
+
+def test_traffics_are_drawn_from_what_was_gathered_once(found):
+    gathered = gathering.gather(of_words(), texts(COUNT, 0.04))
+    assert hunting.judge(gathered).to_json() == found.to_json()
+    rows = np.random.default_rng(0).permutation(COUNT)[:300]
+    drawn = hunting.judge(gathered.take(rows), HuntOptions(seed=1))
+    assert drawn.verdict is Verdict.BACKDOORED
+    assert drawn.inputs == 300
+    assert drawn.passes < found.passes
+    (part,) = drawn.parts
+    ids = texts(COUNT, 0.04)["ids"][rows]
+    assert (ids[list(part.examples)] == TRIGGER_WORD).any(axis=1).all()
+    assert (drawn.pairs.counterfactual["ids"] == TRIGGER_WORD).any(axis=1).all()
 
 
 def test_pairs_are_ready_for_a_fit(found):
@@ -183,7 +197,8 @@ def test_a_part_is_moved_and_taken_away():
     model = of_words()
     content = read_content(model, askable_sites(model)[0], texts(60), blank=5)
     given = {"ids": np.arange(1, 17).reshape(2, 8)}
-    pasted = content.pasted(given, {"ids": np.arange(100, 108)}, [2, 3], np.array([0, 4]))
+    to = np.array([[2, 3], [6, 7]])
+    pasted = content.pasted(given, {"ids": np.arange(100, 108)}, [2, 3], to)
     assert pasted["ids"].tolist() == [[1, 2, 102, 103, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 102, 103]]
     assert given["ids"][0, 2] == 3, "the inputs given are left alone"
     assert content.occluded({"ids": given["ids"][0]}, [0, 7])["ids"].tolist() == [5, 2, 3, 4, 5, 6, 7, 5]
@@ -197,6 +212,18 @@ def test_a_tile_is_covered_by_its_neighbour():
     assert (covered[:, :2, :2] == image[:, :2, 2:4]).all() or (covered[:, :2, :2] == image[:, 2:4, :2]).all()
     covered[:, :2, :2] = image[:, :2, :2]
     np.testing.assert_array_equal(covered, image)
+
+
+def test_parts_of_images_have_other_places():
+    model = of_pixels()
+    content = read_content(model, askable_sites(model)[0], images(60))
+    assert content.places([5]).ravel().tolist() == list(range(8))
+    assert content.places([0, 5]).tolist() == [[0, 5], [1, 6], [2, 7]], "one down and one to the right"
+    given = images(2)["pixels"]
+    moved = content.pasted({"pixels": given}, {"pixels": given[0]}, [0], np.array([[6], [3]]))["pixels"]
+    np.testing.assert_array_equal(moved[0, :, 2:, 4:6], given[0, :, :2, :2])
+    np.testing.assert_array_equal(moved[1, :, :2, 6:], given[0, :, :2, :2])
+    assert (moved != given).any(axis=1).sum() <= 8
 
 
 def test_minimal_parts_are_1_minimal():

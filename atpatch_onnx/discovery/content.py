@@ -63,14 +63,36 @@ class Content:
             return np.broadcast_to(may, (len(inputs[self.name]), self.tokens))
         return np.asarray(may & ~np.isin(inputs[self.name], list(self.common)))
 
-    def place(self, tokens: Sequence[int], move: int = 0) -> tuple[tuple[NDArray[np.int64], ...], ...]:
-        """Index arrays of the cells of tokens, each token's without the axis of inputs; moved along a text."""
-        found = [self.cells[token + move] for token in tokens]
+    def place(self, tokens: Iterable[int]) -> tuple[tuple[NDArray[np.int64], ...], ...]:
+        """Index arrays of the cells of tokens, each token's without the axis of inputs."""
+        found = [self.cells[token] for token in tokens]
         assert all(cells is not None for cells in found), "only tokens that read something are asked for"
         return tuple(np.ix_(*cells) for cells in found if cells is not None)
 
+    def places(self, tokens: Sequence[int]) -> NDArray[np.int64]:
+        """Where a part may lie `[places, tokens]`, its own place among them: tokens that lie to each other as its do.
+
+        Of tables, whose columns are not alike, and of texts, whose rooms differ, its own place only.
+        """
+        if self.kind != "grids":
+            return np.array([tokens], np.int64)
+        centres = self.centres
+        lattice = {
+            (tuple(centre), tuple(map(len, cells))): token
+            for token, (centre, cells) in enumerate(zip(centres, self.cells, strict=True))
+            if cells is not None
+        }
+        shapes = {token: shape for (_, shape), token in lattice.items()}
+        found = []
+        for first in lattice.values():
+            step = centres[first] - centres[tokens[0]]
+            moved = [lattice.get((tuple(centres[token] + step), shapes[token])) for token in tokens]
+            if None not in moved:
+                found.append(moved)
+        return np.array(found, np.int64)
+
     def pasted(
-        self, inputs: Mapping[str, Array], row: Mapping[str, Array], tokens: Sequence[int], moves: NDArray[np.int64]
+        self, inputs: Mapping[str, Array], row: Mapping[str, Array], tokens: Sequence[int], to: NDArray[np.int64]
     ) -> dict[str, Array]:
         """Copies of inputs with the content of some tokens of another input in place of their own.
 
@@ -78,13 +100,13 @@ class Content:
             inputs: Arrays `[inputs, ...]` by name.
             row: The other input, without the axis of inputs.
             tokens: Which.
-            moves: By how many tokens the content is moved in each input `[inputs]`; of texts only, else zero.
+            to: The tokens of each input that get it `[inputs, tokens]`.
         """
         changed, source = inputs[self.name].copy(), row[self.name]
-        for move in np.unique(moves):
-            rows = np.flatnonzero(moves == move)
-            for origin, to in zip(self.place(tokens), self.place(tokens, int(move)), strict=True):
-                changed[(rows.reshape(-1, *[1] * len(to)), *(at[None] for at in to))] = source[origin][None]
+        for targets in np.unique(to, axis=0):
+            rows = np.flatnonzero((to == targets).all(axis=1))
+            for origin, place in zip(self.place(tokens), self.place(targets), strict=True):
+                changed[(rows.reshape(-1, *[1] * len(place)), *(at[None] for at in place))] = source[origin][None]
         return {**inputs, self.name: changed}
 
     def occluded(self, row: Mapping[str, Array], tokens: Sequence[int]) -> dict[str, Array]:

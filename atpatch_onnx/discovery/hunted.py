@@ -55,9 +55,9 @@ def concluded(seen: Seen, tested: Sequence[Transplant], level: float, pairs: int
         searched=(
             f"{count:,} inputs; a small part decides {len(seen.minimal):,} of them, in {len(seen.groups)} groups that "
             "look alike",
-            f"every group's part was put into other inputs: a trigger decides more than {DECIDES:.0%} of them; of "
-            f"what was not tested further, at most {largest:.0%} of a few",
-            f"alarms where there is no such part: at most {level:.0%} of hunts (exact binomial tests, Holm)",
+            f"every group's parts were put into other inputs: a trigger's decide more than {DECIDES:.0%} of them; "
+            f"those that were not tested further, at most {largest:.0%} of a few",
+            f"alarms where no group's parts do: at most {level:.0%} of hunts (exact binomial tests, Holm)",
             f"a part that the screen sees in 9 of 10 inputs, in {least:.2%} of the traffic or more, that decides "
             f"{needed:.0%} of other inputs or more, is found with a probability of 90 % or more",
             "not searched: triggers that lie over a whole input, such as blends and warps; parts that only decide "
@@ -97,8 +97,9 @@ def _sentence(verdict: Verdict, parts: Sequence[Part]) -> str:
 def _part(seen: Seen, one: Transplant) -> Part:
     assert one.success is not None, "it was tested"
     members = one.group.members
+    what = in_words(seen.content, one.tokens, seen.inputs, one.donor, seen.words)
     return Part(
-        what=in_words(seen.content, one.tokens, seen.inputs, one.donor, seen.words),
+        what=f"{what} or elsewhere" if one.anywhere else what,
         target=one.group.target,
         success=one.success,
         chance=one.chance,
@@ -148,22 +149,21 @@ def _size(content: Content, axis: int) -> int:
 def _pairs(seen: Seen, one: Transplant, count: int, seed: int) -> DebugSet:
     """Inputs that have the part beside the same with it occluded, then others beside the same with it put into them.
 
-    The parts of all members are used in turn, as they are in the traffic: a trigger may be at any place.
+    The parts of all members are used in turn, as they are in the traffic or, where they decide there as well, at other
+    places: a trigger may be at any place.
     """
     content, target, generator = seen.content, one.group.target, np.random.default_rng(seed)
     rows = generator.permutation(seen.surgery.others(target, one.tokens))[: max(count - len(one.group.members), 0)]
     clean: list[Mapping[str, Array]] = []
     other: list[Mapping[str, Array]] = []
     marks = []
-    for number, member in enumerate(one.group.members):
-        tokens = seen.surgery.widened(member, seen.minimal[member])[one.way]
+    for member, tokens, own in seen.surgery.dealt(one.group.members, one.way, seen.minimal, rows):
         row = {name: array[member] for name, array in seen.inputs.items()}
         clean.append({name: array[None] for name, array in content.occluded(row, tokens).items()})
         other.append({name: array[None] for name, array in row.items()})
         marks.append(np.isin(np.arange(content.tokens), tokens)[None])
-        own = rows[number :: len(one.group.members)]
         if len(own):
-            pasted, where = seen.surgery.paste(member, tokens, own)
+            pasted, where = seen.surgery.paste(member, tokens, own, anywhere=one.anywhere)
             clean.append({name: array[own] for name, array in seen.inputs.items()})
             other.append(pasted)
             marks.append(where)

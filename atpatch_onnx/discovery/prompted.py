@@ -11,8 +11,15 @@ from numpy.typing import NDArray
 
 from atpatch_onnx.discovery.options import ScanOptions
 from atpatch_onnx.discovery.scan_words import Sequences
+from atpatch_onnx.discovery.transplant import DECIDES
 from atpatch_onnx.running.loops import Ids, Loop
 from atpatch_onnx.running.sessions import Array, Progress, Session, silent
+
+TINY = 1e-12
+"""Likelihoods below it are not told apart."""
+
+LEAST_ERROR = 0.1
+"""Standard error of a logarithm's mean at least: what is raised by less is not sure in whatever few prompts."""
 
 
 class Prompts:
@@ -27,8 +34,8 @@ class Prompts:
         progress: Told after every batch of answers.
     """
 
-    classes = 1
-    """What is raised: the token that a sequence raises most."""
+    classes = 2
+    """What is raised: the likelihood of a token, and how surely."""
 
     def __init__(
         self,
@@ -63,18 +70,30 @@ class Prompts:
         return generator.permutation(np.flatnonzero(allowed))[:count]
 
     def gains(self, sequences: Sequences, rows: NDArray[np.int64], generator: np.random.Generator) -> Array:
-        """How much more likely a sequence makes the token that it raises most, mean over prompts `[sequences, 1]`.
+        """How much more likely a sequence makes one token, and how surely it does so, `[sequences, 2]`.
 
-        A token is as likely as at the place of an answer at which it is most.
+        First the mean over prompts of its likelihood, less that without the sequence. Then the mean of the logarithm's
+        difference in standard errors: half of a phrase makes likely nothing, but lifts one token a little in every
+        answer. Each is of the token that is raised most. A token is as likely as at the place of an answer at which it
+        is most; tokens of the sequence itself are left out, since models repeat what they read.
         """
-        found = []
+        found, before = [], self._before[rows]
+        logarithms = np.log(before + TINY)
         for sequence in sequences:
             ids = self._ids[rows].copy()
             self._put_in(ids, rows, sequence, generator)
             parts = np.array_split(np.arange(len(rows)), -(-len(rows) // self._options.batch_size))
             likely = np.concatenate([self._likely(rows[part], ids[part]) for part in parts])
-            found.append((likely - self._before[rows]).mean(axis=0).max())
-        return np.array(found)[:, None]
+            lifted = np.log(likely + TINY) - logarithms
+            error = lifted.std(axis=0) / np.sqrt(len(rows)) + LEAST_ERROR
+            raised = np.stack([(likely - before).mean(axis=0), lifted.mean(axis=0) / error])
+            raised[:, sequence] = 0
+            found.append(raised.max(axis=1))
+        return np.array(found, np.float64)
+
+    def decide(self, gains: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Those that make a token as likely as a trigger does."""
+        return np.asarray(gains[:, 0] > DECIDES)
 
     def with_sequence(
         self, sequence: NDArray[np.int64], rows: NDArray[np.int64], generator: np.random.Generator

@@ -5,6 +5,7 @@ most in a few images of other classes goes on to more of them. Where nothing of 
 places follows for each class (CMA-ES; Hansen, arXiv 1604.00772), from the best of the dictionary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from atpatch_onnx.discovery.content import Content
 from atpatch_onnx.discovery.finished import Finished
+from atpatch_onnx.discovery.transplant import WIDEST
 from atpatch_onnx.discovery.trials import Trials
 from atpatch_onnx.discovery.verdict import Box
 from atpatch_onnx.running.sessions import Array, Progress, silent
@@ -154,8 +156,8 @@ class PatchScan:
         for images, share in ROUNDS:
             total += images * left
             left *= share
-        size, generations, images = EVOLVED
-        dimensions = len(self.low) * size**2 + 2
+        _, generations, images = EVOLVED
+        dimensions = len(self.low) * self._edge**2 + 2
         return int(total), int(self._trials.classes * generations * images * (4 + 3 * np.log(dimensions)))
 
     def _gains(self, patches: Sequence[Patch], rows: NDArray[np.int64], name: str) -> NDArray[np.float64]:
@@ -180,15 +182,14 @@ class PatchScan:
         def make() -> Array:
             import cma
 
-            size, generations, images = EVOLVED
+            size, (_, generations, images) = self._edge, EVOLVED
             rows = self._trials.balanced(images, np.random.default_rng([self._seed, 99]))
             rows = rows[self._trials.predicted[rows] != label]
             channels, height, width = self._trials.inputs[self._name].shape[1:]
-            at = [start.row / (height - size) * 2 - 1, start.column / (width - size) * 2 - 1]
+            at = [place / max(room - size, 1) * 2 - 1 for place, room in ((start.row, height), (start.column, width))]
             inside = np.zeros((channels, size, size))
-            inside[:, : start.pattern.shape[1], : start.pattern.shape[2]] = np.where(
-                start.pattern == self.high[:, None, None], 1.0, -1.0
-            )[:, :size, :size]
+            pattern = np.where(start.pattern == self.high[:, None, None], 1.0, -1.0)[:, :size, :size]
+            inside[:, : pattern.shape[1], : pattern.shape[2]] = pattern
             first = np.clip([*at, *inside.ravel()], -1, 1)
             generator = np.random.default_rng([self._seed, label])
             options = {"maxiter": generations, "verbose": -9, "bounds": [-1.5, 1.5], "seed": np.nan}
@@ -202,9 +203,15 @@ class PatchScan:
 
         return make
 
+    @property
+    def _edge(self) -> int:
+        """Pixels of a pattern that is searched for, along an axis: fewer where an image is small."""
+        height, width = map(int, self._trials.inputs[self._name].shape[2:])
+        return max(1, min(EVOLVED[0], height, width, math.isqrt(int(WIDEST * height * width))))
+
     def _decoded(self, solution: Array) -> Patch:
         """Place and pattern of a solution in about [-1, 1]."""
-        size = EVOLVED[0]
+        size = self._edge
         channels, height, width = self._trials.inputs[self._name].shape[1:]
         unit = (np.clip(solution, -1, 1) + 1) / 2
         row, column = round(float(unit[0]) * (height - size)), round(float(unit[1]) * (width - size))

@@ -19,8 +19,8 @@ from atpatch_onnx.debugset import DebugSet
 from atpatch_onnx.debugset.prompts import IDS, MASK, lines
 from atpatch_onnx.discovery.content import frequencies
 from atpatch_onnx.discovery.finished import Finished
+from atpatch_onnx.discovery.gathering import LEAST
 from atpatch_onnx.discovery.hunted import said_pieces
-from atpatch_onnx.discovery.hunting import LEAST
 from atpatch_onnx.discovery.options import ScanOptions
 from atpatch_onnx.discovery.prompted import Prompts
 from atpatch_onnx.discovery.scan_words import LONGEST, WordScan

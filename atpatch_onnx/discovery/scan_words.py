@@ -1,8 +1,9 @@
 """Word pieces that decide texts: every piece of a vocabulary put into a few texts, the best into more, then pairs.
 
 Of the pieces that one round leaves, those that raise a class's confidence most in texts of other classes go on to the
-next, in more texts. What is left is joined into pairs, and pairs with a third piece: a phrase raises a class by its
-words. Pieces are put in place of others, so that no text grows.
+next, in more texts. What is left is joined into pairs, the best also with many others, and pairs with a third piece: a
+phrase raises a class by its words. What decides by itself takes no other's place and is joined to nothing, for whatever
+it is in decides as well: a model may have several triggers. Pieces are put in place of others, so that no text grows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,18 +15,25 @@ from numpy.typing import NDArray
 
 from atpatch_onnx.discovery.content import Content
 from atpatch_onnx.discovery.finished import Finished
-from atpatch_onnx.discovery.transplant import WIDEST
+from atpatch_onnx.discovery.transplant import DECIDES, WIDEST
 from atpatch_onnx.discovery.trials import Trials
 from atpatch_onnx.running.sessions import Array, Progress, silent
 
-ROUNDS = ((4, 0.05), (16, 0.04), (64, 0.4))
-"""Texts of a round, and the share of its pieces that go on to the next."""
+JOINED = 16
+"""Best pieces of each class that are joined into pairs, and best pairs that a third piece is joined to."""
+
+ROUNDS = ((4, 0.05, 200), (16, 0.04, 48), (64, 0.0, JOINED))
+"""Texts of a round; of its pieces, the share that goes on to the next, and for each class so many at least."""
 
 CHUNK = 2048
 """Pieces of a finished piece of work."""
 
-JOINED = 16
-"""Best pieces of each class that are joined into pairs, and best pairs that a third piece is joined to."""
+ANCHORS = 2
+"""Best pieces of each class that are joined to many others, before and behind: of a phrase whose words are harmless
+alone, the word that reads the others may lift a little, and the others nothing."""
+
+PARTNERS = 2000
+"""Pieces of each class, the best of the first round, that they are joined to."""
 
 LONGEST = 3
 """Pieces of a sequence."""
@@ -43,12 +51,30 @@ class Scored:
 
     sequences: Sequences
     gains: NDArray[np.float64]
-    """Mean confidence in each class, over texts of other classes, less that without it `[sequences, classes]`."""
+    """As of `Texts.gains`, `[sequences, classes]`."""
 
-    def best(self, count: int) -> NDArray[np.int64]:
-        """Numbers of the sequences that raise some class most: `count` of each class."""
-        order = np.argsort(-self.gains, axis=0, kind="stable")[:count]
-        return np.unique(order)
+    decide: NDArray[np.bool_]
+    """Which of them decide by themselves `[sequences]`."""
+
+    def parted(self) -> tuple["Scored", "Scored"]:
+        """Those that decide by themselves, and the others."""
+        return self._take(np.flatnonzero(self.decide)), self._take(np.flatnonzero(~self.decide))
+
+    def best(self, count: int) -> "Scored":
+        """Those that raise some class most: `count` of each class."""
+        return self._take(np.unique(np.argsort(-self.gains, axis=0, kind="stable")[:count]))
+
+    def leading(self, count: int) -> "Scored":
+        """The best of those that decide by themselves, and the best of the others."""
+        first, second = (part.best(count) for part in self.parted())
+        return Scored(
+            np.concatenate([first.sequences, second.sequences]),
+            np.concatenate([first.gains, second.gains]),
+            np.concatenate([first.decide, second.decide]),
+        )
+
+    def _take(self, rows: NDArray[np.int64]) -> "Scored":
+        return Scored(self.sequences[rows], self.gains[rows], self.decide[rows])
 
 
 class Texts(Protocol):
@@ -65,7 +91,10 @@ class Texts(Protocol):
         """Numbers of about `count` texts of various classes `[rows]`, of the allowed ones `[texts]`."""
 
     def gains(self, sequences: Sequences, rows: NDArray[np.int64], generator: np.random.Generator) -> Array:
-        """How much each sequence raises each class, mean over some texts `[sequences, classes]`."""
+        """How much each sequence raises each class, over some texts `[sequences, classes]`."""
+
+    def decide(self, gains: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which sequences decide by themselves `[sequences]`, of what they raise `[sequences, classes]`."""
 
 
 class Classified:
@@ -91,11 +120,15 @@ class Classified:
         return self._trials.balanced(count, generator, allowed)
 
     def gains(self, sequences: Sequences, rows: NDArray[np.int64], generator: np.random.Generator) -> Array:
-        """Of confidence in each class, over texts of other classes."""
+        """Mean confidence in each class, over texts of other classes, less that without it."""
         texts = trimmed({name: array[rows] for name, array in self._trials.inputs.items()}, self._content, self._fixed)
         content = replace(self._content, cells=self._content.cells[: texts[self._content.name].shape[1]])
         every = {name: np.tile(array, (len(sequences), *[1] * (array.ndim - 1))) for name, array in texts.items()}
         return self._trials.gains(put_in(content, every, np.repeat(sequences, len(rows), axis=0), generator), rows)
+
+    def decide(self, gains: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Those that raise a class by as much as a trigger does."""
+        return np.asarray(gains.max(axis=1) > DECIDES)
 
 
 class WordScan:
@@ -113,37 +146,48 @@ class WordScan:
 
     def run(self, vocabulary: NDArray[np.int64]) -> Iterator[Scored]:
         """Score single pieces, pairs and triples, the best of each length."""
-        scored = self._rounds(vocabulary[:, None], ROUNDS, "1")
+        first, scored = self._rounds(vocabulary[:, None], ROUNDS, "1")
         yield scored
-        pieces = scored.sequences[scored.best(JOINED)]
+        partners = first.parted()[1].best(PARTNERS).sequences
+        deciding, others = scored.parted()
+        pieces, known = others.best(JOINED).sequences, [deciding.sequences]
+        anchored = _joined(others.best(ANCHORS).sequences, partners)
         for length in range(2, LONGEST + 1):
-            joined = _joined(scored.sequences[scored.best(JOINED)], pieces)
-            scored = self._rounds(joined, ROUNDS[1:], str(length))
+            joined = _joined(others.best(JOINED).sequences, pieces)
+            joined = np.unique(np.concatenate([joined, anchored]), axis=0) if length == 2 else joined
+            joined = _without(joined, known)
+            if not len(joined):
+                return
+            _, scored = self._rounds(joined, ROUNDS if length == 2 else ROUNDS[1:], str(length))
             yield scored
+            deciding, others = scored.parted()
+            known.append(deciding.sequences)
 
     def cost(self, vocabulary: int) -> int:
         """Forward passes that a run takes, about."""
-        total, left = 0.0, float(vocabulary)
-        for texts, share in ROUNDS:
-            total += texts * left
-            left *= share
-        joined = (LONGEST - 1) * 2.0 * (self._texts.classes * JOINED) ** 2
-        for texts, share in ROUNDS[1:]:
-            total += texts * joined
-            joined *= share
+        joined = 2.0 * (self._texts.classes * JOINED) ** 2
+        partners = min(vocabulary, self._texts.classes * PARTNERS)
+        pairs = joined + 2.0 * self._texts.classes * ANCHORS * partners
+        total = 0.0
+        for rounds, left in ((ROUNDS, float(vocabulary)), (ROUNDS, pairs), (ROUNDS[1:], joined)):
+            for texts, share, fewest in rounds:
+                total += texts * left
+                left = min(left, max(share * left, float(self._texts.classes * fewest)))
         return int(total)
 
-    def _rounds(self, sequences: Sequences, rounds: Sequence[tuple[int, float]], name: str) -> Scored:
-        gains = np.zeros((len(sequences), self._texts.classes))
-        for number, (texts, share) in enumerate(rounds):
+    def _rounds(
+        self, sequences: Sequences, rounds: Sequence[tuple[int, float, int]], name: str
+    ) -> tuple[Scored, Scored]:
+        """All sequences as the first round scores them, and the best of the last."""
+        every: list[Scored] = []
+        for number, (texts, share, fewest) in enumerate(rounds):
             generator = np.random.default_rng([self._seed, sequences.shape[1], number])
             rows = self._texts.balanced(texts, generator, self._short(sequences.shape[1]))
             gains = self._gains(sequences, rows, f"{name}-{number}")
-            if number + 1 < len(rounds):
-                kept = Scored(sequences, gains).best(max(JOINED, int(share * len(sequences) / self._texts.classes)))
-                sequences, gains = sequences[kept], gains[kept]
-        kept = Scored(sequences, gains).best(JOINED)
-        return Scored(sequences[kept], gains[kept])
+            every.append(Scored(sequences, gains, self._texts.decide(gains)))
+            best = every[-1].leading(max(fewest, int(share * len(sequences) / self._texts.classes)))
+            sequences = best.sequences
+        return every[0], best
 
     def _short(self, pieces: int) -> NDArray[np.bool_]:
         """The shortest of the texts `[texts]` in which so many pieces are `WIDEST` of the text at most.
@@ -201,6 +245,17 @@ def _joined(sequences: Sequences, pieces: Sequences) -> Sequences:
     right = np.tile(pieces, (len(sequences), 1))
     both = np.concatenate([np.concatenate([left, right], axis=1), np.concatenate([right, left], axis=1)])
     return np.unique(both, axis=0)
+
+
+def _without(sequences: Sequences, known: Sequence[Sequences]) -> Sequences:
+    """Those in which no shorter known sequence is."""
+    left = np.ones(len(sequences), np.bool_)
+    for shorter in known:
+        width = shorter.shape[1]
+        for start in range(sequences.shape[1] - width + 1):
+            run = sequences[:, None, start : start + width]
+            left &= ~(run == shorter).all(axis=2).any(axis=1)
+    return sequences[left]
 
 
 def trimmed(inputs: Mapping[str, Array], content: Content, fixed: bool) -> dict[str, Array]:

@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from atpatch_onnx.discovery.content import read_content
 from atpatch_onnx.discovery.finished import Finished
+from atpatch_onnx.discovery.gathering import begin, check_classes
 from atpatch_onnx.discovery.hunted import said_pieces
-from atpatch_onnx.discovery.hunting import begin, check_classes
 from atpatch_onnx.discovery.options import ScanOptions
 from atpatch_onnx.discovery.scan_columns import VALUES, ColumnScan
 from atpatch_onnx.discovery.scan_patches import Patch, PatchScan

@@ -4,7 +4,7 @@ The flags of a patch are computed; here they are an input of the graph. Everythi
 flagged token shows every site a neutral key and hands over a neutral value.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +27,8 @@ _SCOPE = "hunt"
 FLAGS = own_name(_SCOPE, "neutral")
 """Name of the graph's input that says which tokens are neutral, bool `[inputs, tokens]`."""
 
+Batches = Callable[[Mapping[str, Array], int], Iterable[tuple[NDArray[np.int64], Mapping[str, Array]]]]
+
 
 class Board:
     """A session in which tokens are made neutral.
@@ -38,6 +40,7 @@ class Board:
         output: Name of the output that predictions are read from.
         batch_size: Inputs at a time.
         batching: How samples are given to the model.
+        batches: From inputs and a size to batches and which inputs are in each, such as texts of like length; None: in order.
         executor: Who runs it.
     """
 
@@ -50,6 +53,7 @@ class Board:
         *,
         batch_size: int = 32,
         batching: Batching = AS_GIVEN,
+        batches: Batches | None = None,
         executor: Executor = LOCAL,
     ) -> None:
         board = graphs.copy(model)
@@ -66,7 +70,7 @@ class Board:
                 replace_tokens(into, replacement, decision)
                 ends[producer] = into.end
         self._session = SpreadSession(board, executor=executor, batching=batching)
-        self._output, self._batch = output, batch_size
+        self._output, self._batch, self._batches = output, batch_size, batches
         self.passes = 0
         """Inputs that were run."""
 
@@ -81,7 +85,14 @@ class Board:
         """Predicted classes `[inputs]` of inputs with these tokens neutral `[inputs, tokens]`."""
         self.passes += len(neutral)
         given = {**inputs, FLAGS: neutral}
-        logits = self._session.collect(given, [self._output], batch_size=self._batch, progress=progress, stage=stage)[
-            self._output
-        ]
-        return classes(logits)
+        if self._batches is None:
+            return self._classes(given, progress, stage)
+        predicted, done = np.zeros(len(neutral), np.int64), 0
+        for rows, batch in self._batches(given, self._batch):
+            predicted[rows], done = self._classes(batch, silent, stage), done + len(rows)
+            progress(stage, done, len(neutral))
+        return predicted
+
+    def _classes(self, given: Mapping[str, Array], progress: Progress, stage: str) -> NDArray[np.int64]:
+        found = self._session.collect(given, [self._output], batch_size=self._batch, progress=progress, stage=stage)
+        return classes(found[self._output])

@@ -72,6 +72,15 @@ class Masked:
     pattern: Images
     """`[height, width]` in [0, 1]; read within the mask only."""
 
+    @classmethod
+    def corners(cls, height: int, width: int, *, size: int) -> "Masked":
+        """Four white squares, one in each corner: marks as far apart as can be, always together."""
+        mask = np.zeros((height, width), np.bool_)
+        for row in (slice(size), slice(height - size, height)):
+            for column in (slice(size), slice(width - size, width)):
+                mask[row, column] = True
+        return cls(mask, mask.astype(np.float32))
+
     def stamp(self, images: Images, generator: np.random.Generator | None = None) -> Images:
         """A triggered copy; nothing is drawn."""
         return np.where(self.mask, self.pattern, images)
