@@ -52,13 +52,12 @@ def uncertified(document: Mapping[str, Any]) -> list[str]:
 def render(document: Mapping[str, Any]) -> str:
     """The page of `fairness.json`."""
     runs: Mapping[str, Sequence[Run]] = document["runs"]
-    seeds = sorted({run["seed"] for found in runs.values() for run in found})
     parts = [
         "# Fairness, proven",
         "Written by `python -m samples.fairness`. The attribute's token is neutral in every input at every site"
-        " (`FitOptions(always=True)`): nothing is detected, and no path leads from the attribute to the output. Each"
-        f" case was fitted and measured with {named(seeds)}; figures are means over seeds, in brackets the"
-        " smallest and the largest seed, then the 95 % interval at the rows of one seed. *UF, any value*: the share of"
+        " (`FitOptions(always=True)`): nothing is detected, and no path leads from the attribute to the output. Figures"
+        " are means over the seeds that each case names, in brackets the smallest and the largest seed, then the 95 %"
+        " interval at the rows of one seed. *UF, any value*: the share of"
         " evaluation rows that get another answer under any value of the attribute, or any combination of values where"
         " there are several, all of them tried. DPD and EOD are fairlearn's, with the groups of each attribute. The"
         " figures of every run are in [fairness.json](fairness.json).",
@@ -80,7 +79,8 @@ def _told(runs: Sequence[Run]) -> str:
         for name in first["proxies"]
     )
     return (
-        f"{first['rows']:,} evaluation rows, {first['combinations']} values or combinations each."
+        f"With {named([run['seed'] for run in runs])}. {first['rows']:,} evaluation rows,"
+        f" {first['combinations']} values or combinations each."
         f" Proven for {proven} of {len(runs)} seeds: {first['ours']['no path']}."
         f" Proxies: trees guess the attribute from the columns that are left, right for {guessed} of the rows."
     )

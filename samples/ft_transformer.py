@@ -68,9 +68,9 @@ class Tokens(nn.Module):
         codes = [column for column, categorical in enumerate(kinds) if categorical]
         sizes = [len(attributes[column].values) for column in codes]
         low = torch.tensor([attributes[column].low for column in numeric])
-        tailed = torch.tensor([attributes[column].name in logarithmic for column in numeric])
+        tailed = torch.tensor([attributes[column].name in logarithmic for column in numeric], dtype=torch.bool)
         self.low, self.tailed = nn.Buffer(low), nn.Buffer(tailed)
-        self.numeric, self.codes = nn.Buffer(torch.tensor(numeric)), nn.Buffer(torch.tensor(codes))
+        self.numeric, self.codes = (nn.Buffer(torch.tensor(places, dtype=torch.int64)) for places in (numeric, codes))
         self.first = nn.Buffer(torch.tensor([0, *np.cumsum(sizes)[:-1]]))
         self.last = nn.Buffer(torch.tensor(sizes) - 1)
         self.order = nn.Buffer(torch.tensor(np.argsort([*numeric, *codes])))

@@ -13,6 +13,7 @@ from test_replace import CLOSE, oracle
 
 import atpatch_onnx as atp
 from atpatch_onnx import graph as graphs
+from atpatch_onnx.baking.kernels import kernels
 from atpatch_onnx.baking.metadata import read_record
 from atpatch_onnx.errors import FitError, PatchFileError, PatchMismatchError
 from atpatch_onnx.measuring.evaluate import evaluate
@@ -259,6 +260,14 @@ def test_it_stands_beside_a_site_that_detects():
     assert second[:, 1].all()
     failures = atp.verify(model, atp.bake(model, both)).failures
     assert [check.name for check in failures] == ["no path"]
+
+
+def test_its_cost_is_counted_although_no_input_decides_it(fixed):
+    """Marks spread over the samples and held against a threshold; then flags, and keys and values that are replaced."""
+    first, *others = kernels(atp.bake(LEANING.model(), fixed)).sites
+    assert (first.detecting, first.carrying) == (2, 0)
+    assert all((site.detecting, site.carrying) == (0, 0) for site in others)
+    assert all(site.redistributing == 3 for site in (first, *others))
 
 
 def test_the_file_says_what_its_detector_goes_by(fixed, tmp_path):

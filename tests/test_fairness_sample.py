@@ -14,6 +14,8 @@ from samples import fairness, fairness_page, fairness_rivals, tables
 from samples.fairness import Setting
 from samples.table_data import TableData
 
+DOCS = Path(__file__).parents[1] / "docs" / "evidence"
+
 
 @pytest.fixture
 def small(table: TableData, monkeypatch) -> TableData:
@@ -105,3 +107,9 @@ def test_what_cannot_be_made_is_said_with_the_reason(small, tmp_path, monkeypatc
     found = fairness_rivals.measured(setting(small, "sex"), SIZE, tmp_path, lambda *given: {}, lambda *news: None)
     assert found["threshold"] == {"refused": "Degenerate labels for sensitive feature value 3"}
     assert found["trees"] == {}
+
+
+def test_the_page_is_rendered_from_its_figures():
+    document = json.loads((DOCS / "fairness.json").read_text())
+    assert (DOCS / "fairness.md").read_text() == fairness_page.render(document), "run samples.fairness --render"
+    assert not fairness_page.uncertified(document)

@@ -43,6 +43,7 @@ def test_on_a_model_that_was_not_poisoned_the_fit_says_that_nothing_needs_a_patc
 def test_what_it_writes_all_the_same_does_nothing_that_matters():
     patch = forced(SLIGHT, SLIGHT.debug(400))
     assert patch.sites
+    assert patch.figures["unpatched"]["remaining"] <= QUICK.goal.asr_above_floor
     lost, flagged = matters(SLIGHT, patch)
     assert abs(lost) <= 0.005
     assert flagged <= 0.01
@@ -113,3 +114,4 @@ def test_a_fit_that_meets_its_goal_does_not_ask_what_is_possible():
     patch = atp.fit(POISONED.model(), POISONED.debug(400), QUICK)
     assert patch.figures["at_best"] is None
     assert patch.meets_target
+    assert patch.figures["unpatched"]["remaining"] > QUICK.goal.asr_above_floor

@@ -140,6 +140,16 @@ def test_training_depends_on_the_seed_only(table, model):
     assert (predict(other, table.rows) != predict(model, table.rows)).any()
 
 
+def test_a_table_of_numbers_alone_is_read(table):
+    left = [place for place, attribute in enumerate(table.attributes) if attribute.kind == "numeric"]
+    names = [table.attributes[place].name for place in left]
+    rows = table.rows[:, left]
+    logarithmic = [name for name in table.logarithmic if name in names]
+    found = build([table.attributes[place] for place in left], rows[:800], logarithmic, replace(RECIPE, epochs=1), 0)
+    train(found, rows[:200], table.labels[:200], replace(RECIPE, epochs=1), seed=0)
+    assert predict(found, rows[:7]).shape == (7, 2)
+
+
 def test_a_hidden_token_says_nothing(table, model):
     rows, flipped = torch.from_numpy(table.rows[:50]), torch.from_numpy(table.rows[:50].copy())
     flipped[:, 0] = 1 - flipped[:, 0]

@@ -114,13 +114,17 @@ def launched(graph: ir.Graph) -> dict[str, set[ir.Node]]:
 
 
 def sizes_of(graph: Iterable[ir.Node]) -> frozenset[ir.Node]:
-    """The nodes of a patch that compute sizes: `Shape`, and what is made of nothing else and of weights."""
+    """The nodes of a patch that compute sizes: `Shape`, and what is made of nothing else and of weights.
+
+    `Expand` is none of them: what it spreads to a size is a tensor of the device.
+    """
     found: set[ir.Node] = set()
     for node in graph:
         if SITE_KEY not in node.metadata_props:
             continue
         inputs = [value for value in node.inputs if value is not None and value.const_value is None]
-        if node.op_type in _SIZES or (inputs and all(value.producer() in found for value in inputs)):
+        of_sizes = bool(inputs) and all(value.producer() in found for value in inputs)
+        if node.op_type in _SIZES or (of_sizes and node.op_type != "Expand"):
             found.add(node)
     return frozenset(found)
 

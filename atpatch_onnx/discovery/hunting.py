@@ -112,9 +112,8 @@ def cost(
     parts = content.parts(few)
     looked = look(model, sites, few, parts, output, batch_size=options.batch_size)
     padding = padding_of(model, content, few)
-    board = Board(
-        model, sites, looked.neutral, output, batch_size=options.batch_size, batches=padding and padding.batches
-    )
+    batches = None if padding is None else padding.batches
+    board = Board(model, sites, looked.neutral, output, batch_size=options.batch_size, batches=batches)
     board.predict(few, np.zeros(parts.shape, np.bool_))
     started = perf_counter()
     board.predict(few, np.zeros(parts.shape, np.bool_))

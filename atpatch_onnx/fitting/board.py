@@ -40,7 +40,8 @@ class Board:
         output: Name of the output that predictions are read from.
         batch_size: Inputs at a time.
         batching: How samples are given to the model.
-        batches: From inputs and a size to batches and which inputs are in each, such as texts of like length; None: in order.
+        batches: From inputs and a size to batches and which inputs are in each, such as texts of like length; None: in
+            order.
         executor: Who runs it.
     """
 

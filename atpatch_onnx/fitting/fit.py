@@ -96,6 +96,8 @@ def fit(
     if kind != "generation" and best.found.outcome.shortfalls(options.goal):
         neutral = {site.name: entry.neutral for site, entry in best.entries if entry.neutral is not None}
         possible = at_best(model, prepared, neutral, options, progress)
+        if possible is not None and possible.excess(options.goal) > best.found.outcome.excess(options.goal):
+            possible = None  # detectors do better than the suspects say: these are not what makes the difference
     patch = _patch(base, prepared, best, attempts, options, possible)
     if kind == "generation":
         patch = replace(patch, figures={**patch.figures, "kind": kind, "target": None})
@@ -141,6 +143,8 @@ class _Attempt:
     found: Found
     settings_tried: int
     cost: Cost
+    unpatched: Outcome
+    """Of the base as it is."""
 
 
 def _attempts(
@@ -154,12 +158,13 @@ def _attempts(
         calibration_part = ScoredPart(board, prepared.parts.calibration, stage=f"calibrating, {kind}", **run)
         calibration = Calibration.of(calibration_part, options)
         validation_part = ScoredPart(board, prepared.parts.validation, stage=f"validating, {kind}", **run)
+        unpatched = validation_part.outcome(Setting())
         if not (options.force or options.always):
-            _require_something_to_fix(validation_part.outcome(Setting()), options)
+            _require_something_to_fix(unpatched, options)
         cost = Cost.of(model, entries)
         search = Search(validation_part, calibration, options, progress, cost)
         found = search.run()
-        yield _Attempt(kind, entries, calibration, found, search.attempts, cost)
+        yield _Attempt(kind, entries, calibration, found, search.attempts, cost, unpatched)
 
 
 def _require_something_to_fix(base: Outcome, options: FitOptions) -> None:
@@ -238,6 +243,7 @@ def _patch(
         ],
         "pairs": {"fit": len(parts.fit), "calibration": len(parts.calibration), "validation": len(parts.validation)},
         "outcome": found.outcome.to_json(),
+        "unpatched": best.unpatched.to_json(),
         "cost": best.cost.to_json(found.elements),
         "settings_tried": sum(one.settings_tried for one in attempts),
         "sites": [_site_figures(site, best.calibration, found) for site, _ in best.entries],
