@@ -38,9 +38,11 @@ STORE = 100 * 2**20
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Ray on this machine, with room for three small workers, who find what these tests give them."""
+    from atpatch_onnx.running.on_ray import start
+
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    ray.init(
+    start(
         address="local",
         num_cpus=3,
         include_dashboard=False,

@@ -29,13 +29,13 @@ def content(patch: atp.Patch, folder: Path) -> bytes:
 def test_a_node_that_leaves_takes_nothing_with_it(tmp_path):
     from ray.cluster_utils import Cluster
 
-    from atpatch_onnx.running.on_ray import Ray
+    from atpatch_onnx.running.on_ray import Ray, start
 
     cluster = Cluster(initialize_head=True, head_node_args={**SMALL, "include_dashboard": False})
     gone: list[object] = []
     try:
         other = cluster.add_node(**SMALL)
-        ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+        start(address=cluster.address, logging_level="error", log_to_driver=False)
         with Ray() as executor:
             assert len(executor.crew) == 2
 

@@ -1,8 +1,7 @@
 """Workers on Ray: actors that open a job once and do its pieces, on this machine or on a cluster.
 
-A model goes through Ray's object store as onnxruntime is given it, external data and stored inputs by their paths,
-which every machine must have. A worker that dies is replaced, and the piece that it was at is given to another: its
-answer is the same. Only a piece that several workers in a row died of ends the work.
+A model goes through Ray's object store as onnxruntime is given it, external data and stored inputs by paths that every
+machine must have. A worker that dies is replaced, and another does its piece; only a piece that several die of ends it.
 """
 
 import os
