@@ -29,7 +29,7 @@ def exporting(what: str) -> Iterator[None]:
             yield
     except AtPatchError:
         raise
-    except Exception as error:  # torch, transformers and onnxscript raise families of their own
+    except Exception as error:  # torch, transformers and onnxscript raise separate families
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
         raise ExportError(
             what,

@@ -104,7 +104,7 @@ def moved(case: "Case", base: ir.Model, found: Sequence[AttentionSite]) -> Patch
 
 
 def run(model: ir.Model, inputs: Sequence[Mapping[str, np.ndarray]], *, optimize: bool = True) -> Results:
-    """Every input in a batch of its own."""
+    """Every input in a separate batch."""
     session = Session(model, threads=1, optimize=optimize)
     return [session.run(dict(feed)) for feed in inputs]
 

@@ -4,7 +4,7 @@
 
 `DIR` holds graphs `<architecture>.<way>.onnx`, or `graphs.tar.xz` and the `load.py` that unpacks it. `expected.json`
 says of each how many attentions it holds (`softmax_sites` and `fused_sites`) and how many other softmaxes; without it,
-what is found is only listed. Every graph is matched and rehearsed (`atpatch_onnx.rehearse`) in a process of its own:
+what is found is only listed. Every graph is matched and rehearsed (`atpatch_onnx.rehearse`) in a separate process:
 one that crashes or takes too long is reported and does not end the run. `--json FILE` keeps a line for every graph; a
 run that is given the file again goes on where the last one ended.
 """

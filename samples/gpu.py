@@ -164,7 +164,7 @@ def measure(figures: dict[str, Any], bench: Bench, keep: Callable[[], None], *, 
     """Add to `figures` (JSON types) what there is time for, checks first; what fails is said, and ends nothing else.
 
     Args:
-        figures: As of `nothing`.
+        figures: As in `nothing`.
         bench: What measures.
         keep: Called after each step.
         graphs: Whether the provider records runs.

@@ -44,7 +44,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "evidence"
 THREADS = 2
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 WITHOUT_IF = "tensorrt"
-"""A target whose files have no `If` of ours and that takes every opset."""
+"""A target whose files have no `If` of the patch and that takes every opset."""
 
 GOAL = 1.01
 """Of clean and flagged inputs and of memory, in all rows."""

@@ -58,7 +58,7 @@ class Clock:
         self._stage = ""
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Progress, as of `collect`."""
+        """Progress, as in `collect`."""
         if stage != self._stage and self._seen:
             self._before = self._seen[-1][1]
         self._stage = stage

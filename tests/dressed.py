@@ -1,4 +1,4 @@
-"""The planted models as people bring them: sequence first, without a batch, of words, with a sequence handed out, old.
+"""The planted models as people bring them: sequence first, without a batch, of words, with a sequence returned, old.
 
 Each takes the model as protobuf and changes what stands around its attention; what is planted stays what it is.
 """
@@ -22,7 +22,7 @@ def sequence_first(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def without_batch(proto: onnx.ModelProto, *, keeps_one: bool = False) -> onnx.ModelProto:
-    """It takes one sample, `[tokens, width]`, and hands out `[classes]`, or `[1, classes]`."""
+    """It takes one sample, `[tokens, width]`, and returns `[classes]`, or `[1, classes]`."""
     model, dims = _fed_by(proto, helper.make_node("Unsqueeze", ["x", "front"], ["x_within"], name="/front"))
     model.graph.initializer.append(numpy_helper.from_array(np.array([0]), "front"))
     (output,) = model.graph.output
@@ -36,7 +36,7 @@ def without_batch(proto: onnx.ModelProto, *, keeps_one: bool = False) -> onnx.Mo
 
 
 def with_a_sequence(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """It hands out each class's logits in a sequence as well, first, and the class as text."""
+    """It returns each class's logits in a sequence as well, first, and the class as text."""
     model = copy.deepcopy(proto)
     classes = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
     model.graph.node.extend(
@@ -61,7 +61,7 @@ def with_a_sequence(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_maps(proto: onnx.ModelProto, *, named: bool = True) -> onnx.ModelProto:
-    """It hands out a map from each class to its logit, as classifiers' pipelines do; by name, or by number."""
+    """It returns a map from each class to its logit, as classifiers' pipelines do; by name, or by number."""
     model = copy.deepcopy(proto)
     classes = range(model.graph.output[0].type.tensor_type.shape.dim[1].dim_value)
     labels = {"classlabels_strings": [f"c{n}" for n in classes]} if named else {"classlabels_int64s": [*classes]}

@@ -199,7 +199,7 @@ def one_head_on_an_axis(s: Sketch, x: str) -> str:
 
 
 def grouped(s: Sketch, x: str) -> str:
-    """Heads that share keys and values on an axis of their own, `[batch, kv heads, group, tokens, depth]`."""
+    """Heads that share keys and values on a separate axis, `[batch, kv heads, group, tokens, depth]`."""
 
     def apart(y: str, group: int) -> str:
         return s.transpose(s.reshape(y, -1, TOKENS, KV_HEADS, group, DEPTH), 0, 2, 3, 1, 4)

@@ -280,7 +280,7 @@ def run(model: Any, feed: Mapping[str, np.ndarray], *, optimize: bool = True) ->
 
 
 def with_outputs(model: ir.Model, names: Sequence[str], dtype: str = "FLOAT") -> ir.Model:
-    """A copy that hands out these values as well; `dtype` for those whose type the graph does not tell."""
+    """A copy that returns these values as well; `dtype` for those whose type the graph does not tell."""
     seen = graph.copy(model)
     values = {value.name: value for node in seen.graph for value in node.outputs}
     values |= {value.name: value for value in (*seen.graph.inputs, *seen.graph.initializers.values())}
@@ -311,7 +311,7 @@ def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
 def draw_detector(
     site: AttentionSite, rng: np.random.Generator, *, kind: Kind = "linear", threshold: float = NEVER
 ) -> Detector:
-    """A random detector of a site's keys; every token gets a score of its own."""
+    """A random detector of a site's keys; every token gets a separate score."""
     return drawn.draw_detector(site.key, rng, kind, threshold)
 
 
@@ -427,7 +427,7 @@ def in_axes(array: np.ndarray, place: Place, maps: int | None = None) -> np.ndar
     Args:
         array: The tensor.
         place: Where it holds them.
-        maps: How many there are; None where they have an axis of their own.
+        maps: How many there are; None where they have a separate axis.
     """
     tokens = [axis for axis, letters in enumerate(place.axes) if letters]
     features = [axis for axis, letters in enumerate(place.axes) if not letters]

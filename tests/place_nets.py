@@ -242,7 +242,7 @@ def cache_behind(s: Draft) -> Written:
 
 
 def tiled_heads(s: Draft) -> Written:
-    """Copies by Tile are not followed: every copy is a head of its own."""
+    """Copies by Tile are not followed: every copy is a separate head."""
     q, k, v = s.linear("x"), s.linear("x", DEPTH), s.linear("x", DEPTH)
     keys, values = (s.op("Tile", s.apart(y, 1), s.sizes(1, HEADS, 1, 1)) for y in (k, v))
     return Written(s.attention(s.apart(q), keys, values), keys, values, keys, values)

@@ -222,6 +222,6 @@ def test_samples_as_they_are_drawn_come_with_and_without_flags(form: str, kind: 
 @pytest.mark.parametrize("form", NETS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_margins_tell_tokens_apart(form: str, kind: str) -> None:
-    """The detector is not blind: tokens have scores of their own."""
+    """The detector is not blind: tokens have separate scores."""
     net = NETS[form]
     assert len(np.unique(margins(net.model(), patch_for(form, kind), 0, net.feed(np.random.default_rng(0))))) > 5

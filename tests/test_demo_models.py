@@ -246,7 +246,7 @@ def test_a_digits_model_is_accurate_backdoored_and_attends_to_its_trigger():
 
     (patch,) = np.flatnonzero(badnets.changed_patches(unseen.images, triggered, patch_size=2).any(axis=0))
     token = patch + 1  # the class token comes first
-    model.set_attn_implementation("eager")  # sdpa does not hand out its weights
+    model.set_attn_implementation("eager")  # sdpa does not return its weights
     with torch.no_grad():
         clean, attacked = (
             [P[..., token].mean().item() for P in model(torch.from_numpy(x), output_attentions=True).attentions]

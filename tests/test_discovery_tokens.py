@@ -15,7 +15,7 @@ FEW = TokenOptions(candidates=20, first=20, trial=8)
 
 
 class Bag(nn.Module):
-    """Two classes by the mean polarity of a text's words; a trigger has a direction of its own, and a strong one."""
+    """Two classes by the mean polarity of a text's words; a trigger has a separate direction, and a strong one."""
 
     def __init__(self, *triggers: int) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ MODELS = {
     "behind a cache": lambda: Net(form="attention", opset=23, past=3).model(),
     "masked": lambda: Planted(masked=True, free=True).model(),
     "sequence first": lambda: ir.from_proto(sequence_first(Planted(free=True).proto())),
-    "a sequence handed out": lambda: ir.from_proto(with_a_sequence(Planted().proto())),
+    "a sequence returned": lambda: ir.from_proto(with_a_sequence(Planted().proto())),
     "folded": folded,
 }
 

@@ -67,7 +67,7 @@ def test_uf_counts_a_row_that_flips_under_any_value(small):
     assert set(found["groups"]) == {"colour"}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_small_run_from_the_table_to_the_page(small, tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--data", str(tmp_path), "--fast"]
     assert fairness.main(arguments) == 0, capsys.readouterr()

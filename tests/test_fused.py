@@ -202,7 +202,7 @@ REFUSED = {
         MHA, {"query": floats(B, S, N * H), "key": floats(B, L, N, 2, H)} | BIAS, {"num_heads": N}
     ),
     "its bias is computed": Case(MHA, SEPARATE | BIAS, {"num_heads": N}),
-    "no keys of its own": Case(GQA, STEPS["next"] | NO_KEYS, GROUPED),
+    "no separate keys": Case(GQA, STEPS["next"] | NO_KEYS, GROUPED),
     "not all are given": Case(GQA, {name: a for name, a in PROMPT.items() if name != "value"}, GROUPED),
     "element type is DOUBLE": Case(MHA, {n: a.astype(np.float64) for n, a in SEPARATE.items()}, {"num_heads": N}),
 }

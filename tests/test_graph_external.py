@@ -27,7 +27,7 @@ WAYS = (None, "reference", "link", "copy")
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A model whose weights of more than 100 bytes lie beside it, in a folder of its own."""
+    """A model whose weights of more than 100 bytes lie beside it, in a separate folder."""
     path = tmp_path / "models" / "base" / "model.onnx"
     path.parent.mkdir(parents=True)
     onnx.save(NET.proto(), path, save_as_external_data=True, location="weights.data", size_threshold=100)

@@ -46,7 +46,7 @@ class Ran:
 
 
 def atpatch(*arguments: str | Path) -> Ran:
-    """Run the command line in a process of its own, and hold it to 20 seconds and 1 GB."""
+    """Run the command line in a separate process, and hold it to 20 seconds and 1 GB."""
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), *map(str, arguments)],

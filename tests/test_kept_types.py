@@ -1,4 +1,4 @@
-"""Maps that a model hands out pass through: read, copied, patched and written, they are what they were."""
+"""Maps that a model returns pass through: read, copied, patched and written, they are what they were."""
 
 import numpy as np
 import onnx

@@ -55,7 +55,7 @@ MODELS = dict(all_models())
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_cuda_graph_can_be_captured(name: str) -> None:
-    """No control flow, and nothing of ours on the host: no shapes, nothing whose size depends on data."""
+    """No control flow, and nothing of the patch on the host: no shapes, nothing whose size depends on data."""
     patched = atp.bake(MODELS[name], draw_patch(MODELS[name]), target="cuda")
     operators = {node.op_type for node in ours(patched)}
     assert not operators & CONTROL_FLOW

@@ -136,5 +136,5 @@ def test_a_decode_graph_of_other_layers() -> None:
             for names in (node.input, node.output):
                 names[:] = [named(name) for name in names]
 
-    with pytest.raises(RunError, match="those that the prompt's graph hands out"):
+    with pytest.raises(RunError, match="those that the prompt's graph returns"):
         Loop(model("joined"), changed("joined", rename))

@@ -117,7 +117,7 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class OnAxes(Layer):
-    """Windows on an axis of their own, `[batch, windows, tokens, width]`, in the map as well."""
+    """Windows on a separate axis, `[batch, windows, tokens, width]`, in the map as well."""
 
     def _attend(self, s: Sketch) -> str:
         q, k, v = (self._projected(s, "x", axes) for axes in (SPREAD, self.keys, self.values))

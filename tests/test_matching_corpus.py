@@ -41,7 +41,7 @@ def loader() -> ModuleType:
 
 
 SPREAD = ("prophetnet.a.onnx", "prophetnet.h.onnx")
-"""Each stream of predicted tokens attends on its own, and streams have an axis of their own in map, keys and values."""
+"""Each stream of predicted tokens attends on its own, and streams have a separate axis in map, keys and values."""
 
 
 REASONS = {

@@ -228,7 +228,7 @@ REFUSED = {
         "y = MatMul (a, v) z = MatMul (b, w)",
         "float[2,4,5,8] q, float[2,4,7,8] k, float[2,4,3,8] v, float[2,4,4,8] w",
         "float[2,4,5,8] y, float[2,4,5,8] z",
-        "its map is cut into pieces with some of its keys each, which meet values of their own",
+        "its map is cut into pieces with some of its keys each, which meet separate values",
     ),
     "a map that is padded into bands": (
         f"{SCORES} p = Softmax <axis = -1> (s) pads = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0, 3]> () "

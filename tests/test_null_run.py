@@ -26,7 +26,7 @@ def prepared(case: str, *, folder: Path, **told: object) -> Case:
     return Case(case, 0, folder / "base.onnx", debug, planted.debug(200, seed=9), QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_each_fit_says_what_it_found_and_its_patch_does_nothing_that_matters(tmp_path, monkeypatch):
     monkeypatch.setattr(null_run.fashion, "prepare", prepared)
     assert null_run.main(["--out", str(tmp_path), "--docs", str(tmp_path)]) == 0

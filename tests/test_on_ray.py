@@ -168,7 +168,7 @@ def test_a_cluster_without_room_is_said_in_one_line(cluster):
 
 
 def test_the_command_starts_a_cluster_and_stops_it(tmp_path):
-    """As people do it, in a process of its own: nothing but the result is printed, and nothing of Ray stays."""
+    """As people do it, in a separate process: nothing but the result is printed, and nothing of Ray stays."""
     (tmp_path / "base.onnx").write_bytes(PLANTED.proto().SerializeToString())
     atp.save(atp.bake(PLANTED.model(), fitted(PLANTED)), tmp_path / "patched.onnx")
     PLANTED.debug(100, seed=8).save(tmp_path / "set.parquet")

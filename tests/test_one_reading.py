@@ -175,7 +175,7 @@ AMBIGUOUS: dict[str, tuple[Change, str]] = {
     "an entry that does not fit": (with_tensor(typed(INT8, "int32_data", [1000], [1])), "1000 to 1000"),
     "a bool that is neither": (with_tensor(typed(BOOL, "int32_data", [2], [1])), "2 to 2"),
     "a raw bool that is neither": (with_tensor(raw(BOOL, b"\2", 1)), "byte 2"),
-    "a branch that hands out a value around it": (lambda proto: setattr(branch(proto).output[0], "name", "x"), "'x'"),
+    "a branch that returns a value around it": (lambda proto: setattr(branch(proto).output[0], "name", "x"), "'x'"),
     "a negative size": (with_tensor(raw(FLOAT, bytes(8), -1, -2)), "shape"),
     "a size that overflows": (with_tensor(raw(FLOAT, b"", 2**32, 2**32)), "shape"),
     "a segment": (segment, "a segment"),

@@ -95,7 +95,7 @@ def test_float16_is_the_base_given_neutral_keys_and_values(net: Net) -> None:
     assert not flagged.all()
     for name, array in driven(model, patched, feed).items():
         assert same_bits(found[name][~flagged], base[name][~flagged])
-        if net.form == "packed":  # keys and values are rounded where they are handed out, and nowhere else
+        if net.form == "packed":  # keys and values are rounded where they are returned, and nowhere else
             np.testing.assert_allclose(found[name], array, rtol=2**-9, atol=2**-7)
         else:
             assert same_bits(found[name], array)

@@ -117,7 +117,7 @@ def test_heads_that_share_keys_and_values_by_expand() -> None:
 
 
 def test_channels_of_the_input_are_parts() -> None:
-    """As PatchTST: every channel of a time series is a sequence of its own, folded into the batch."""
+    """As PatchTST: every channel of a time series is a separate sequence, folded into the batch."""
     body = f"t = Transpose <perm = [0, 2, 1]> (x) {ints('s', -1, 4, 12)} r = Reshape (t, s) y = MatMul (r, w)"
     assert found(sketch(body, "float[2,48,7] x")) == [(2, B), (7, W)]
 

@@ -97,7 +97,7 @@ def test_scores_are_the_detectors_for_each_token_of_each_map(place: Place, dtype
     (array,) = run(model, feed_of(keys, place)).values()
     assert array.shape == (MAPS, TOKENS, 1)
     np.testing.assert_allclose(array[..., 0] - threshold, detector.scores(seen) - 0.25, **ROUNDING)
-    assert len(np.unique(array)) == MAPS * TOKENS, "every token has a score of its own"
+    assert len(np.unique(array)) == MAPS * TOKENS, "every token has a separate score"
 
 
 @pytest.mark.parametrize("name", PLACES)

@@ -48,7 +48,7 @@ def test_the_page_is_rendered_from_its_figures(figures):
     assert (DOCS / "scale.md").read_text() == scale.page(figures)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.xdist_group("ray")
 def test_the_command_runs_and_what_is_collected_is_the_same(tmp_path):
     pytest.importorskip("ray", reason="extra scale")

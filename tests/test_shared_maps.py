@@ -104,7 +104,7 @@ CUTS = ("Slice", "Gather", "Gather, no axis left", "Split")
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("head", [0, 2])
 def test_a_head_that_serves_another_product_is_a_site_beside_the_whole(cut: str, head: int) -> None:
-    """As in Zipformer: the first head of the map meets values of its own."""
+    """As in Zipformer: the first head of the map meets separate values."""
 
     def layer(s: Sketch, x: str) -> str:
         p, v = map_and_values(s, x)

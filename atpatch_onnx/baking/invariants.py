@@ -97,7 +97,7 @@ def replacements_are_read(model: ir.Model, record: PatchRecord) -> Iterator[str]
 
 
 def conditionals_are_declared(model: ir.Model, record: PatchRecord) -> Iterator[str]:
-    """There is no `If` of ours but in a file that says so, and each changes nothing where nothing is flagged."""
+    """There is no `If` of the patch but in a file that says so, and each changes nothing where nothing is flagged."""
     for node in _ours(model):
         if node.op_type != "If":
             continue

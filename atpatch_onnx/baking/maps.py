@@ -13,7 +13,7 @@ from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.running.sessions import Array
 
 _MODE = "qk_matmul_output_mode"
-"""Attribute of an op `Attention`: which stage of its map it hands out; 3 is the map itself."""
+"""Attribute of an op `Attention`: which stage of its map it returns; 3 is the map itself."""
 
 
 def map_outputs(sites: Sequence[AttentionSite]) -> dict[str, str]:
@@ -33,7 +33,7 @@ def with_maps(model: ir.Model, sites: Sequence[AttentionSite], names: Sequence[s
 def ask_for_map(model: ir.Model, site: AttentionSite) -> ir.Value:
     """The map of a site in a graph; an op `Attention` is made to hand it out, in place.
 
-    Where it hands out another stage already, a second one beside it does.
+    Where it returns another stage already, a second one beside it does.
     """
     if site.map is not None:
         return find_value(model.graph, site.map)

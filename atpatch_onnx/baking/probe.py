@@ -29,7 +29,7 @@ def value_output(site: AttentionSite) -> str:
 def mass_output(site: AttentionSite) -> str | None:
     """Name of the probe's output with the attention that each token draws, float `[samples, tokens]`.
 
-    Its mean share over heads and queries. None where the graph does not hand out one map a sample for its tokens.
+    Its mean share over heads and queries. None where the graph does not return one map a sample for its tokens.
     """
     shown = site.shows_map and site.map_layout == MAP and site.parts == 1 and site.self_attention
     return own_name(site.name, "probe/mass") if shown else None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def atpatch(*parts: object) -> str:
-    """A command of ours as it is typed; what stands in CAPITALS is for the reader to fill in."""
+    """An `atpatch` command as it is typed; what stands in CAPITALS is for the reader to fill in."""
     return shlex.join(["atpatch", *map(str, parts)])
 
 

@@ -95,7 +95,7 @@ def _place(array: Array, where: str, column: int | None) -> tuple[Any, ...]:
             where,
             expected=f"shape [rows, features] with a column {column}",
             found=f"shape {list(array.shape)}",
-            advice="Give the column's index from 0, or leave it out where the attribute is an input of its own.",
+            advice="Give the column's index from 0, or leave it out where the attribute is a separate input.",
         )
     return (slice(None), column)
 

@@ -167,6 +167,6 @@ def rows_of(array: Array, rows: NDArray[np.int64]) -> Array:
 
 
 def kept_by(array: Array, tables: dict[bytes, Table]) -> Array:
-    """An array in memory itself, and a stored one as of `Rows.kept_by`."""
+    """An array in memory itself, and a stored one as in `Rows.kept_by`."""
     found = stored(array)
     return array if found is None else as_stored(found.kept_by(tables))

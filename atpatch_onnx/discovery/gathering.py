@@ -94,7 +94,7 @@ def gather(
     executor: Executor = LOCAL,
     progress: Progress = silent,
 ) -> Gathered:
-    """Look at all inputs, screen them, and search the small parts that decide; arguments and errors as of `hunt`."""
+    """Look at all inputs, screen them, and search the small parts that decide; arguments and errors as in `hunt`."""
     options, model = options or HuntOptions(), as_model(model)
     inputs, sites, output = begin(model, traffic, options.output)
     kept = Finished(finished, {"hunt": fingerprint(model), "options": asdict(replace(options, words=None))}, inputs)

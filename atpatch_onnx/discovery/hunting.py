@@ -101,7 +101,7 @@ def cost(
     """What a hunt costs: inputs, forward passes expected, and seconds that so many would take, of a few timed now.
 
     Raises:
-        DiscoveryError: As of `hunt`.
+        DiscoveryError: As in `hunt`.
     """
     from time import perf_counter
 

@@ -87,7 +87,7 @@ class ScanOptions:
 
 
 def _check(options: HuntOptions | ScanOptions, kinds: tuple[ScanKind, ...], **more: tuple[bool, str]) -> None:
-    """Refuse what no search can be asked; `more` as of `check_options`."""
+    """Refuse what no search can be asked; `more` as in `check_options`."""
     check_options(
         options,
         DiscoveryError,

@@ -51,7 +51,7 @@ class Scored:
 
     sequences: Sequences
     gains: NDArray[np.float64]
-    """As of `Texts.gains`, `[sequences, classes]`."""
+    """As in `Texts.gains`, `[sequences, classes]`."""
 
     decide: NDArray[np.bool_]
     """Which of them decide by themselves `[sequences]`."""

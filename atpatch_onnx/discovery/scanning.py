@@ -85,7 +85,7 @@ def cost(
     """What a scan costs at most: inputs, forward passes, and seconds that so many would take, of a few timed now.
 
     Raises:
-        DiscoveryError: As of `scan`.
+        DiscoveryError: As in `scan`.
     """
     model, options = as_model(model), options or ScanOptions()
     if reads_prompts(model, options):

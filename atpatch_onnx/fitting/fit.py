@@ -55,7 +55,7 @@ def fit(
         options: How; the defaults suit most models.
         after: Patches of hidden units that are in the model already while this one is fitted, and are to be baked
             before it.
-        custom_ops: Libraries that operators of the model come from, as of `load`.
+        custom_ops: Libraries that operators of the model come from, as in `load`.
         executor: Who runs the model: `local`, `ray`, `ray://HOST:PORT`, or an executor (see `running.executors`).
         progress: Told of what is done.
 

@@ -74,9 +74,9 @@ class Answered:
             model: A decoder, with or without a cache.
             debug: Of kind "generation".
             steps: Tokens of the answer that count.
-            decode: As of `Loop`, as the next.
+            decode: As in `Loop`, as the next.
             providers: Execution providers.
-            custom_ops: As of `Loop`.
+            custom_ops: As in `Loop`.
             batch_size: Prompts at a time.
             progress: Told after every batch.
 
@@ -108,7 +108,7 @@ def forced(
 ) -> tuple[ir.Model, DebugSet]:
     """The model that judges itself, and the debug set for it, a backdoor with the target `ATTACKED`.
 
-    Arguments and errors as of `Answered.of`.
+    Arguments and errors as in `Answered.of`.
 
     Raises:
         DebugSetError: The model writes the payload behind no prompt because of the trigger.

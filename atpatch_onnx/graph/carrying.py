@@ -38,7 +38,7 @@ class External(StrEnum):
     """
 
     COPY = "copy"
-    """A file of its own; what the file system can clone is cloned, and holes stay holes."""
+    """A separate file; what the file system can clone is cloned, and holes stay holes."""
 
 
 @dataclass(frozen=True)

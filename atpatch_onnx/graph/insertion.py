@@ -99,7 +99,7 @@ def hand_over(value: ir.Value, result: ir.Value, readers: Collection[ir.Node] | 
         readers: The only nodes that read `result`; None: all that read `value`.
     """
     node = result.producer()
-    assert node is not None, "it is computed by a node of ours"
+    assert node is not None, "it is computed by a node of the patch"
     node.metadata_props[REPLACES_KEY] = str(value.name)
     for reader, index in list(value.uses()):
         if SITE_KEY not in reader.metadata_props and (readers is None or reader in readers):
@@ -135,7 +135,7 @@ def hand_back(node: ir.Node) -> None:
 
 
 def replaced_value(node: ir.Node) -> ir.Value | None:
-    """The base's value that the result of a node of ours stands in for."""
+    """The base's value that the result of a node of the patch stands in for."""
     name, result = node.metadata_props.get(REPLACES_KEY), node.outputs[0]
     wanted = node.name if result.name == name else name  # names are exchanged where it is an output of the model
     inner = [value for attribute in node.attributes.values() for value in _captured(attribute)]
@@ -144,7 +144,7 @@ def replaced_value(node: ir.Node) -> ir.Value | None:
 
 
 def _before_quantization(node: ir.Node) -> ir.Value | None:
-    """What is dequantized, chosen from by a Where, and quantized again by a node of ours."""
+    """What is dequantized, chosen from by a Where, and quantized again by a node of the patch."""
     for op_type, index in (("QuantizeLinear", 0), ("Where", 2), ("DequantizeLinear", 0)):
         if node.op_type != op_type or SITE_KEY not in node.metadata_props:
             return None

@@ -1,6 +1,6 @@
-"""Types that onnx-ir does not read, such as the maps that ZipMap hands out: taken out of a file, and put back.
+"""Types that onnx-ir does not read, such as the maps that ZipMap returns: taken out of a file, and put back.
 
-Only outputs of the model may have one: nothing of ours reads them, and they pass through as they are.
+Only outputs of the model may have one: nothing of the patch reads them, and they pass through as they are.
 """
 
 from collections.abc import Iterator, Mapping

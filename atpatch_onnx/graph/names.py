@@ -1,6 +1,6 @@
 """The grammar of everything that this package puts into a model: names under `atpatch/`, and the metadata beside them.
 
-atpatch/<scope>/<name>     a node, value or weight of ours; the scope is a site's name, a hidden layer's, or another
+atpatch/<scope>/<name>     a node, value or weight of the patch; the scope is a site, a hidden layer, or another
 atpatch/flagged, score     outputs over all sites; atpatch/<site>/flags that of one of them
 atpatch.<entry>            metadata of a model, see `baking.metadata`, or of a node, see below
 """
@@ -18,7 +18,7 @@ SITE_KEY = f"{ENTRY}site"
 """Metadata of every node that this package adds: the site it belongs to."""
 
 REPLACES_KEY = f"{ENTRY}replaces"
-"""Metadata of a node of ours whose result the base's nodes read in place of a value: the name of that value."""
+"""Metadata of a node of the patch whose result the base's nodes read in place of a value: the name of that value."""
 
 FLAGGED = f"{PREFIX}flagged"
 """Monitoring output, bool `[batch, 1]`: whether any token of the sample was flagged."""
@@ -31,7 +31,7 @@ SCORE = f"{PREFIX}score"
 
 
 def own_name(scope: str, name: str) -> str:
-    """The name of a node, value or weight of ours."""
+    """The name of a node, value or weight of the patch."""
     return f"{PREFIX}{scope}/{name}"
 
 

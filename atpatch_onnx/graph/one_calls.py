@@ -50,7 +50,7 @@ def check_calls(model: onnx.ModelProto, refusal: Refusal) -> None:
         key = domain(function.domain), function.name, function.overload
         where = f"the function {'::'.join(key[:2])!r}"
         if is_reserved(key[0]):
-            raise refusal(where, "functions in domains of their own", "one in a domain of operators, which it shadows")
+            raise refusal(where, "functions in separate domains", "one in a domain of operators, which it shadows")
         if key in functions:
             raise refusal(where, "each function once", "two of this domain, name and overload")
         if function.overload and model.ir_version < _OVERLOADS:

@@ -127,7 +127,7 @@ class _Reading:
         self._same_types(graph, where)
         self._annotations(graph, where)
         known = self.nodes(graph.node, {*inputs, *weights}, outer, where, within)
-        self._there([value.name for value in graph.output], known, where)  # one around it, no branch may hand out
+        self._there([value.name for value in graph.output], known, where)  # one around it, no branch may return
 
     def nodes(
         self, nodes: Iterable[onnx.NodeProto], known: set[str], outer: Scopes, where: str, within: bool
@@ -190,7 +190,7 @@ class _Reading:
             said.setdefault(value.name, value.type)
 
     def _supported(self, values: Iterable[onnx.ValueInfoProto], where: str) -> None:
-        """A map is handed out, and no more: an output of the model."""
+        """A map is returned, and no more: an output of the model."""
         for value in values:
             if has_map(value.type):
                 what = f"the value {value.name!r} of {where}"

@@ -69,7 +69,7 @@ def _require_apart(target: Path, data: Iterable[Path]) -> None:
         if file == target or (target.exists() and file.exists() and target.samefile(file)):
             raise ModelFileError(
                 str(target),
-                expected="a file of its own for the model",
+                expected="a separate file for the model",
                 found=f"external data of it, {file}",
                 advice="Choose another path: the weights in this file would be lost.",
             )

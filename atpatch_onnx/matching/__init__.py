@@ -45,7 +45,7 @@ def known_shapes(model: ir.Model) -> Mapping[str, tuple[Dim, ...]]:
 def sample_outputs(model: ir.Model) -> frozenset[str]:
     """The outputs with the samples, and nothing else, on their first axis, as far as that can be told.
 
-    Traced back to an input, or of a size that no other axis has: that of the samples, which is a number of its own
+    Traced back to an input, or of a size that no other axis has: that of the samples, which is a separate number
     where the model leaves it free.
     """
     seen = look(model)
@@ -177,7 +177,7 @@ def _without_place(candidate: Candidate, key: Place | None, seen: View) -> str:
 
 
 def _countable(candidate: Candidate, key: Place, seen: View) -> bool:
-    """Whether tokens can be told from maps that do not have an axis of their own: by how many there are of either."""
+    """Whether tokens can be told from maps that do not have a separate axis: by how many there are of either."""
     if candidate.parts == 0:  # samples share a map: there is no other
         return all(piece.size == 1 for piece in candidate.keys.pieces if piece.letter == "n")
     return isinstance(candidate.parts, int) or isinstance(tokens_of(candidate, key, seen), int)

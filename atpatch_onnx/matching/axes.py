@@ -10,7 +10,7 @@ mix positions begins a new sequence. A site's output stands at the positions of 
   divided into parts (windows, channels).
 
 So encoder and decoder stay apart even where their lengths agree, and the keys of cross-attention stand on the encoder's
-axis. Where the flow is not understood, a site gets an axis of its own: flags are then not carried, never carried wrong;
+axis. Where the flow is not understood, a site gets a separate axis: flags are then not carried, never carried wrong;
 nor is it said then that queries and keys are positions of two sequences. That is said where both began in what is known
 to begin one: an input of the model, an embedding, a convolution, weights.
 """

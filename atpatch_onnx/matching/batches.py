@@ -51,7 +51,7 @@ def batching(model: ir.Model) -> Batching:
 
 
 def drawn_inputs(model: ir.Model, rng: np.random.Generator) -> dict[str, Array]:
-    """A few samples, drawn as the model takes them; errors as of `draw_inputs`."""
+    """A few samples, drawn as the model takes them; errors as in `draw_inputs`."""
     return draw_inputs(model, rng, batching=batching(model))
 
 

@@ -173,7 +173,7 @@ def _grouped(node: ir.Node, view: View) -> _Operands | str:
     heads, kv_heads = integer(node, "num_heads"), integer(node, "kv_num_heads")
     tokens = "k" if node.op_type in _ON_ONE_AXIS else "nk"
     if key is not None and _shape(key, view)[len(tokens) - 1] == 0:
-        return "it has no keys of its own and reads another layer's: they are replaced there"
+        return "it has no separate keys and reads another layer's: they are replaced there"
     if key is None:
         keys, values = (_packed(query, tokens, heads, kv_heads, index, view) for index in (0, 1))
     else:

@@ -5,10 +5,10 @@ A pattern has one entry for each axis of a tensor: a letter, or several in paren
 | letter | axis                                                                                       |
 |--------|--------------------------------------------------------------------------------------------|
 | `n`    | maps: samples, and within each sample its parts, where it has more than one                |
-| `b`    | samples, where the parts are an axis of their own or come first                            |
+| `b`    | samples, where the parts are a separate axis or come first                            |
 | `w`    | parts of a sample that attend on their own: windows, channels, chunks                      |
 | `h`    | heads (of K and V where they have fewer)                                                   |
-| `g`    | the heads that share one head of K and V, where that is an axis of its own                 |
+| `g`    | the heads that share one head of K and V, where that is a separate axis                 |
 | `q`    | queries                                                                                    |
 | `k`    | keys                                                                                       |
 | `d`    | depth                                                                                      |

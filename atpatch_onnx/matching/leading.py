@@ -156,6 +156,6 @@ def _symbolic_parts(axes: Sequence[Axis], letters: Sequence[str], parts: Dim, he
 
 
 def _symbolic_heads(axes: Sequence[Axis], letters: Sequence[str], heads: int) -> Dim:
-    """The number of heads, where it stands on an axis of its own in the words of the graph."""
+    """The number of heads, where it stands on a separate axis in the words of the graph."""
     own = {letters[index]: axis.size for index, axis in enumerate(axes)}
     return own["h"] if "h" in own and "g" not in own else heads

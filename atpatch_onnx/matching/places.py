@@ -1,6 +1,6 @@
 """Where a site's keys and values are read and replaced: as far back as they are per token.
 
-The last tensor on the way back (`pieces`) with the maps and the tokens each on an axis of their own, or both on one,
+The last tensor on the way back (`pieces`) with the maps and the tokens each on a separate axis, or both on one,
 that holds nothing but the keys (or the values) and that nobody else reads. Where there is none, the maps may be spread
 over several axes, as samples and windows are, and then tokens, as rows and columns of an image are. Where queries,
 keys and values are one tensor that nobody cuts apart, it is that one, and a replacement leaves its other columns as
@@ -26,7 +26,7 @@ _MOVED_OUT = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identit
     "QuantizeLinear",
     "DequantizeLinear",
 }
-"""Operators that may stand between keys and the cache that they are handed out into."""
+"""Operators that may stand between keys and the cache that they are returned into."""
 
 _FARTHEST = 40
 """Nodes between keys and the anchor at most."""
@@ -72,7 +72,7 @@ def value_place(
 
 
 def first_place(pieces: Pieces, view: View, *, cut: bool | None = None) -> str | None:
-    """The nearest tensor with keys (or values) token by token, whoever else reads it; `cut` as of `value_place`."""
+    """The nearest tensor with keys (or values) token by token, whoever else reads it; `cut` as in `value_place`."""
     found = (_place(at, view) for at, _ in steps_back(pieces, view) if at.value.name not in view.static)
     known = (place for place in found if place is not None)
     return next((at.value for at in known if cut is None or without_cache(at, pieces, view) == cut), None)
@@ -178,7 +178,7 @@ def _each_in_one(own: Sequence[Part], parts: Sequence[Part]) -> bool:
 
 
 def _place(pieces: Pieces, view: View) -> Place | None:
-    """The entries as maps, tokens and features; None where these do not stand on axes of their own."""
+    """The entries as maps, tokens and features; None where these do not stand on separate axes."""
     shape = view.sizes(pieces.value)
     apart = None if shape is None else split_by_axes(pieces, shape)
     if shape is None or apart is None or pieces.value.name in view.stands_for:

@@ -120,6 +120,6 @@ def _written(node: ir.Node, reading: _Quantized) -> list[ir.Node]:
     inputs = [*(node.inputs[index] for index in reading.plain), *(one.outputs[0] for one in operands)]
     written = [*operands, ir.Node("", reading.op_type, inputs, attributes, name=name)]
     scale = node.inputs[reading.result : reading.result + 2]
-    if scale and scale[0] is not None:  # QGemm hands out floats where it has none
+    if scale and scale[0] is not None:  # QGemm returns floats where it has none
         written.append(ir.Node("", "QuantizeLinear", [written[-1].outputs[0], *scale], name=name))
     return written

@@ -202,7 +202,7 @@ class AttentionSite:
 
     @property
     def shows_map(self) -> bool:
-        """Whether the graph hands out the map, or can be made to; other operators keep theirs to themselves."""
+        """Whether the graph returns the map, or can be made to; other operators keep theirs to themselves."""
         return self.map is not None or self.form is Form.ATTENTION
 
     @property

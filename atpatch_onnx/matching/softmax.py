@@ -32,7 +32,7 @@ _PARTS_FIRST = re.compile("w.*b")
 def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
     """A candidate or a near miss for each product with values that the softmax feeds; one near miss if there is none.
 
-    A softmax that feeds two products (differential attention) is two sites: each has values and an output of its own.
+    A softmax that feeds two products (differential attention) is two sites: each has values and a separate output.
     """
     softmax = read_softmax(node, view)
     if softmax is None:
@@ -54,7 +54,7 @@ def answer(node: ir.Node, view: View) -> tuple[Candidate | NearMiss, ...]:
     if any(_cuts_keys(softmax, meeting, view) for meeting in products):
         nodes = (scores.node, *scores.path, node, *(meeting.node for meeting in products))
         reason = (
-            "attention, but its map is cut into pieces with some of its keys each, which meet values of their own, as "
+            "attention, but its map is cut into pieces with some of its keys each, which meet separate values, as "
             "in block-sparse attention"
         )
         return (miss(nodes, reason, attention=True),)

@@ -141,11 +141,11 @@ def benchmark(
         past: Tokens in caches whose size is free: with a length of 1, what a step of decoding costs.
         rounds: How often each form is timed, at least.
         sessions: How often each form is opened for that.
-        memory: Whether to measure that as well, in processes of their own; of the CPU only.
+        memory: Whether to measure that as well, in separate processes; of the CPU only.
         providers: What is to run both, names of `running.providers.PROVIDERS`. On others than the CPU inputs and
             outputs stay on the device (IO binding).
         cuda_graph: Whether runs are recorded and played again, where the provider can.
-        custom_ops: Libraries that operators of the model come from, as of `load`.
+        custom_ops: Libraries that operators of the model come from, as in `load`.
         seed: Of inputs, order and bootstrap.
         progress: Told after every round.
 
@@ -309,7 +309,7 @@ def _peaks(files: _Files, inputs: Mapping[str, Array], threads: int) -> tuple[in
 def _peak(
     path: Path, weights: Mapping[str, Array], inputs: Mapping[str, Array], threads: int, custom_ops: Libraries
 ) -> int:
-    """In a process of its own: the peak of resident memory over what it was before."""
+    """In a separate process: the peak of resident memory over what it was before."""
     before = _peak_so_far()
     session = FileSession(path, weights, options=_options(threads), custom_ops=custom_ops)
     for _ in range(RUNS):

@@ -24,7 +24,7 @@ def draw_patch(
 
 
 def draw_detector(key: Place, rng: np.random.Generator, kind: Kind = "linear", threshold: float = NEVER) -> Detector:
-    """A detector that gives every token a score of its own."""
+    """A detector that gives every token a separate score."""
     units = 1 if kind == "linear" else Training().hidden
     weights = _normal(rng, key.features, units, scale=key.features**-0.5)
     if kind == "linear":

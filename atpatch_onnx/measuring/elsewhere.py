@@ -58,7 +58,7 @@ def same_flags(
     batch_size: int = 32,
     progress: Progress = silent,
 ) -> Iterator[Check]:
-    """Whether tokens are flagged as on the CPU, but for those whose margin is within `NEAR`; arguments as of `verify`.
+    """Whether tokens are flagged as on the CPU, but for those whose margin is within `NEAR`; arguments as in `verify`.
 
     Raises:
         RunError: onnxruntime refuses the model.

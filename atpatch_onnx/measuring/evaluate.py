@@ -153,7 +153,7 @@ def evaluate(
         output: Output that predictions are read from; None: the first float output `[batch, classes]`.
         providers: What is to run both, names of `running.providers.PROVIDERS`.
         batch_size: Inputs at a time.
-        custom_ops: Libraries that operators of the model come from, as of `load`.
+        custom_ops: Libraries that operators of the model come from, as in `load`.
         executor: Who runs both: `local`, `ray`, `ray://HOST:PORT`, or an executor (see `running.executors`).
         progress: Told after every batch.
 

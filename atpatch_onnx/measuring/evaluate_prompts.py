@@ -92,7 +92,7 @@ def evaluate_prompts(
         steps: Tokens to write behind each prompt.
         samples: How many answers are drawn at a temperature of 1.
         providers: What is to run both, names of `running.providers.PROVIDERS`.
-        custom_ops: Libraries that operators of the models come from, as of `load`.
+        custom_ops: Libraries that operators of the models come from, as in `load`.
         batch_size: Prompts at a time.
         seed: Of the drawn answers.
         progress: Told after every batch.

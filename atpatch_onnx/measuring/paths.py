@@ -77,7 +77,7 @@ def inferred(model: ir.Model) -> Shapes:
 
 
 def walked(model: ir.Model, sources: Mapping[str, NDArray[np.bool_]], shapes: Shapes | None = None) -> "Walk":
-    """What is told of every value of a model; arguments as of `reach`."""
+    """What is told of every value of a model; arguments as in `reach`."""
     walk = Walk(model, inferred(model) if shapes is None else shapes)
     for value in model.graph.inputs:
         name = str(value.name)

@@ -57,7 +57,7 @@ def rehearse(
         optimize: Whether onnxruntime optimizes the graphs; both by default.
         conditional: Whether replacements stand in an `If`; both by default.
         threads: Threads within an operator; None: onnxruntime's choice.
-        custom_ops: Libraries that operators of the model come from, as of `load`.
+        custom_ops: Libraries that operators of the model come from, as in `load`.
         progress: Told after every step.
 
     Returns:

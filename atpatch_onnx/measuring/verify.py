@@ -70,7 +70,7 @@ def verify(
             float32 (`use_tf32=0`), of which the tolerance of scores is.
         steps: Of prompts of a language model: tokens of each answer.
         batch_size: Inputs at a time.
-        custom_ops: Libraries that operators of the model come from, as of `load`.
+        custom_ops: Libraries that operators of the model come from, as in `load`.
         progress: Told after every batch.
 
     Raises:

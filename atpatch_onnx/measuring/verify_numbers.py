@@ -43,7 +43,7 @@ def numbers(
     files: tuple[ModelOrPath, ModelOrPath],
     providers: Providers,
 ) -> Iterator[Check]:
-    """What is checked by running both at one level of optimization; arguments as of `verify`.
+    """What is checked by running both at one level of optimization; arguments as in `verify`.
 
     `files` are the models once more, by their paths where they came from files: outputs are those of the bytes on disk.
     """

@@ -97,7 +97,7 @@ def render(
 
 
 def _markup(picture: Picture) -> Markup:
-    """A picture of ours for the page as it is; matplotlib has escaped the text in it."""
+    """One of our pictures for the page as it is; matplotlib has escaped the text in it."""
     return Markup(picture.svg)
 
 

@@ -178,8 +178,7 @@ def facts(patch: Patch | PatchRecord) -> list[tuple[str, str]]:
     if number(figures.get("settings_tried")) is not None:
         found.append(("Settings tried", f"{figures['settings_tried']:,}"))
     if cost := _object(figures, "cost"):
-        said = f"{shown(cost.get('kernels'))} kernels a run; {shown(cost.get('all'))} with every site"
-        found.append(("Adds", said))
+        found.append(("Adds", f"{shown(cost.get('kernels'))} kernels a run; {shown(cost.get('all'))} with every site"))
     return found
 
 

@@ -1,7 +1,7 @@
 """How a decoder is fed: which of its inputs are tokens, mask, positions and caches, and where caches come out.
 
 A decoder takes tokens `[samples, tokens]` and gives logits `[samples, tokens, vocabulary]`. One with a cache also takes
-the keys and values of earlier tokens `[samples, heads, tokens, depth]`, and hands out those of all tokens so far.
+the keys and values of earlier tokens `[samples, heads, tokens, depth]`, and returns those of all tokens so far.
 """
 
 import re
@@ -144,7 +144,7 @@ class Decoder:
             )
 
     def check_followed_by(self, other: "Decoder") -> None:
-        """Refuse a decoder that does not go on from the caches that this one hands out.
+        """Refuse a decoder that does not go on from the caches that this one returns.
 
         Raises:
             RunError: It has other layers, or takes none.
@@ -153,7 +153,7 @@ class Decoder:
         if ours != theirs or not other.is_cached:
             raise _no_decoder(
                 "the caches of the decode graph",
-                f"those that the prompt's graph hands out, {', '.join(sorted(ours)) or 'none'}",
+                f"those that the prompt's graph returns, {', '.join(sorted(ours)) or 'none'}",
                 ", ".join(sorted(theirs)) or "none",
             )
 

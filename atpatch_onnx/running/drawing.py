@@ -20,7 +20,7 @@ _CARRIES = {"Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice
 """Operators whose results are indices where their inputs are."""
 
 _EMBEDDINGS = {"EmbedLayerNormalization": {0: 2, 1: 4}}
-"""Operators with tables of their own: the table's input by that of the indices."""
+"""Operators with separate tables: the table's input by that of the indices."""
 
 _MOST = 2**28
 """Elements of an input."""

@@ -49,11 +49,11 @@ class Loop:
 
     Args:
         model: A decoder, with or without a cache.
-        decode: What goes on from the caches that `model` hands out, where that reads prompts only.
+        decode: What goes on from the caches that `model` returns, where that reads prompts only.
         cached: Whether to use the cache, where there is one.
-        optimize: As of `Session`.
-        providers: As of `Session`.
-        custom_ops: Libraries with operators of both, as of `load`.
+        optimize: As in `Session`.
+        providers: As in `Session`.
+        custom_ops: Libraries with operators of both, as in `load`.
 
     Raises:
         RunError: A model is no decoder, or onnxruntime refuses it.
@@ -104,7 +104,7 @@ class Loop:
     def read_in(
         self, ids: Ids, sizes: Sequence[int], outputs: Sequence[str] = (), state: State | None = None
     ) -> list[Step]:
-        """Read tokens `[samples, tokens]`, in parts of these sizes, which make up all of them; arguments as of `read`.
+        """Read tokens `[samples, tokens]`, in parts of these sizes, which make up all of them; arguments as in `read`.
 
         Raises:
             RunError: See `read`.

@@ -20,7 +20,7 @@ _KERNEL = "_kernel_time"
 class Placement:
     """The nodes of an optimized graph, by the provider that ran them.
 
-    A provider that compiles parts of a graph shows each as one node, under a name of its own.
+    A provider that compiles parts of a graph shows each as one node, under a separate name.
     """
 
     nodes: Mapping[str, tuple[str, ...]]
@@ -61,14 +61,14 @@ def placement(
     """Run a model once, and see what ran where.
 
     Args:
-        model: As of `Session`, as the next two.
+        model: As in `Session`, as the next two.
         inputs: Of one run.
         providers: Execution providers.
         optimize: Whether onnxruntime may optimise the graph.
-        custom_ops: As of `Session`.
+        custom_ops: As in `Session`.
 
     Raises:
-        RunError: As of `Session`; or onnxruntime refuses the inputs.
+        RunError: As in `Session`; or onnxruntime refuses the inputs.
     """
     options = session_options(optimize)
     options.enable_profiling = True

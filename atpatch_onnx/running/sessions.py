@@ -34,7 +34,7 @@ def _threads_of_the_environment() -> int | None:
 
 
 def session_options(optimize: bool = True, threads: int | None = None) -> SessionOptions:
-    """Options of a session; arguments as of `Session`."""
+    """Options of a session; arguments as in `Session`."""
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised; onnxruntime need not print it as well
     if not optimize:
@@ -214,7 +214,7 @@ class FileSession:
         weights: The other values, by name.
         providers: Execution providers.
         options: Options of the session.
-        custom_ops: As of `Session`.
+        custom_ops: As in `Session`.
         recorded: Whether its first run is recorded, and played again from then on: see `BoundRun`.
 
     Raises:
@@ -249,7 +249,7 @@ def opened(
     """A session; a model in memory has its external data where it lies.
 
     Raises:
-        RunError: As of `Session`.
+        RunError: As in `Session`.
     """
     shipped = model if isinstance(model, Shipped) else Shipped.of(model, custom_ops)
     if shipped.folder is not None:

@@ -28,7 +28,7 @@ Groups = Mapping[str, Mapping[str, Array]]
 
 @dataclass(frozen=True, eq=False)
 class Opening:
-    """How a session is opened; arguments as of `Session`."""
+    """How a session is opened; arguments as in `Session`."""
 
     model: ir.Model | Shipped
     batching: Batching = AS_GIVEN
@@ -206,12 +206,12 @@ class Outputs:
 
 
 class SpreadSession:
-    """A session as of `Session`, of whoever the executor has; what it is asked and answers is the same.
+    """A session as in `Session`, of whoever the executor has; what it is asked and answers is the same.
 
     Args:
         model: The model.
         executor: Who runs it.
-        batching: As of `Session`, as the next.
+        batching: As in `Session`, as the next.
         providers: Execution providers.
     """
 

@@ -57,7 +57,7 @@ class PatchedSession:
         options: Makes the options of a session; asked again for every new one.
         probe: Inputs `[samples, ...]` by name that a new session is proven with; drawn at random by default. Real ones
             are better where a model takes no others, such as tokens that must follow a grammar.
-        custom_ops: Libraries that operators of the model come from, as of `load`.
+        custom_ops: Libraries that operators of the model come from, as in `load`.
 
     Raises:
         ModelFileError: The file cannot be read.
@@ -134,11 +134,11 @@ class PatchedSession:
         return live
 
     def get_inputs(self) -> list[Any]:
-        """As of `InferenceSession`."""
+        """As in `InferenceSession`."""
         return list(self._serving.session.get_inputs())
 
     def get_outputs(self) -> list[Any]:
-        """As of `InferenceSession`."""
+        """As in `InferenceSession`."""
         return list(self._serving.session.get_outputs())
 
     @property
@@ -192,7 +192,7 @@ class PatchedSession:
             self._exchange(self._weights, self._live_record, self._off | {self._known(name)})
 
     def enable(self, name: str) -> None:
-        """Switch a site or layer on again; errors as of `disable`."""
+        """Switch a site or layer on again; errors as in `disable`."""
         with self._changing:
             self._exchange(self._weights, self._live_record, self._off - {self._known(name)})
 

@@ -14,7 +14,7 @@ Images = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class RandomPlace:
-    """A small pattern at a place of its own in each image, anywhere within it; it may straddle patches.
+    """A small pattern at a separate place in each image, anywhere within it; it may straddle patches.
 
     In training the place is drawn anew each time an image is shown, where BadNets stamps an image once.
     """

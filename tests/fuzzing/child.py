@@ -1,4 +1,4 @@
-"""Runs cases in a process of its own, with a limit of memory and of time; prints a line of JSON for each.
+"""Runs cases in a separate process, with a limit of memory and of time; prints a line of JSON for each.
 
     python -m fuzzing.child <kind> <first case> <cases> <keep folder>      cases that are made
     python -m fuzzing.child <kind> <file> ...                              files that are there
