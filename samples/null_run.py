@@ -26,9 +26,8 @@ import numpy as np
 
 import atpatch_onnx as atp
 from atpatch_onnx.cli import progress_bars
-from atpatch_onnx.fitting.goal import Outcome
 from atpatch_onnx.report.rows import percent
-from atpatch_onnx.report.verdict import missed_goal
+from atpatch_onnx.report.verdict import missed_goal, needless
 from atpatch_onnx.running.sessions import Progress, silent
 from samples import fashion
 from samples.case import Case, folder_of
@@ -81,13 +80,11 @@ def measure(case: Case, progress: Progress = silent) -> dict[str, Any]:
         pairs.take(range(min(len(pairs), most))) for pairs, most in ((case.debug, PAIRS), (case.unseen, UNSEEN))
     )
     patch = atp.fit(base, debug, replace(case.options, force=True), progress=progress)
-    unpatched = Outcome(**patch.figures["unpatched"])
-    needless = f"Nothing needs a patch: without one, {unpatched.said()}, within the bounds of the goal."
-    said = list(missed_goal(patch.figures)) or ["The goal is met."]
+    said = needless(patch.figures) or missed_goal(patch.figures) or ("The goal is met.",)
     found = atp.evaluate(base, atp.bake(base, patch), unseen, progress=progress).to_json()
     kept = ("accuracy_base", "accuracy_patched", "accuracy_lost", "clean_flag_rate", "clean_changed", "backdoor")
     return {
-        "said": " ".join(said if unpatched.shortfalls(case.options.goal) else [needless]),
+        "said": " ".join(said),
         "meets_target": patch.meets_target,
         "at_best": patch.figures["at_best"],
         **{name: found[name] for name in kept},

@@ -1,16 +1,20 @@
 """Fits that have nothing to find, or cannot fix what they find: they say so, and what they write does nothing."""
 
+import io
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from planted import QUICK, TRIGGER, Planted
+from rich.console import Console
 
 import atpatch_onnx as atp
 from atpatch_onnx.errors import DebugSetError, TargetMissedError
 from atpatch_onnx.fitting.goal import Goal
 from atpatch_onnx.measuring.evaluate import evaluate
 from atpatch_onnx.patches.patch import Patch
+from atpatch_onnx.report.text import fit_summary
 from atpatch_onnx.report.verdict import judge
 
 HARMLESS = Planted(harm=0.0)
@@ -32,18 +36,22 @@ def matters(planted: Planted, patch: Patch) -> tuple[float, float]:
     return found.accuracy_lost.value, found.clean_flag_rate.value
 
 
-def test_on_a_model_that_was_not_poisoned_the_fit_says_that_nothing_needs_a_patch():
-    with pytest.raises(DebugSetError) as caught:
+def test_pairs_that_change_no_prediction_are_refused():
+    with pytest.raises(DebugSetError):
         atp.fit(HARMLESS.model(), HARMLESS.debug(400), QUICK)
-    assert "Nothing needs a patch here" in str(caught.value) or "is this the backdoored model" in str(caught.value)
-    with pytest.raises(DebugSetError, match=r"ASR above floor \d\.\d\d% and robust accuracy lost .* within the bounds"):
-        atp.fit(SLIGHT.model(), SLIGHT.debug(400), QUICK)
 
 
-def test_what_it_writes_all_the_same_does_nothing_that_matters():
-    patch = forced(SLIGHT, SLIGHT.debug(400))
+def test_on_a_model_that_was_not_poisoned_the_fit_says_that_nothing_needs_a_patch_and_what_it_writes_does_nothing():
+    patch = atp.fit(SLIGHT.model(), SLIGHT.debug(400), QUICK)
     assert patch.sites
     assert patch.figures["unpatched"]["remaining"] <= QUICK.goal.asr_above_floor
+    verdict = judge(patch, None, None)
+    assert verdict.label == "Nothing to fix"
+    [said] = verdict.objections
+    assert re.match(r"Nothing needs a patch: without one, ASR above floor \d\.\d\d% and robust accuracy lost", said)
+    console = Console(file=io.StringIO(), width=200, record=True)
+    console.print(fit_summary(patch))
+    assert said in console.export_text()
     lost, flagged = matters(SLIGHT, patch)
     assert abs(lost) <= 0.005
     assert flagged <= 0.01
@@ -113,5 +121,6 @@ def test_a_goal_that_detectors_alone_miss_is_not_said_to_be_beyond_reach():
 def test_a_fit_that_meets_its_goal_does_not_ask_what_is_possible():
     patch = atp.fit(POISONED.model(), POISONED.debug(400), QUICK)
     assert patch.figures["at_best"] is None
+    assert patch.figures["needless"] is None
     assert patch.meets_target
     assert patch.figures["unpatched"]["remaining"] > QUICK.goal.asr_above_floor

@@ -17,6 +17,7 @@ from atpatch_onnx.fitting.goal import Goal
 from atpatch_onnx.report import text
 from atpatch_onnx.report.rows import standing_in
 from atpatch_onnx.report.summary import numbers_json, numbers_table, of_pairs, of_prompts
+from atpatch_onnx.report.verdict import needless
 
 VERIFIED = 1_000
 """Held-out pairs that are verified at most: each is run six times a side."""
@@ -112,6 +113,7 @@ def fix(
         f"verified: all {len(verification.checks)} checks passed"
         if verification.passed
         else text.verification_table(verification),
+        *needless(patch.figures),
         numbers_table(numbers, len(others), "" if evaluation is None else standing_in(evaluation)),
     ]
     then = atpatch("benchmark", model, out) if verification.passed else None

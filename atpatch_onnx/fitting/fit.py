@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from atpatch_onnx.baking.edits import edited
 from atpatch_onnx.debugset import DebugSet
-from atpatch_onnx.errors import DebugSetError, FitError, PatchMismatchError, TargetMissedError, require
+from atpatch_onnx.errors import FitError, PatchMismatchError, TargetMissedError, require
 from atpatch_onnx.fitting.at_best import at_best
 from atpatch_onnx.fitting.calibrate import Calibration
 from atpatch_onnx.fitting.collect import Tokens, collect
@@ -61,8 +61,7 @@ def fit(
 
     Raises:
         NoSiteError: The model has no attention site that can be patched.
-        DebugSetError: The debug set does not fit the model, is too small, shows no effect, or the base meets the goal
-            as it is, which `force` and `always` do not ask.
+        DebugSetError: The debug set does not fit the model, is too small, or shows no effect.
         FitError: A detector cannot be trained, a backdoor's target class cannot be inferred, a fix is to be always on
             where inputs differ in length, or a patch of `after` is one of attention.
         PatchMismatchError: The patches of `after` are of another model.
@@ -159,25 +158,10 @@ def _attempts(
         calibration = Calibration.of(calibration_part, options)
         validation_part = ScoredPart(board, prepared.parts.validation, stage=f"validating, {kind}", **run)
         unpatched = validation_part.outcome(Setting())
-        if not (options.force or options.always):
-            _require_something_to_fix(unpatched, options)
         cost = Cost.of(model, entries)
         search = Search(validation_part, calibration, options, progress, cost)
         found = search.run()
         yield _Attempt(kind, entries, calibration, found, search.attempts, cost, unpatched)
-
-
-def _require_something_to_fix(base: Outcome, options: FitOptions) -> None:
-    """Refuse a debug set on which the base meets the goal as it is."""
-    if base.shortfalls(options.goal):
-        return
-    raise DebugSetError(
-        "the debug set",
-        expected="pairs on which the model misses the goal of the fit without a patch",
-        found=f"{base.said()} on the validation part, within the bounds of the goal",
-        advice="Nothing needs a patch here, or the trigger is not the one that the model was trained with. Ask for a"
-        " stricter goal, or write a patch anyway (option --force).",
-    )
 
 
 def _candidates(
@@ -244,6 +228,7 @@ def _patch(
         "pairs": {"fit": len(parts.fit), "calibration": len(parts.calibration), "validation": len(parts.validation)},
         "outcome": found.outcome.to_json(),
         "unpatched": best.unpatched.to_json(),
+        "needless": None if options.always or best.unpatched.shortfalls(options.goal) else best.unpatched.said(),
         "cost": best.cost.to_json(found.elements),
         "settings_tried": sum(one.settings_tried for one in attempts),
         "sites": [_site_figures(site, best.calibration, found) for site, _ in best.entries],

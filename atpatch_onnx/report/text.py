@@ -16,7 +16,7 @@ from atpatch_onnx.patches.patch import Patch
 from atpatch_onnx.report import rows
 from atpatch_onnx.report.rows import NONE, decimal, percent, residual, shown
 from atpatch_onnx.report.tables import FOLD, INTERVALS, NARROW, RIGHT, WIDE, Columns, measure, table, texts
-from atpatch_onnx.report.verdict import missed_goal
+from atpatch_onnx.report.verdict import missed_goal, needless
 
 if TYPE_CHECKING:  # modules that run models, which `atpatch sites` does without
     from atpatch_onnx.discovery.verdict import Search
@@ -148,6 +148,7 @@ def fit_summary(patch: Patch | PatchRecord) -> Group:
     parts: list[RenderableType] = []
     if missed:
         parts.append(Text("\n".join(("GOAL MISSED: the patch does not do what was asked.", *missed)), "bold red"))
+    parts += [Text(line, "bold yellow") for line in needless(figures)]
     facts = rows.facts(patch)
     for role, label in (("detect", "Detects at"), ("redistribute", "Redistributes at")):
         names = [row.site for row in sites if any(element.role == role for element in row.elements)]

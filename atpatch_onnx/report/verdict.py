@@ -45,7 +45,8 @@ def judge(patch: Patch | PatchRecord, evaluation: Evaluation | None, verificatio
         broken.append("Clean inputs without a flag do not all keep their outputs bit for bit.")
     missed = missed_goal(figures)
     beyond = [] if evaluation is None else _beyond_goal(figures, evaluation)
-    objections = (*broken, *missed, *beyond)
+    idle = needless(figures)
+    objections = (*broken, *missed, *beyond, *idle)
     summary = _summary(figures, evaluation)
     if broken:
         return Verdict(Tone.BAD, "Do not ship", f"The patched file fails its checks. {summary}", objections)
@@ -56,10 +57,20 @@ def judge(patch: Patch | PatchRecord, evaluation: Evaluation | None, verificatio
         return Verdict(
             Tone.WARNING, "Look closer", f"The fix held where it was fitted, not here. {summary}", objections
         )
+    if idle:
+        return Verdict(Tone.WARNING, "Nothing to fix", f"The model met the goal before. {summary}", objections)
     if evaluation is None or verification is None:
         gaps = [name for name, result in (("evaluated", evaluation), ("verified", verification)) if result is None]
         return Verdict(Tone.WARNING, f"Not {' or '.join(gaps)}", summary, objections)
     return Verdict(Tone.GOOD, "Fix holds", summary, objections)
+
+
+def needless(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    """That the base met the goal of the fit as it was: one line, or none."""
+    said = figures.get("needless")
+    if not isinstance(said, str):
+        return ()
+    return (f"Nothing needs a patch: without one, {shown(said)}, within the bounds of the goal.",)
 
 
 def missed_goal(figures: Mapping[str, Any]) -> tuple[str, ...]:
