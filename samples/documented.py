@@ -22,7 +22,7 @@ _EXACT = _FLOATS - {"BFLOAT16"}
 _BOOL = frozenset({"BOOL"})
 
 VIEWS = dict.fromkeys(("Cast", "Reshape", "Squeeze", "Transpose", "Unsqueeze"), _ALL)
-SIZES = dict.fromkeys(("Concat", "Gather", "Mul", "Shape"), _ALL)
+SIZES = dict.fromkeys(("Concat", "Gather", "Mul", "Shape", "Slice"), _ALL)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _worked_on(node: ir.Node) -> Iterator[ir.Value]:
     inputs = [value for value in node.inputs if value is not None]
     if node.op_type == "Where":
         yield from inputs[1:]
-    elif node.op_type in ("Reshape", "ReduceMax", "Squeeze", "Unsqueeze"):
+    elif node.op_type in ("Reshape", "ReduceMax", "Slice", "Squeeze", "Unsqueeze"):
         yield inputs[0]
     else:
         yield from inputs

@@ -259,4 +259,4 @@ def test_where_neither_maps_nor_tokens_are_counted_it_is_refused() -> None:
         (site,) = explain(apart.model()).sites
         assert site.key.axes == site.value.axes == APART
         assert site.parts is None
-        _assert_none_is_none(apart.model(), apart.feed(0))
+        _assert_none_is_none(apart.model(), {"x": np.zeros((0, WINDOWS, TOKENS // WINDOWS, WIDTH), np.float32)})
