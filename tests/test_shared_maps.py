@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from form_nets import DEPTH, HEADS, TOKENS, Form, Layer, Sketch, heads_apart, heads_together
+from form_nets import DEPTH, HEADS, TOKENS, WIDTH, Form, Layer, Sketch, heads_apart, heads_together
 from models import draw_patch, fire_on_some, run, same_bits, see, with_outputs
 from nudge import assert_places
 from onnx import helper
@@ -219,5 +219,28 @@ def test_one_map_for_several_heads_of_values() -> None:
     matches = explain(model)
     assert matches.near_misses == ()
     assert [(site.key.heads, site.value.heads) for site in matches.sites] == [(1, HEADS)] * 2
+    result = rehearse(model, form.feed(8), conditional=(False,))
+    assert result.passed, result.failures
+
+
+def test_keys_and_values_that_are_all_of_one_tensor() -> None:
+    """As HaloNet's: both are replaced at once, and no column of the tensor is anything else."""
+
+    def of_heads(s: Sketch, y: str, depth: int) -> str:
+        """`[samples * heads, tokens, depth]`."""
+        y = s.transpose(s.reshape(y, 0, TOKENS, HEADS, depth), 0, 2, 1, 3)
+        return s.reshape(y, -1, TOKENS, depth)
+
+    def layer(s: Sketch, x: str) -> str:
+        both = of_heads(s, s.linear(x, 2 * WIDTH), 2 * DEPTH)
+        k, v = (s.op("Slice", both, s.sizes(at), s.sizes(at + DEPTH), s.sizes(2)) for at in (0, DEPTH))
+        y = s.attend(of_heads(s, s.linear(x), DEPTH), s.transpose(k, 0, 2, 1), v)
+        return heads_together(s, s.reshape(y, -1, HEADS, TOKENS, DEPTH))
+
+    form = Form(layer)
+    model = form.model()
+    for site in explain(model).sites:
+        assert site.key.value == site.value.value
+        assert not site.key.whole
     result = rehearse(model, form.feed(8), conditional=(False,))
     assert result.passed, result.failures

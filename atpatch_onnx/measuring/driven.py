@@ -38,8 +38,9 @@ class Replaced:
         kind = str(node.name).removeprefix(own_name(site.name, ""))
         self.place: Place = site.value if kind == "value" else site.key
         self.neutral = baked_weight(model, site.name, f"neutral_{kind}")
-        packed = own_name(site.name, "columns") in model.graph.initializers and kind == "key_value"
-        self.columns = baked_weight(model, site.name, "columns") if packed or not self.place.whole else None
+        together = kind == "key_value"  # which may be all that the tensor has
+        some = own_name(site.name, "columns") in model.graph.initializers if together else not self.place.whole
+        self.columns = baked_weight(model, site.name, "columns") if some else None
 
     def holds(self, before: Array, after: Array, margin: Array) -> bool:
         """Whether flagged tokens are neutral and all others keep their bits."""
