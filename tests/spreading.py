@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from atpatch_onnx.running.executors import BATCHES, Job, Kept, Team
 from atpatch_onnx.running.sessions import Session
 from atpatch_onnx.running.shards import Groups
+
+ON_RAY = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.filterwarnings("default:::ray"),
+    pytest.mark.filterwarnings(
+        "ignore::pytest.PytestUnraisableExceptionWarning"
+    ),  # Ray's pipes, closed by the collector
+]
+"""Marks of tests that start a cluster: one after the other, and without warnings of Ray's own."""
 
 
 @dataclass(eq=False)

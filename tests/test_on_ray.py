@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from planted import QUICK, Planted, fitted
-from spreading import Dying, Failing
+from spreading import ON_RAY, Dying, Failing
 
 import atpatch_onnx as atp
 from atpatch_onnx.debugset import DebugSet
@@ -20,14 +20,7 @@ from atpatch_onnx.matching import batching
 from atpatch_onnx.running.executors import Executor, Resuming
 from atpatch_onnx.running.shards import Models, Opening, SpreadSession, stream
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
-    pytest.mark.filterwarnings("default:::ray"),
-    pytest.mark.filterwarnings(
-        "ignore::pytest.PytestUnraisableExceptionWarning"
-    ),  # Ray's pipes, closed by the collector
-]
+pytestmark = ON_RAY
 ray = pytest.importorskip("ray", reason="extra scale")
 
 PLANTED = Planted(masked=True, tokens=12)

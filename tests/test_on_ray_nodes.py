@@ -4,17 +4,11 @@ from pathlib import Path
 
 import pytest
 from planted import QUICK, Planted, fitted
+from spreading import ON_RAY
 
 import atpatch_onnx as atp
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
-    pytest.mark.filterwarnings("default:::ray"),
-    pytest.mark.filterwarnings(
-        "ignore::pytest.PytestUnraisableExceptionWarning"
-    ),  # Ray's pipes, closed by the collector
-]
+pytestmark = ON_RAY
 ray = pytest.importorskip("ray", reason="extra scale")
 
 PLANTED = Planted(masked=True, tokens=12)

@@ -17,8 +17,8 @@ from atpatch_onnx.matching.sites import AttentionSite
 from atpatch_onnx.running.executors import LOCAL, Executor, Kept
 from atpatch_onnx.running.metrics import infer_target
 from atpatch_onnx.running.predictions import classes, prediction_output
-from atpatch_onnx.running.sessions import Progress, Session, silent
-from atpatch_onnx.running.shards import Groups, SpreadSession, joined
+from atpatch_onnx.running.sessions import Progress, Session, joined, silent
+from atpatch_onnx.running.shards import Groups, SpreadSession
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """The only place that runs models: onnxruntime sessions, batches and progress."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -194,14 +194,17 @@ class Session:
         stage: str = "running",
     ) -> dict[str, Array]:
         """The outputs of all samples at once, `[samples, ...]` by name; arguments as for `stream`."""
-        parts: dict[str, list[Array]] = {}
-        batches = self.stream(
-            inputs, outputs, batch_size=batch_size, constants=constants, progress=progress, stage=stage
-        )
-        for _, results in batches:
-            for name, array in results.items():
-                parts.setdefault(name, []).append(array)
-        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        run: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "stage": stage}
+        return joined(self.stream(inputs, outputs, constants=constants, **run))
+
+
+def joined(found: Iterable[tuple[slice, Mapping[str, Array]]]) -> dict[str, Array]:
+    """What there is of all batches, `[samples, ...]` by name."""
+    parts: dict[str, list[Array]] = {}
+    for _, results in found:
+        for name, array in results.items():
+            parts.setdefault(name, []).append(array)
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 class FileSession:

@@ -20,7 +20,7 @@ from atpatch_onnx.errors import AtPatchError
 from atpatch_onnx.running.batching import AS_GIVEN, Batching
 from atpatch_onnx.running.executors import LOCAL, Executor, Kept, Team, key_of
 from atpatch_onnx.running.providers import Providers
-from atpatch_onnx.running.sessions import Array, Progress, Session, Shipped, silent
+from atpatch_onnx.running.sessions import Array, Progress, Session, Shipped, joined, silent
 
 Groups = Mapping[str, Mapping[str, Array]]
 """Arrays `[samples, ...]` by group and name: the two sides of a debug set, say, and what belongs to each pair."""
@@ -271,12 +271,3 @@ class SpreadSession:
         """As `Session.collect`."""
         run: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "stage": stage}
         return joined(self.stream(inputs, outputs, constants=constants, **run))
-
-
-def joined(found: Iterator[tuple[slice, Kept]]) -> dict[str, Array]:
-    """What was kept of all batches, `[samples, ...]` by name."""
-    parts: dict[str, list[Array]] = {}
-    for _, kept in found:
-        for name, array in kept.items():
-            parts.setdefault(name, []).append(array)
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
