@@ -209,6 +209,11 @@ def measure(setting: Setting, size: tables.Size, folder: Path, progress: Progres
     }
 
 
+def named(table: str, protected: tuple[str, ...]) -> str:
+    """The name of a case."""
+    return f"{table}/{'+'.join(protected)}"
+
+
 def settings(name: str, seed: int, out: Path, data: Path | None, fast: bool, progress: Progress) -> list[Setting]:
     """All that is protected of a table, over one base, which is trained unless it is there."""
     table = load_table(name, fetched("tables") if data is None else data)
@@ -217,8 +222,7 @@ def settings(name: str, seed: int, out: Path, data: Path | None, fast: bool, pro
     folder = out / f"base-{name}-{seed}{'-fast' if fast else ''}"
     tables.trained(table, parts.train, size.recipe, folder, seed, progress)
     return [
-        Setting(f"{name}/{'+'.join(protected)}", table, protected, parts, folder / "base.onnx", seed)
-        for protected in SETS[name]
+        Setting(named(name, protected), table, protected, parts, folder / "base.onnx", seed) for protected in SETS[name]
     ]
 
 
@@ -258,7 +262,7 @@ def gathered(out: Path, names: Sequence[str]) -> dict[str, Any]:
     runs: dict[str, list[Any]] = {}
     for name in (one for one in SETS if one in names):
         for protected in SETS[name]:
-            case = f"{name}/{'+'.join(protected)}"
+            case = named(name, protected)
             files = sorted(out.glob(f"{case.replace('/', '-')}-[0-9]*/fairness.json"))
             runs |= {case: [json.loads(file.read_text()) for file in files]} if files else {}
     return {"runs": runs}

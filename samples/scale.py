@@ -6,7 +6,7 @@
     python -m samples.scale --render              # the page from its figures again
 
 Every figure is of its own process (`samples.scale_runs`): in it, with two threads; Ray with two workers of a thread
-each, and with one; one thread, piece by piece. Models have random weights, since they do not matter to speed.
+each; one thread, piece by piece. Models have random weights, since they do not matter to speed.
 Workers from 1 to 64 are simulated from the measured times of pieces, the bytes that are kept of one, and the time that
 the driver has for it.
 """
@@ -140,7 +140,6 @@ def of_model(name: str, folder: Path, sizes: Sizes) -> dict[str, Any]:
     ways: dict[str, Callable[[], dict[str, Any]]] = {
         "local": lambda: measured("local", folder, threads=2),
         "ray2": lambda: measured("ray", folder, "--workers", "2"),
-        "ray1": lambda: measured("ray", folder, "--workers", "1"),
     }
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for _ in range(sizes.rounds):

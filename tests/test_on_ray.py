@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,9 +71,9 @@ def content(patch: atp.Patch, folder: Path) -> bytes:
     return (folder / "patch.safetensors").read_bytes()
 
 
-def evaluation(debug: DebugSet, **executor: Executor) -> str:
+def evaluation(debug: DebugSet, **options: Any) -> str:
     model = PLANTED.model()
-    return json.dumps(atp.evaluate(model, atp.bake(model, fitted(PLANTED)), debug, **executor).to_json())
+    return json.dumps(atp.evaluate(model, atp.bake(model, fitted(PLANTED)), debug, **options).to_json())
 
 
 def test_a_patch_and_an_evaluation_are_the_same(crew, tmp_path, monkeypatch):
@@ -99,18 +100,35 @@ def test_workers_that_are_killed_are_replaced(crew, tmp_path):
     assert len(list((tmp_path / "deaths").iterdir())) == 3
 
 
+class Killing:
+    """Kills the first worker once, while a stage whose name begins so is at work."""
+
+    def __init__(self, executor: Executor, stage: str = "") -> None:
+        self.executor, self.stage = executor, stage
+        self.killed: list[int] = []
+
+    def worker(self) -> int:
+        return ray.get(self.executor.crew[0].actor.hello.remote())
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage.startswith(self.stage) and not self.killed:
+            self.killed.append(self.worker())
+            os.kill(self.killed[0], 9)
+
+
 def test_a_patch_is_the_same_where_a_worker_is_killed(two, tmp_path):
-    killed: list[int] = []
-
-    def kill(stage: str, done: int, total: int) -> None:
-        if stage.startswith("collecting, counterfactual") and not killed:
-            killed.append(ray.get(two.crew[0].actor.hello.remote()))
-            os.kill(killed[0], 9)
-
-    patch = atp.fit(PLANTED.model(), PLANTED.debug(), QUICK, executor=two, progress=kill)
-    assert killed
+    killing = Killing(two, "collecting, counterfactual")
+    patch = atp.fit(PLANTED.model(), PLANTED.debug(), QUICK, executor=two, progress=killing)
     assert content(patch, tmp_path) == content(fitted(PLANTED, QUICK), tmp_path)
-    assert ray.get(two.crew[0].actor.hello.remote()) != killed[0]
+    assert killing.killed
+    assert killing.killed[0] != killing.worker()
+
+
+def test_an_evaluation_is_the_same_where_a_worker_is_killed(two):
+    killing, debug = Killing(two), PLANTED.debug(400, seed=8)
+    assert evaluation(debug, executor=two, progress=killing) == evaluation(debug)
+    assert killing.killed
+    assert killing.killed[0] != killing.worker()
 
 
 def test_a_piece_that_workers_die_of_is_named(two, tmp_path):
