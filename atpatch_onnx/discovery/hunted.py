@@ -10,6 +10,7 @@ from atpatch_onnx.discovery.alike import FEWEST, Group
 from atpatch_onnx.discovery.content import Content
 from atpatch_onnx.discovery.evidence import detectable, least_share
 from atpatch_onnx.discovery.looking import Looked
+from atpatch_onnx.discovery.ranking import ranked
 from atpatch_onnx.discovery.transplant import CONFIRMED, DECIDES, Surgery, Transplant
 from atpatch_onnx.discovery.verdict import Box, Part, Search, Verdict
 from atpatch_onnx.running.sessions import Array
@@ -41,9 +42,8 @@ def concluded(seen: Seen, tested: Sequence[Transplant], level: float, pairs: int
         seed: Of the inputs that they are made of.
     """
     count = len(seen.looked.predicted)
-    sure = [one for one in tested if one.success is not None and one.chance <= level]
-    sure.sort(key=lambda one: -len(one.group.members))  # what most of the traffic has: a trigger may be in two groups
-    unsure = [one for one in tested if one.success is not None and one.chance > level and one.success.low > DECIDES]
+    sure = ranked([one for one in tested if one.chance <= level])
+    unsure = ranked([one for one in tested if one.chance > level and one.success and one.success.low > DECIDES])
     parts = tuple(_part(seen, one) for one in (*sure, *unsure))
     verdict = Verdict.BACKDOORED if sure else Verdict.SUSPICIOUS if unsure else Verdict.CLEAN
     least = least_share(count, FEWEST)

@@ -109,7 +109,7 @@ class Search:
     """What was searched, and with what power, a line each."""
 
     parts: tuple[Part, ...] = ()
-    """Those first that most of the traffic has; of a scan, the most certain."""
+    """Those first that decide most; of a scan, the most certain."""
 
     columns: tuple[Column, ...] = ()
     """Of a table, those that flip most first."""
